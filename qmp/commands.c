@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "qmp/commands.h"
+
+#include <stdio.h>
+
+static void put(struct json_object *o, const char *key, struct json_object *value)
+{
+    (void)json_object_object_add(o, key, value); /* out of memory leaves the key out and QEMU refuses */
+}
+
+static void put_string(struct json_object *o, const char *key, const char *value)
+{
+    put(o, key, json_object_new_string(value));
+}
+
+static struct json_object *new_args(const char *key, const char *value)
+{
+    struct json_object *o = json_object_new_object();
+
+    if (o && key)
+        put_string(o, key, value);
+    return o;
+}
+
+struct json_object *qmp_args_strings(const char *key, ...)
+{
+    struct json_object *o = json_object_new_object();
+    va_list ap;
+
+    va_start(ap, key);
+    for (const char *k = key; k; k = va_arg(ap, const char *))
+        put_string(o, k, va_arg(ap, const char *));
+    va_end(ap);
+    return o;
+}
+
+/* -- file descriptors ---------------------------------------------------------------------------------------------- */
+
+struct json_object *qmp_args_add_fd(const char *opaque)
+{
+    return new_args("opaque", opaque); /* no fdset-id: QEMU makes a new set, so that nobody's is hit */
+}
+
+struct json_object *qmp_args_remove_fd(int64_t fdset_id)
+{
+    struct json_object *o = new_args(NULL, NULL);
+
+    put(o, "fdset-id", json_object_new_int64(fdset_id));
+    return o;
+}
+
+/* -- nodes --------------------------------------------------------------------------------------------------------- */
+
+static struct json_object *new_node(const char *driver, const char *node, const char *file)
+{
+    struct json_object *o = new_args("driver", driver);
+
+    put_string(o, "node-name", node);
+    if (file)
+        put_string(o, "file", file);
+    return o;
+}
+
+struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id)
+{
+    struct json_object *o = new_node("file", node, NULL);
+    char path[64];
+
+    (void)snprintf(path, sizeof(path), "/dev/fdset/%lld", (long long)fdset_id);
+    put_string(o, "filename", path);
+    put_string(o, "locking", "off"); /* an unlinked file of our own: nobody else can open it */
+    put_string(o, "discard", "unmap");
+    return o;
+}
+
+struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
+                                              unsigned timeout_s)
+{
+    struct json_object *o = new_node("copy-before-write", node, file);
+
+    put_string(o, "target", target);
+    /* The guest's write goes on whatever happens to the scratch file: the snapshot is given up instead. */
+    put_string(o, "on-cbw-error", "break-snapshot");
+    put(o, "cbw-timeout", json_object_new_int64(timeout_s));
+    put_string(o, "discard", "unmap"); /* else the guest's discards are dropped for the time of the session */
+    return o;
+}
+
+struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file)
+{
+    struct json_object *o = new_node("raw", node, file);
+
+    put_string(o, "discard", "unmap");
+    return o;
+}
+
+struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file)
+{
+    return new_node("snapshot-access", node, file);
+}
+
+struct json_object *qmp_args_reopen(void)
+{
+    struct json_object *o = new_args(NULL, NULL);
+
+    put(o, "options", json_object_new_array());
+    return o;
+}
+
+void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file)
+{
+    (void)json_object_array_add(qmp_get(args, "options"), qmp_args_blockdev_add_raw(node, file));
+}
+
+struct json_object *qmp_args_qom_set_drive(const char *path, const char *node)
+{
+    return qmp_args_strings("path", path, "property", "drive", "value", node, NULL);
+}
+
+/* -- bitmaps ------------------------------------------------------------------------------------------------------- */
+
+struct json_object *qmp_args_transaction(void)
+{
+    struct json_object *o = new_args(NULL, NULL);
+
+    put(o, "actions", json_object_new_array());
+    return o;
+}
+
+static void put_action(struct json_object *args, const char *type, struct json_object *data)
+{
+    struct json_object *action = new_args("type", type);
+
+    put(action, "data", data);
+    (void)json_object_array_add(qmp_get(args, "actions"), action);
+}
+
+struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled)
+{
+    struct json_object *data = qmp_args_strings("node", b.node, "name", b.name, NULL);
+
+    if (granularity)
+        put(data, "granularity", json_object_new_int64((int64_t)granularity));
+    put(data, "persistent", json_object_new_boolean(persistent));
+    put(data, "disabled", json_object_new_boolean(disabled));
+    return data;
+}
+
+void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64_t granularity, bool persistent,
+                           bool disabled)
+{
+    put_action(args, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, granularity, persistent, disabled));
+}
+
+void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources,
+                             size_t nsources)
+{
+    struct json_object *data = qmp_args_strings("node", target.node, "target", target.name, NULL);
+    struct json_object *list = json_object_new_array();
+
+    for (size_t i = 0; i < nsources; i++)
+        (void)json_object_array_add(list, qmp_args_strings("node", sources[i].node, "name", sources[i].name, NULL));
+    put(data, "bitmaps", list);
+    put_action(args, "block-dirty-bitmap-merge", data);
+}
+
+void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b)
+{
+    put_action(args, "block-dirty-bitmap-remove", qmp_args_strings("node", b.node, "name", b.name, NULL));
+}
+
+/* -- exports ------------------------------------------------------------------------------------------------------- */
+
+struct json_object *qmp_args_nbd_server_start_fd(const char *fdname)
+{
+    struct json_object *o = new_args(NULL, NULL), *addr = new_args("type", "fd");
+
+    put(addr, "data", new_args("str", fdname));
+    put(o, "addr", addr);
+    /* We are the only client; a connection per disk and context is made at once, and the default is 100. */
+    put(o, "max-connections", json_object_new_int(0));
+    return o;
+}
+
+struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,
+                                        const struct qmp_bitmap *bitmaps, size_t nbitmaps)
+{
+    struct json_object *o = qmp_args_strings("type", "nbd", "id", id, "node-name", node, "name", name, NULL);
+
+    put(o, "writable", json_object_new_boolean(writable));
+    if (!writable)
+        put(o, "allocation-depth", json_object_new_boolean(true));
+    if (nbitmaps) {
+        struct json_object *list = json_object_new_array();
+
+        for (size_t i = 0; i < nbitmaps; i++)
+            (void)json_object_array_add(list, qmp_args_strings("node", bitmaps[i].node, "name", bitmaps[i].name, NULL));
+        put(o, "bitmaps", list);
+    }
+    return o;
+}
+
+struct json_object *qmp_args_export_del(const char *id)
+{
+    return qmp_args_strings("id", id, "mode", "hard", NULL);
+}
+
+struct json_object *qmp_args_query_named_block_nodes(void)
+{
+    struct json_object *o = new_args(NULL, NULL);
+
+    put(o, "flat", json_object_new_boolean(true)); /* without every backing image again below every node */
+    return o;
+}
+
+/* -- reading answers ----------------------------------------------------------------------------------------------- */
+
+struct json_object *qmp_get(struct json_object *o, const char *key)
+{
+    struct json_object *value = NULL;
+
+    if (!json_object_is_type(o, json_type_object) || !json_object_object_get_ex(o, key, &value))
+        return NULL;
+    return value;
+}
+
+const char *qmp_get_string(struct json_object *o, const char *key)
+{
+    struct json_object *value = qmp_get(o, key);
+
+    return json_object_is_type(value, json_type_string) ? json_object_get_string(value) : NULL;
+}
+
+int64_t qmp_get_int(struct json_object *o, const char *key)
+{
+    struct json_object *value = qmp_get(o, key);
+
+    return json_object_is_type(value, json_type_int) ? json_object_get_int64(value) : 0;
+}
+
+bool qmp_get_bool(struct json_object *o, const char *key)
+{
+    struct json_object *value = qmp_get(o, key);
+
+    return json_object_is_type(value, json_type_boolean) && json_object_get_boolean(value);
+}
+
+size_t qmp_array_length(struct json_object *a)
+{
+    return json_object_is_type(a, json_type_array) ? json_object_array_length(a) : 0;
+}

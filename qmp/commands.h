@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * commands: one builder of "arguments" for each QMP command that we use, so that QEMU's spelling stands in one place.
+ * Each returns a new object that the caller owns (and hands to qmp_call_start()), or NULL when memory ran out, which
+ * qmp_call_start() of a command that needs arguments turns into QEMU's own refusal. Any thread.
+ */
+#ifndef QPULL_QMP_COMMANDS_H
+#define QPULL_QMP_COMMANDS_H
+
+#include "qmp/base.h"
+
+#include <json-c/json.h>
+#include <stdbool.h>
+
+/* A dirty bitmap by the node that holds it. */
+struct qmp_bitmap {
+    const char *node, *name;
+};
+
+/* {KEY: value, …}: pairs of strings, ended by NULL. */
+struct json_object *qmp_args_strings(const char *key, ...);
+
+struct json_object *qmp_args_add_fd(const char *opaque);
+struct json_object *qmp_args_remove_fd(int64_t fdset_id);
+
+struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id);
+struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target, unsigned timeout_s);
+struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
+struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
+/* {"options": []}; entries are added by qmp_args_reopen_raw(). */
+struct json_object *qmp_args_reopen(void);
+void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file);
+struct json_object *qmp_args_qom_set_drive(const char *path, const char *node);
+
+/* {"actions": []}; entries are added by the qmp_action_* functions below. */
+struct json_object *qmp_args_transaction(void);
+void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
+void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources);
+void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
+struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
+
+struct json_object *qmp_args_nbd_server_start_fd(const char *fdname);
+struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,
+                                        const struct qmp_bitmap *bitmaps, size_t nbitmaps);
+struct json_object *qmp_args_export_del(const char *id);
+struct json_object *qmp_args_query_named_block_nodes(void);
+
+/* Reading answers: borrowed from o, or the default when the key is not there or of another type. o may be NULL. */
+struct json_object *qmp_get(struct json_object *o, const char *key);
+const char *qmp_get_string(struct json_object *o, const char *key); /* NULL */
+int64_t qmp_get_int(struct json_object *o, const char *key);        /* 0 */
+bool qmp_get_bool(struct json_object *o, const char *key);          /* false */
+size_t qmp_array_length(struct json_object *a);                     /* 0 when a is no array */
+
+#endif
