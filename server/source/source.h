@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * source: where the frozen bytes of one disk come from. An interface {size, read, close}; source/memory serves tests,
+ * source/nbd is a libnbd client of QEMU's private export. A source knows no session and no QMP, and it does not log.
+ *
+ * Loop thread only. Owned by the session; a connection borrows it while the session is up. A read's buffer belongs to
+ * the caller and must stay until its callback.
+ */
+#ifndef QPULL_SOURCE_SOURCE_H
+#define QPULL_SOURCE_SOURCE_H
+
+#include "qmp/base.h"
+
+#include <errno.h>
+
+struct source;
+struct source_read;
+
+/* err: 0, or negative errno (-EIO: the snapshot is lost or QEMU failed the read; -ECANCELED: the source is closing).
+ * The struct may be reused or freed from within. */
+typedef void (*source_read_cb)(struct source_read *r, int err);
+
+struct source_read {
+    uint64_t offset; /* bytes; offset + length <= size */
+    size_t length;   /* bytes, > 0 */
+    void *buffer;    /* borrowed from the caller until cb */
+    source_read_cb cb;
+    void *arg; /* the caller's */
+    /* private to the source */
+    struct source_read *next, *prev;
+    size_t issued;     /* bytes asked for upstream so far */
+    unsigned npending; /* pieces asked for and not answered */
+    int err;
+};
+
+typedef void (*source_close_cb)(void *arg);
+/* Told once, when the source can serve no more reads; those in flight are answered with -EIO before. Not after
+ * source_close(). */
+typedef void (*source_lost_cb)(void *arg, const struct failure *why);
+
+struct source_ops {
+    int (*read)(struct source *s, struct source_read *r);
+    void (*close)(struct source *s, source_close_cb cb, void *arg);
+};
+
+struct source {
+    const struct source_ops *ops;
+    uint64_t size; /* bytes */
+};
+
+/* 0: r->cb comes exactly once, later, never from inside this call. Negative (-ENOTCONN: lost or closing, -ENOMEM,
+ * -EINVAL: out of range): it never comes. */
+static inline int source_read(struct source *s, struct source_read *r)
+{
+    if (r->length == 0 || r->offset > s->size || r->length > s->size - r->offset)
+        return -EINVAL;
+    return s->ops->read(s, r);
+}
+
+/* Answers what is in flight (-ECANCELED where it did not finish), then frees the source; cb (may be NULL) comes later,
+ * as the last touch. */
+static inline void source_close(struct source *s, source_close_cb cb, void *arg)
+{
+    s->ops->close(s, cb, arg);
+}
+
+#endif
