@@ -1,0 +1,444 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "backup/disks.h"
+
+#include "backup/names.h"
+#include "qmp/commands.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+
+static const struct {
+    const char *name, *text;
+} reasons[] = {
+    [REASON_NONE] = {"NONE", "usable"},
+    [REASON_NO_SUCH_CHECKPOINT] = {"NO_SUCH_CHECKPOINT", "no bitmap of that name on this disk"},
+    [REASON_INCONSISTENT] = {"INCONSISTENT", "QEMU stopped uncleanly, the record has holes; delete it and start from a full backup"},
+    [REASON_GAP] = {"GAP", "a layer of the image has no record of that name, changes in it are not known"},
+    [REASON_RESIZED] = {"RESIZED", "the disk has another size than when the record began"},
+    [REASON_NOT_TRACKED] = {"NOT_TRACKED", "the image format keeps no bitmaps"},
+    [REASON_BUSY] = {"BUSY", "the bitmap is in use by another operation, or does not record"},
+};
+static_assert(ARRAY_SIZE(reasons) == REASON_BUSY + 1, "every reason has a name and a text");
+
+const char *reason_name(enum reason r)
+{
+    return reasons[r].name;
+}
+
+const char *reason_text(enum reason r)
+{
+    return reasons[r].text;
+}
+
+/* -- the graph ----------------------------------------------------------------------------------------------------- */
+
+static struct json_object *graph_node_by(struct json_object *graph, const char *name, int64_t id)
+{
+    struct json_object *nodes = qmp_get(graph, "nodes");
+
+    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
+        struct json_object *n = json_object_array_get_idx(nodes, i);
+        const char *type = qmp_get_string(n, "type"), *n_name = qmp_get_string(n, "name");
+
+        if (!type || strcmp(type, "block-driver") != 0 || !n_name)
+            continue;
+        if (name ? strcmp(n_name, name) == 0 : qmp_get_int(n, "id") == id)
+            return n;
+    }
+    return NULL;
+}
+
+const char *graph_child(struct json_object *graph, const char *node, const char *role)
+{
+    struct json_object *parent = graph_node_by(graph, node, 0), *edges = qmp_get(graph, "edges");
+
+    for (size_t i = 0; parent && i < qmp_array_length(edges); i++) {
+        struct json_object *e = json_object_array_get_idx(edges, i);
+        const char *name = qmp_get_string(e, "name");
+
+        if (name && strcmp(name, role) == 0 && qmp_get_int(e, "parent") == qmp_get_int(parent, "id"))
+            return qmp_get_string(graph_node_by(graph, NULL, qmp_get_int(e, "child")), "name");
+    }
+    return NULL;
+}
+
+/* A graph that goes in circles is not QEMU's; this bounds the walk all the same. */
+#define GRAPH_MAX_DEPTH 256
+
+const char *graph_first_foreign(struct json_object *graph, const char *node)
+{
+    for (unsigned i = 0; node && names_is_ours(node); i++)
+        node = i < GRAPH_MAX_DEPTH ? graph_child(graph, node, "file") : NULL;
+    return node;
+}
+
+char *qdev_to_qom_path(const char *qdev)
+{
+    char *path = NULL;
+
+    if (qdev[0] == '/')
+        return strdup(qdev);
+    return asprintf(&path, "/machine/peripheral/%s", qdev) < 0 ? NULL : path;
+}
+
+/* -- nodes and layers ---------------------------------------------------------------------------------------------- */
+
+static struct json_object *find_named(struct json_object *named, const char *node)
+{
+    for (size_t i = 0; node && i < qmp_array_length(named); i++) {
+        struct json_object *n = json_object_array_get_idx(named, i);
+        const char *name = qmp_get_string(n, "node-name");
+
+        if (name && strcmp(name, node) == 0)
+            return n;
+    }
+    return NULL;
+}
+
+/* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
+static bool is_plain_filter(const char *driver)
+{
+    static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate"};
+
+    for (size_t i = 0; driver && i < ARRAY_SIZE(filters); i++) {
+        if (strcmp(driver, filters[i]) == 0)
+            return true;
+    }
+    return false;
+}
+
+static const char *see_through(struct json_object *named, struct json_object *graph, const char *node)
+{
+    for (unsigned i = 0; node && i < GRAPH_MAX_DEPTH; i++) {
+        if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(find_named(named, node), "drv")))
+            return node;
+        node = graph_child(graph, node, "file");
+    }
+    return NULL;
+}
+
+static struct json_object *find_bitmap(struct json_object *named_node, const char *name)
+{
+    struct json_object *bitmaps = qmp_get(named_node, "dirty-bitmaps");
+
+    for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
+        struct json_object *b = json_object_array_get_idx(bitmaps, i);
+        const char *b_name = qmp_get_string(b, "name"); /* QEMU 7.2 lists nameless ones of its own, too */
+
+        if (b_name && strcmp(b_name, name) == 0)
+            return b;
+    }
+    return NULL;
+}
+
+static enum reason judge_bitmap(struct json_object *b)
+{
+    if (qmp_get_bool(b, "inconsistent"))
+        return REASON_INCONSISTENT;
+    if (!qmp_get_bool(b, "recording") || qmp_get_bool(b, "busy"))
+        return REASON_BUSY;
+    return REASON_NONE;
+}
+
+static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct json_object *bitmap)
+{
+    char **layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
+
+    if (!layers)
+        return -ENOMEM;
+    c->layers = layers;
+    if (!(c->layers[c->nlayers] = strdup(node)))
+        return -ENOMEM;
+    c->nlayers++;
+    c->dirty += (uint64_t)qmp_get_int(bitmap, "count");
+    c->granularity = MAX(c->granularity, (uint64_t)qmp_get_int(bitmap, "granularity"));
+    if (c->reason == REASON_NONE)
+        c->reason = judge_bitmap(bitmap);
+    return 0;
+}
+
+/*
+ * Walks the layers from the top for one name. The record is whole when the layers that have it are the top and, without
+ * a gap, those below it; a name that only a lower layer has misses all that was written since the upper one was made.
+ */
+static int judge_checkpoint(struct json_object *named, struct json_object *graph, const char *top, struct checkpoint *c)
+{
+    const char *node = top;
+    bool gap = false;
+
+    for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
+        struct json_object *bitmap = find_bitmap(find_named(named, node), c->name);
+        int r;
+
+        if (bitmap && gap)
+            c->reason = REASON_GAP;
+        if (bitmap && (r = checkpoint_add_layer(c, node, bitmap)) < 0)
+            return r;
+        gap |= !bitmap;
+        node = see_through(named, graph, graph_child(graph, node, "backing"));
+    }
+    c->dirty = MIN(c->dirty, INT64_MAX);
+    return 0;
+}
+
+static int compare_checkpoints(const void *a, const void *b)
+{
+    return strcmp(((const struct checkpoint *)a)->name, ((const struct checkpoint *)b)->name);
+}
+
+static int add_checkpoint(struct disk *d, const char *name)
+{
+    struct checkpoint *c;
+
+    if (disk_checkpoint(d, name))
+        return 0;
+    c = realloc(d->checkpoints, (d->ncheckpoints + 1) * sizeof(*c));
+    if (!c)
+        return -ENOMEM;
+    d->checkpoints = c;
+    c += d->ncheckpoints;
+    memset(c, 0, sizeof(*c));
+    if (!(c->name = strdup(name)))
+        return -ENOMEM;
+    d->ncheckpoints++;
+    return 0;
+}
+
+static int find_checkpoints(struct json_object *named, struct json_object *graph, struct disk *d)
+{
+    const char *node = d->top;
+    int r;
+
+    for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
+        struct json_object *bitmaps = qmp_get(find_named(named, node), "dirty-bitmaps");
+
+        for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
+            struct json_object *b = json_object_array_get_idx(bitmaps, i);
+            const char *name = qmp_get_string(b, "name");
+
+            /* A transient bitmap of somebody's job is no checkpoint: it would not outlive QEMU. */
+            if (!name || names_is_ours(name) || !qmp_get_bool(b, "persistent"))
+                continue;
+            if ((r = add_checkpoint(d, name)) < 0)
+                return r;
+        }
+        node = see_through(named, graph, graph_child(graph, node, "backing"));
+    }
+    for (size_t i = 0; i < d->ncheckpoints; i++) {
+        if ((r = judge_checkpoint(named, graph, d->top, &d->checkpoints[i])) < 0)
+            return r;
+    }
+    if (d->ncheckpoints)
+        qsort(d->checkpoints, d->ncheckpoints, sizeof(*d->checkpoints), compare_checkpoints);
+    return 0;
+}
+
+/* -- disks --------------------------------------------------------------------------------------------------------- */
+
+/* "/machine/peripheral/vda/virtio-backend" is known to its user as vda; a nameless device's path says nothing to anybody. */
+static char *name_of_qdev(const char *qdev)
+{
+    static const char prefix[] = "/machine/peripheral/";
+    const char *id = qdev;
+
+    if (strncmp(qdev, prefix, strlen(prefix)) == 0)
+        id = qdev + strlen(prefix);
+    else if (qdev[0] == '/')
+        return NULL;
+    return strndup(id, strcspn(id, "/"));
+}
+
+static char *choose_name(const struct disk_list *l, const char *qdev, const char *drive, const char *node)
+{
+    char *name = name_of_qdev(qdev), *longer = NULL;
+
+    if (!name && drive && *drive)
+        name = strdup(drive);
+    if (!name)
+        name = strdup(node);
+    if (!name || !disk_list_find(l, name))
+        return name;
+    if (asprintf(&longer, "%s-%s", name, node) < 0)
+        longer = NULL;
+    free(name);
+    return longer;
+}
+
+/* qcow2 v3 ("compat": "1.1") is the one format in QEMU that stores bitmaps. */
+static bool keeps_bitmaps(struct json_object *named_node)
+{
+    struct json_object *specific = qmp_get(qmp_get(named_node, "image"), "format-specific");
+    const char *type = qmp_get_string(specific, "type"), *compat = qmp_get_string(qmp_get(specific, "data"), "compat");
+
+    return type && strcmp(type, "qcow2") == 0 && compat && strcmp(compat, "0.10") != 0;
+}
+
+static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph, struct disk_list *l,
+                      struct disk *d)
+{
+    struct json_object *inserted = qmp_get(entry, "inserted"), *top_node;
+    const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
+
+    node = graph_first_foreign(graph, node);
+    if (!node)
+        return -EPROTO;
+    top_node = find_named(named, see_through(named, graph, node));
+    if (!top_node)
+        top_node = find_named(named, node);
+    if (!top_node)
+        return -EPROTO;
+    d->name = choose_name(l, qdev, qmp_get_string(entry, "device"), node);
+    d->qdev = strdup(qdev);
+    d->qom_path = qdev_to_qom_path(qdev);
+    d->node = strdup(node);
+    d->top = strdup(qmp_get_string(top_node, "node-name"));
+    d->format = strdup(qmp_get_string(top_node, "drv") ?: "unknown");
+    d->size = (uint64_t)qmp_get_int(qmp_get(find_named(named, node), "image"), "virtual-size");
+    d->tracked = keeps_bitmaps(top_node);
+    if (!d->name || !d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
+        return -ENOMEM;
+    return find_checkpoints(named, graph, d);
+}
+
+static void disk_done(struct disk *d)
+{
+    for (size_t i = 0; i < d->ncheckpoints; i++) {
+        for (size_t k = 0; k < d->checkpoints[i].nlayers; k++)
+            free(d->checkpoints[i].layers[k]);
+        free(d->checkpoints[i].layers);
+        free(d->checkpoints[i].name);
+    }
+    free(d->checkpoints);
+    free(d->name);
+    free(d->qdev);
+    free(d->qom_path);
+    free(d->node);
+    free(d->top);
+    free(d->format);
+}
+
+void disk_list_free(struct disk_list *l)
+{
+    if (!l)
+        return;
+    for (size_t i = 0; i < l->ndisks; i++)
+        disk_done(&l->disks[i]);
+    free(l->disks);
+    free(l);
+}
+
+void disk_list_truncate(struct disk_list *l, size_t n)
+{
+    while (l->ndisks > n)
+        disk_done(&l->disks[--l->ndisks]);
+}
+
+static void disk_list_freep(struct disk_list **l)
+{
+    disk_list_free(*l);
+}
+
+/* Writable devices with a medium; what has no device ("qdev") is nobody's disk. */
+static bool takes_part(struct json_object *entry)
+{
+    struct json_object *inserted = qmp_get(entry, "inserted");
+
+    return inserted && qmp_get_string(entry, "qdev") && qmp_get_string(inserted, "node-name") && !qmp_get_bool(inserted, "ro");
+}
+
+int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,
+                    struct disk_list **ret_list, struct failure *f)
+{
+    _cleanup_(disk_list_freep) struct disk_list *l = calloc(1, sizeof(*l));
+    size_t n = qmp_array_length(query_block);
+
+    if (!l || !(l->disks = calloc(n + 1, sizeof(*l->disks))))
+        return failure_set(f, -ENOMEM, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        struct json_object *entry = json_object_array_get_idx(query_block, i);
+        int r;
+
+        if (!takes_part(entry))
+            continue;
+        if (l->ndisks >= NAMES_MAX_DISKS)
+            return failure_set(f, -E2BIG, "more than %d disks", NAMES_MAX_DISKS);
+        r = parse_disk(entry, named_nodes, graph, l, &l->disks[l->ndisks]);
+        l->ndisks++;
+        if (r < 0)
+            return failure_set(f, r, "QEMU's answer about device '%s' is not understood: its node is in no list",
+                               qmp_get_string(entry, "qdev"));
+    }
+    *ret_list = TAKE_PTR(l);
+    return 0;
+}
+
+const struct disk *disk_list_find(const struct disk_list *l, const char *name)
+{
+    for (size_t i = 0; i < l->ndisks; i++) {
+        if (l->disks[i].name && strcmp(l->disks[i].name, name) == 0)
+            return &l->disks[i];
+    }
+    return NULL;
+}
+
+const struct checkpoint *disk_checkpoint(const struct disk *d, const char *name)
+{
+    for (size_t i = 0; i < d->ncheckpoints; i++) {
+        if (strcmp(d->checkpoints[i].name, name) == 0)
+            return &d->checkpoints[i];
+    }
+    return NULL;
+}
+
+static int copy_checkpoint(struct checkpoint *to, const struct checkpoint *from)
+{
+    *to = *from;
+    to->nlayers = 0;
+    to->name = strdup(from->name);
+    to->layers = calloc(from->nlayers + 1, sizeof(*to->layers));
+    if (!to->name || !to->layers)
+        return -ENOMEM;
+    for (; to->nlayers < from->nlayers; to->nlayers++) {
+        if (!(to->layers[to->nlayers] = strdup(from->layers[to->nlayers])))
+            return -ENOMEM;
+    }
+    return 0;
+}
+
+static int copy_disk(struct disk *to, const struct disk *from)
+{
+    *to = *from;
+    to->ncheckpoints = 0;
+    to->name = strdup(from->name);
+    to->qdev = strdup(from->qdev);
+    to->qom_path = strdup(from->qom_path);
+    to->node = strdup(from->node);
+    to->top = strdup(from->top);
+    to->format = strdup(from->format);
+    to->checkpoints = calloc(from->ncheckpoints + 1, sizeof(*to->checkpoints));
+    if (!to->name || !to->qdev || !to->qom_path || !to->node || !to->top || !to->format || !to->checkpoints)
+        return -ENOMEM;
+    while (to->ncheckpoints < from->ncheckpoints) {
+        size_t i = to->ncheckpoints++;
+
+        if (copy_checkpoint(&to->checkpoints[i], &from->checkpoints[i]) < 0)
+            return -ENOMEM;
+    }
+    return 0;
+}
+
+struct disk_list *disk_list_copy(const struct disk_list *l)
+{
+    _cleanup_(disk_list_freep) struct disk_list *copy = calloc(1, sizeof(*copy));
+
+    if (!copy || !(copy->disks = calloc(l->ndisks + 1, sizeof(*copy->disks))))
+        return NULL;
+    while (copy->ndisks < l->ndisks) {
+        size_t i = copy->ndisks++;
+
+        if (copy_disk(&copy->disks[i], &l->disks[i]) < 0)
+            return NULL;
+    }
+    return TAKE_PTR(copy);
+}

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * disks: what a QEMU says about its disks and their checkpoints, read out of query-block, query-named-block-nodes and
+ * x-debug-query-block-graph. A snapshot of knowledge: asked anew whenever it matters. No I/O here. Any one thread.
+ */
+#ifndef QPULL_BACKUP_DISKS_H
+#define QPULL_BACKUP_DISKS_H
+
+#include "qmp/base.h"
+
+#include <json-c/json.h>
+#include <stdbool.h>
+
+/* Why a checkpoint's record on one disk cannot carry an incremental; the names are the contract's. */
+enum reason {
+    REASON_NONE, /* usable */
+    REASON_NO_SUCH_CHECKPOINT,
+    REASON_INCONSISTENT, /* unclean stop of QEMU */
+    REASON_GAP,          /* a layer of the image without the record */
+    REASON_RESIZED,
+    REASON_NOT_TRACKED, /* the format keeps no bitmaps */
+    REASON_BUSY,        /* in use by another operation, or not recording */
+};
+const char *reason_name(enum reason r); /* "NONE" for usable */
+/* One sentence for people. */
+const char *reason_text(enum reason r);
+
+struct checkpoint {
+    char *name; /* owned */
+    enum reason reason;
+    uint64_t granularity; /* bytes */
+    uint64_t dirty;       /* bytes changed since, upper bound */
+    size_t nlayers;
+    char **layers; /* owned: nodes that hold a bitmap of this name, top first; the whole record only if usable */
+};
+
+struct disk {
+    char *name;     /* owned: qdev id, else drive id, else node name */
+    char *qdev;     /* owned: as query-block says it */
+    char *qom_path; /* owned: absolute, for qom-set */
+    char *node;     /* owned: the device's root node; the filters of a session go on top of it */
+    char *top;      /* owned: the first node below filters of others (throttle, …): its bitmaps are the checkpoints */
+    char *format;   /* owned: driver of top, e.g. "qcow2" */
+    uint64_t size;  /* bytes */
+    bool tracked;   /* can keep a checkpoint over a restart */
+    bool iothread;  /* its I/O runs in an iothread, as far as QEMU tells */
+    size_t ncheckpoints;
+    struct checkpoint *checkpoints; /* owned, by name */
+};
+
+struct disk_list {
+    size_t ndisks;
+    struct disk *disks; /* owned, in QEMU's order */
+};
+
+/*
+ * Reads the three answers (borrowed). Writable devices with a medium count; names are unique ("vda", else the node name is added).
+ * Nodes of ours (backup/names) are seen through: a disk under a session is shown with its own node. -EPROTO, -ENOMEM.
+ */
+int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,
+                    struct disk_list **ret_list, struct failure *f);
+void disk_list_free(struct disk_list *l); /* NULL is fine */
+
+/* Keeps the first n disks. */
+void disk_list_truncate(struct disk_list *l, size_t n);
+/* A copy of its own, e.g. for a session. NULL: out of memory. */
+struct disk_list *disk_list_copy(const struct disk_list *l);
+
+const struct disk *disk_list_find(const struct disk_list *l, const char *name);
+const struct checkpoint *disk_checkpoint(const struct disk *d, const char *name); /* NULL: none of that name */
+
+/*
+ * x-debug-query-block-graph, asked by name: the child of `node` in that role ("file", "backing", "target", …), or NULL.
+ * Borrowed from graph.
+ */
+const char *graph_child(struct json_object *graph, const char *node, const char *role);
+/* Below `node` along "file": the first node that is not ours; `node` itself if it is not. NULL: there is none. */
+const char *graph_first_foreign(struct json_object *graph, const char *node);
+/* The absolute QOM path of query-block's "qdev". Owned by the caller; NULL: out of memory. */
+char *qdev_to_qom_path(const char *qdev);
+
+#endif

@@ -1,0 +1,361 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The frozen maps of a session: read once when it goes up, one more when somebody asks later, and corrected where QEMU's own answer
+ * cannot be trusted. Block status of a frozen node is not frozen in QEMU (untouched areas are asked of the live node), so
+ * nothing is asked twice.
+ */
+#include "backup/steps.h"
+#include "qmp/commands.h"
+
+#include <errno.h>
+#include <stdio.h>
+
+#define DIRTY_CONTEXT "qemu:dirty-bitmap:"
+#define ALLOCATION_CONTEXT "base:allocation"
+#define DEPTH_CONTEXT "qemu:allocation-depth"
+#define DEPTH_TOP 1 /* allocated in the top layer (QEMU, docs/interop/nbd.txt) */
+
+struct map_job {
+    struct session *session; /* borrowed */
+    unsigned disk;
+    char *context; /* owned: as clients know it */
+    struct source_nbd_map *reading;
+};
+
+static void on_map(void *arg, struct map *map, const struct failure *f)
+{
+    struct map_job *job = arg;
+    struct session *s = job->session;
+    struct failure mine = {0};
+
+    if (!f && session_add_map(s, job->disk, job->context, map) < 0) {
+        (void)failure_set(&mine, -ENOMEM, "out of memory for a map");
+        f = &mine;
+    }
+    free(job->context);
+    free(job);
+    session_one_done(s, f);
+}
+
+static void start_map(struct session *s, unsigned disk, const char *context, const char *upstream)
+{
+    struct map_job *job = calloc(1, sizeof(*job));
+    char export[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = s->rig.server_address,
+        .export_name = names_make(export, s->rig.id, NAMES_EXPORT, disk),
+        .timeout_ms = s->rig.timeout_ms,
+    };
+    int r = -ENOMEM;
+
+    if (job && (job->context = strdup(context))) {
+        job->session = s;
+        job->disk = disk;
+        r = source_nbd_map(s->rig.loop, &config, upstream, on_map, job, &job->reading);
+    }
+    if (r == 0) {
+        s->npending++;
+        return;
+    }
+    (void)failure_set(&s->step_failure, r, "cannot read the map '%s': %s", context, strerror(-r));
+    if (job)
+        free(job->context);
+    free(job);
+}
+
+int step_read_maps(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        start_map(s, i, ALLOCATION_CONTEXT, ALLOCATION_CONTEXT);
+        start_map(s, i, DEPTH_CONTEXT, DEPTH_CONTEXT);
+        for (unsigned k = 0; k < s->nsince; k++) {
+            _cleanup_free_ char *context = NULL;
+            char name[NAMES_SIZE], upstream[sizeof(DIRTY_CONTEXT) + NAMES_SIZE];
+
+            if (!session_usable_since(s, i, s->since[k]))
+                continue;
+            (void)snprintf(upstream, sizeof(upstream), DIRTY_CONTEXT "%s", names_make(name, s->rig.id, NAMES_SINCE, k));
+            if (asprintf(&context, DIRTY_CONTEXT "%s", s->since[k]) < 0)
+                return -ENOMEM;
+            start_map(s, i, context, upstream);
+        }
+    }
+    return s->npending ? 0 : failure_copy(f, &s->step_failure);
+}
+
+/* -- one more map -------------------------------------------------------------------------------------------------- */
+
+/*
+ * A bitmap cannot join an export that stands, so a second export of the same frozen node carries it for as long as it is
+ * read. The walk goes up this little table and down again for each ask.
+ */
+static struct session *session_of_late(struct seq *q)
+{
+    return container_of(rig_of_seq(q), struct session, late);
+}
+
+static int late_merge_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_late(q);
+    const struct session_ask *a = s->asks;
+    struct json_object *args = qmp_args_transaction(); /* it drains: writes in flight are in the record before it is read */
+    char access[NAMES_SIZE], late[NAMES_SIZE], cbw[NAMES_SIZE], written[NAMES_SIZE];
+    struct qmp_bitmap target = {names_make(access, s->rig.id, NAMES_ACCESS, a->disk), names_make(late, s->rig.id, NAMES_LATE, 0)};
+
+    if (a->since) {
+        const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
+
+        qmp_action_bitmap_add(args, target, c ? c->granularity : 0, false, true);
+        for (size_t l = 0; c && l < c->nlayers; l++) {
+            struct qmp_bitmap source = {c->layers[l], c->name};
+
+            qmp_action_bitmap_merge(args, target, &source, 1);
+        }
+    } else {
+        struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, a->disk), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+
+        qmp_action_bitmap_add(args, target, COPY_CLUSTER, false, true);
+        qmp_action_bitmap_merge(args, target, &source, 1);
+    }
+    calls_add(&s->late.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    return rig_wait(&s->late, f);
+}
+
+static int late_export_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_late(q);
+    char access[NAMES_SIZE], late[NAMES_SIZE];
+    struct qmp_bitmap b = {names_make(access, s->rig.id, NAMES_ACCESS, s->asks->disk), names_make(late, s->rig.id, NAMES_LATE, 0)};
+
+    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, access, late, false, &b, 1), QMP_NO_FD, 0, NULL);
+    return rig_wait(&s->late, f);
+}
+
+static void on_late_map(void *arg, struct map *map, const struct failure *f)
+{
+    struct session *s = arg;
+
+    s->late_reading = NULL;
+    s->late_map = map;
+    seq_done(&s->late.seq, f);
+}
+
+static int late_read_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_late(q);
+    char name[NAMES_SIZE], context[sizeof(DIRTY_CONTEXT) + NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = s->rig.server_address,
+        .export_name = names_make(name, s->rig.id, NAMES_LATE, 0),
+        .timeout_ms = s->rig.timeout_ms,
+    };
+
+    (void)snprintf(context, sizeof(context), DIRTY_CONTEXT "%s", name);
+    return source_nbd_map(s->rig.loop, &config, context, on_late_map, s, &s->late_reading);
+}
+
+static const struct seq_step late_steps[] = {
+    {"merge the record", late_merge_up, rig_no_bitmaps, NULL},
+    {"add an export for the map", late_export_up, rig_no_exports, NULL},
+    {"read the map", late_read_up, NULL, NULL},
+};
+
+static void on_late_top(struct seq *q)
+{
+    seq_stop(q, false);
+}
+
+static void on_late_failed(struct seq *q, const struct failure *why)
+{
+    (void)failure_copy(&session_of_late(q)->ask_failure, why);
+    seq_stop(q, false);
+}
+
+static void on_late_end(struct seq *q, const struct failure *problems)
+{
+    struct session *s = session_of_late(q);
+    struct session_ask *a = s->asks;
+    struct map *map = TAKE_PTR(s->late_map);
+    struct failure f = s->ask_failure;
+    _cleanup_free_ char *context = NULL;
+
+    rig_done(&s->late);
+    s->late_running = false;
+    memset(&s->ask_failure, 0, sizeof(s->ask_failure));
+    if (problems->err)
+        (void)failure_copy(&s->problems, problems);
+    if (!f.err && !map)
+        (void)failure_set(&f, -ECANCELED, "the session ends");
+    if (!f.err && a->since) {
+        if (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 || session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0)
+            (void)failure_set(&f, -ENOMEM, "out of memory for a map");
+    } else if (!f.err) {
+        s->late_map = TAKE_PTR(map); /* the correction's: it takes it in its callback */
+    }
+    map_free(map);
+    s->asks = a->next;
+    free(TAKE_PTR(a->since));
+    a->session = NULL;
+    if (a->cb)
+        a->cb(a, f.err ? &f : NULL);
+    map_free(TAKE_PTR(s->late_map));
+    session_late_next(s);
+    session_late_idle(s);
+}
+
+static const struct seq_ops late_ops = {
+    .on_top = on_late_top,
+    .on_failed = on_late_failed,
+    .on_end = on_late_end,
+};
+
+static void start_late(struct session *s)
+{
+    struct rig_config config = {
+        .loop = s->rig.loop,
+        .qmp = s->rig.qmp,
+        .id = s->rig.id,
+        .ndisks = s->rig.ndisks,
+        .timeout_ms = s->rig.timeout_ms,
+        .server_socket = s->rig.server_socket,
+        .server_dir = s->rig.server_dir,
+    };
+
+    s->late_running = true;
+    (void)rig_init(&s->late, &config, late_steps, ARRAY_SIZE(late_steps), &late_ops); /* only a timer: cannot fail */
+    s->late.only_export = s->late.only_bitmap = NAMES_LATE;
+    seq_start(&s->late.seq);
+}
+
+static int push_ask(struct session *s, struct session_ask *a)
+{
+    struct session_ask **tail = &s->asks;
+
+    a->session = s;
+    a->next = NULL;
+    while (*tail)
+        tail = &(*tail)->next;
+    *tail = a;
+    if (!s->late_running)
+        start_late(s);
+    return 0;
+}
+
+int session_ask_start(struct session *s, struct session_ask *a, const char *disk, const char *since,
+                      void (*cb)(struct session_ask *a, const struct failure *f))
+{
+    if (s->status != SESSION_UP || s->failed)
+        return -ENOTCONN;
+    memset(a, 0, sizeof(*a));
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (strcmp(s->disks[i].disk->name, disk) != 0)
+            continue;
+        if (!session_usable_since(s, i, since))
+            return -ENOENT;
+        a->cb = cb;
+        a->disk = i;
+        a->since = strdup(since);
+        return a->since ? push_ask(s, a) : -ENOMEM;
+    }
+    return -ENOENT;
+}
+
+/* The one under way cannot leave the queue: a stand-in takes its place. */
+void session_ask_forget(struct session_ask *a)
+{
+    struct session *s = a->session;
+    struct session_ask **p;
+
+    if (!s)
+        return;
+    for (p = &s->asks; *p != a; p = &(*p)->next)
+        ;
+    a->session = NULL;
+    if (p != &s->asks) {
+        *p = a->next;
+        free(TAKE_PTR(a->since));
+        return;
+    }
+    s->stand_in = *a;
+    s->stand_in.cb = NULL;
+    s->stand_in.session = s;
+    a->since = NULL;
+    *p = &s->stand_in;
+}
+
+void session_late_next(struct session *s)
+{
+    if (s->asks && !s->late_running)
+        start_late(s);
+}
+
+void session_late_cancel(struct session *s)
+{
+    struct failure f = {0};
+    struct session_ask *waiting = s->asks ? TAKE_PTR(s->asks->next) : NULL;
+
+    (void)failure_set(&f, -ECANCELED, "the session ends");
+    while (waiting) {
+        struct session_ask *a = waiting;
+
+        waiting = a->next;
+        free(TAKE_PTR(a->since));
+        a->session = NULL;
+        a->cb(a, &f);
+    }
+    if (s->late_running)
+        seq_stop(&s->late.seq, false);
+}
+
+/* -- correcting the allocation map --------------------------------------------------------------------------------- */
+
+static int overlay(struct session *s, unsigned disk, const char *context, uint64_t value)
+{
+    const struct map *map = session_map(s, s->disks[disk].disk->name, context);
+    struct map *corrected = NULL;
+    int r = map_overlay(map, s->late_map, value, &corrected);
+
+    return r < 0 ? r : session_add_map(s, disk, context, corrected);
+}
+
+static void on_written(struct session_ask *a, const struct failure *f)
+{
+    struct session *s = container_of(a, struct session, written);
+    struct failure mine = {0};
+    int r = 0;
+
+    if (!f) {
+        r = overlay(s, s->correcting, ALLOCATION_CONTEXT, 0);
+        if (r == 0)
+            r = overlay(s, s->correcting, DEPTH_CONTEXT, DEPTH_TOP);
+    }
+    if (r < 0) {
+        (void)failure_set(&mine, r, "cannot correct the allocation map: %s", strerror(-r));
+        f = &mine;
+    }
+    if (f || ++s->correcting == s->rig.ndisks) {
+        s->correcting = 0;
+        seq_done(&s->rig.seq, f);
+        return;
+    }
+    s->written.disk = s->correcting;
+    (void)push_ask(s, &s->written);
+}
+
+/*
+ * On QEMU 7.0-7.2 block status, like reads, takes the live disk's word in ranges that cross from a copied into an uncopied
+ * cluster. What the guest wrote since the freeze is known from the bitmap on the cbw node: there the map says "data".
+ */
+int step_correct_maps(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    if (!s->narrow_reads)
+        return SEQ_DONE;
+    memset(&s->written, 0, sizeof(s->written));
+    s->written.cb = on_written;
+    s->correcting = 0;
+    return push_ask(s, &s->written);
+}

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * rig: what we build in a QEMU, and how each kind of thing is made absent again. A session, the self-test and the sweep each embed one;
+ * they differ in the table of steps they walk, and share these step functions, most of them undo functions.
+ *
+ * Everything is found by name (backup/names): "make it absent" deletes first and looks only when QEMU refuses, so that an
+ * object that was never there, or went by itself, is no failure. Loop thread only.
+ */
+#ifndef QPULL_BACKUP_RIG_H
+#define QPULL_BACKUP_RIG_H
+
+#include "backup/calls.h"
+#include "backup/names.h"
+#include "backup/seq.h"
+
+#include <json-c/json.h>
+
+struct rig {
+    struct seq seq;
+    struct calls calls;     /* of the step under way */
+    uv_loop_t *loop;        /* borrowed */
+    struct qmp_client *qmp; /* borrowed */
+    char id[NAMES_ID_SIZE];
+    unsigned ndisks; /* names are numbered from 0 to ndisks - 1 */
+    unsigned timeout_ms;
+    /*
+     * The NBD server in QEMU listens on a socket that we made and passed by fd. Its file is also the durable note that a server
+     * is ours: whoever is let in through it talks to a QEMU that holds our socket (rig_server_down).
+     */
+    const char *server_socket; /* borrowed: file name in server_dir */
+    int server_dir;            /* borrowed: O_PATH descriptor, keeps the address short enough for sun_path */
+    char server_address[108];
+    enum { SERVER_ABSENT, SERVER_UNKNOWN, SERVER_OURS } server;
+    int listen_fd; /* until QEMU has it */
+    /* Narrows two undo functions to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
+    enum names_kind only_export, only_bitmap;
+    /* private: of the step function under way */
+    struct failure first;
+    const enum names_kind *kinds;
+    unsigned nkinds;
+    bool found, event_seen, event_wanted;
+    struct qmp_watch watch;
+    struct json_object *answers[3]; /* owned */
+    uv_work_t work;
+    void (*work_fn)(struct rig *r), (*work_after)(struct rig *r);
+    struct failure work_failure;
+};
+
+struct rig_config {
+    uv_loop_t *loop;
+    struct qmp_client *qmp;
+    const char *id;
+    unsigned ndisks, timeout_ms;
+    const char *server_socket;
+    int server_dir;
+};
+
+/* config is borrowed for the call, what it points to for the rig's life (id is copied). */
+int rig_init(struct rig *r, const struct rig_config *config, const struct seq_step *steps, unsigned nsteps,
+             const struct seq_ops *ops);
+/* Frees what the rig itself holds, in or after on_end. */
+void rig_done(struct rig *r);
+
+static inline struct rig *rig_of_seq(struct seq *s)
+{
+    return container_of(s, struct rig, seq);
+}
+
+static inline struct rig *rig_of_calls(struct calls *c)
+{
+    return container_of(c, struct rig, calls);
+}
+
+/*
+ * Asks QEMU for query-block, query-named-block-nodes and x-debug-query-block-graph at once; on success r->answers holds them until the
+ * next step function or rig_done(). Returns as calls_wait() does.
+ */
+int rig_ask_graph(struct rig *r, calls_done_cb done, struct failure *f);
+void rig_drop_answers(struct rig *r);
+
+/* For step functions that only send: waits for rig->calls and ends the step. */
+int rig_wait(struct rig *r, struct failure *f);
+/* A calls_done_cb that ends the step. */
+void rig_step_done(struct calls *c, const struct failure *f);
+
+/* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
+int rig_no_exports(struct seq *s, struct failure *f);       /* waits until QEMU says they are gone */
+int rig_no_access(struct seq *s, struct failure *f);        /* snapshot-access nodes */
+int rig_detach(struct seq *s, struct failure *f);           /* no device has a node of ours as its root */
+int rig_no_passthroughs(struct seq *s, struct failure *f);  /* cut and pre nodes */
+int rig_no_cbw(struct seq *s, struct failure *f);
+int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
+int rig_no_fds(struct seq *s, struct failure *f);
+int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours that are left on any node */
+
+/* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into r->work_failure. */
+int rig_work(struct rig *r, void (*work)(struct rig *r), void (*after)(struct rig *r), struct failure *f);
+
+/* -- the NBD server ------------------------------------------------------------------------------------------------ */
+int rig_server_up(struct seq *s, struct failure *f);
+int rig_server_down(struct seq *s, struct failure *f);
+
+#endif

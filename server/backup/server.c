@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The NBD server inside QEMU, as a rig's step: one for each process of QEMU, so it is started for a session and stopped after it. A
+ * server of somebody else makes the step fail and is left alone.
+ */
+#include "backup/rig.h"
+#include "qmp/commands.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static int make_address(const struct rig *r, struct sockaddr_un *sa)
+{
+    memset(sa, 0, sizeof(*sa));
+    sa->sun_family = AF_UNIX;
+    if (strlen(r->server_address) >= sizeof(sa->sun_path))
+        return -ENAMETOOLONG;
+    (void)strncat(sa->sun_path, r->server_address, sizeof(sa->sun_path) - 1);
+    return 0;
+}
+
+/* In a worker thread: the state directory may be on a slow disk. */
+static void make_listener(struct rig *r)
+{
+    struct sockaddr_un sa;
+    int fd = -1, err = make_address(r, &sa);
+
+    if (err == 0) {
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        (void)unlinkat(r->server_dir, r->server_socket, 0);
+        /* fchmod() before bind() sets the mode that the file is born with. 128: all connections of many disks are made at once. */
+        if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(fd, 128) < 0)
+            err = -errno;
+    }
+    if (err < 0) {
+        (void)failure_set(&r->work_failure, err, "cannot make the socket '%s' in the state directory: %s", r->server_socket, strerror(-err));
+        if (fd >= 0)
+            (void)close(fd);
+        return;
+    }
+    r->listen_fd = fd;
+}
+
+static int on_started(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    rig_of_calls(c)->server = SERVER_OURS;
+    return 0;
+}
+
+static void on_start_done(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure worded = {0};
+
+    (void)close(r->listen_fd);
+    r->listen_fd = -1;
+    if (f && f->err == -EREMOTEIO)
+        r->server = SERVER_UNKNOWN; /* refused, but the descriptor may still be in QEMU's hands */
+    if (f && strstr(f->text, "already running")) {
+        (void)failure_set(&worded, -EBUSY,
+                          "the NBD server of this QEMU is in use by somebody else, and QEMU has only one; stop it (nbd-server-stop) or try again later");
+        f = &worded;
+    }
+    seq_done(&r->seq, f);
+}
+
+static void after_listener(struct rig *r)
+{
+    struct failure f = {0};
+    char name[NAMES_SIZE];
+    int result;
+
+    if (r->work_failure.err) {
+        seq_done(&r->seq, &r->work_failure);
+        return;
+    }
+    names_make(name, r->id, NAMES_SERVER, 0);
+    r->server = SERVER_UNKNOWN;
+    calls_add(&r->calls, "getfd", qmp_args_strings("fdname", name, NULL), r->listen_fd, 0, NULL);
+    calls_add(&r->calls, "nbd-server-start", qmp_args_nbd_server_start_fd(name), QMP_NO_FD, 0, on_started);
+    result = calls_wait(&r->calls, on_start_done, &f);
+    if (result < 0)
+        seq_done(&r->seq, &f);
+}
+
+int rig_server_up(struct seq *s, struct failure *f)
+{
+    return rig_work(rig_of_seq(s), make_listener, after_listener, f);
+}
+
+/* Whether somebody, and that can only be QEMU, still holds our listening socket. */
+static bool is_held(const struct rig *r)
+{
+    struct sockaddr_un sa;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    bool held = false;
+
+    if (fd >= 0 && make_address(r, &sa) == 0)
+        held = connect(fd, (struct sockaddr *)&sa, sizeof(sa)) == 0 || errno == EAGAIN;
+    if (fd >= 0)
+        (void)close(fd);
+    return held;
+}
+
+static void on_stopped(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+
+    if (f && f->err == -EREMOTEIO && !is_held(r))
+        f = NULL; /* it was not running any more */
+    if (!f) {
+        r->server = SERVER_ABSENT;
+        (void)unlinkat(r->server_dir, r->server_socket, 0);
+    }
+    seq_done(&r->seq, f);
+}
+
+static void on_fd_closed(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
+    int result;
+
+    /* A refusal of closefd says that QEMU has no such descriptor left, which is what we want. */
+    if (f && f->err != -EREMOTEIO) {
+        seq_done(&r->seq, f);
+        return;
+    }
+    if (r->server == SERVER_UNKNOWN && !is_held(r)) {
+        r->server = SERVER_ABSENT;
+        (void)unlinkat(r->server_dir, r->server_socket, 0);
+        seq_done(&r->seq, NULL);
+        return;
+    }
+    calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
+    result = calls_wait(&r->calls, on_stopped, &next);
+    if (result < 0)
+        seq_done(&r->seq, &next);
+}
+
+int rig_server_down(struct seq *s, struct failure *f)
+{
+    struct rig *r = rig_of_seq(s);
+    char name[NAMES_SIZE];
+
+    if (r->server == SERVER_ABSENT)
+        return SEQ_DONE;
+    if (r->server == SERVER_OURS) {
+        calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
+        return calls_wait(&r->calls, on_stopped, f);
+    }
+    calls_add(&r->calls, "closefd", qmp_args_strings("fdname", names_make(name, r->id, NAMES_SERVER, 0), NULL), QMP_NO_FD, 0, NULL);
+    return calls_wait(&r->calls, on_fd_closed, f);
+}

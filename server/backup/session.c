@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "backup/session.h"
+
+#include "backup/steps.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const char *const status_names[] = {
+    [SESSION_GOING_UP] = "GOING_UP",
+    [SESSION_UP] = "UP",
+    [SESSION_GOING_DOWN] = "GOING_DOWN",
+    [SESSION_DOWN] = "DOWN",
+};
+static_assert(ARRAY_SIZE(status_names) == SESSION_DOWN + 1, "every status has a name");
+
+const char *session_status_name(enum session_status s)
+{
+    return status_names[s];
+}
+
+static void trace(struct session *s, const char *text)
+{
+    if (s->ops->on_trace)
+        s->ops->on_trace(s->arg, text);
+}
+
+static void set_status(struct session *s, enum session_status status)
+{
+    char text[64];
+
+    assert(status > s->status);
+    (void)snprintf(text, sizeof(text), "%s -> %s", status_names[s->status], status_names[status]);
+    s->status = status;
+    trace(s, text);
+}
+
+static void session_free(struct session *s)
+{
+    for (unsigned i = 0; s->disks && i < s->list->ndisks; i++) {
+        struct session_disk *d = &s->disks[i];
+
+        for (size_t k = 0; k < d->nmaps; k++) {
+            free(d->maps[k].context);
+            map_free(d->maps[k].map);
+        }
+        free(d->maps);
+        free(d->keep_node);
+        if (d->scratch_fd >= 0)
+            (void)close(d->scratch_fd);
+    }
+    for (size_t k = 0; s->since && k < s->nsince; k++)
+        free(s->since[k]);
+    free(s->since);
+    free(s->disks);
+    disk_list_free(s->list);
+    free(s->vm);
+    free(s->checkpoint);
+    free(s->scratch_dir);
+    free(s->server_socket);
+    free(s);
+}
+
+/* -- what the walk says -------------------------------------------------------------------------------------------- */
+
+static void on_top(struct seq *q)
+{
+    struct session *s = session_of_seq(q);
+
+    if (s->failed || s->stop_wanted)
+        return;
+    s->up_ns = uv_hrtime();
+    set_status(s, SESSION_UP);
+    s->ops->on_up(s->arg);
+}
+
+static void on_tell(uv_timer_t *t)
+{
+    struct session *s = container_of(t, struct session, tell);
+
+    if (!s->stop_wanted)
+        s->ops->on_failed(s->arg, &s->failure);
+}
+
+void session_fail(struct session *s, const struct failure *why)
+{
+    if (s->failed || s->stop_wanted)
+        return;
+    s->failed = true;
+    (void)failure_copy(&s->failure, why);
+    (void)uv_timer_start(&s->tell, on_tell, 0, 0);
+}
+
+static void on_failed(struct seq *q, const struct failure *why)
+{
+    struct session *s = session_of_seq(q);
+    struct failure f = {0};
+    char step[96];
+
+    seq_describe(q, step, sizeof(step));
+    (void)failure_set(&f, why->err, "VM '%s' cannot be frozen: step %s: %s", s->vm, step, why->text);
+    if (s->status < SESSION_GOING_DOWN)
+        set_status(s, SESSION_GOING_DOWN);
+    session_fail(s, &f);
+}
+
+static void on_tell_closed(uv_handle_t *h)
+{
+    struct session *s = container_of((uv_timer_t *)h, struct session, tell);
+
+    if (s->rig.seq.problems.err)
+        (void)failure_copy(&s->problems, &s->rig.seq.problems);
+    set_status(s, SESSION_DOWN);
+    s->ops->on_down(s->arg, &s->problems);
+    session_free(s);
+}
+
+/* Down is told only once the owner has let go; a failed set-up may be undone before that. */
+static void finish(struct session *s)
+{
+    rig_done(&s->rig);
+    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+}
+
+static void on_end(struct seq *q, const struct failure *problems)
+{
+    struct session *s = session_of_seq(q);
+
+    if (s->stop_wanted)
+        finish(s);
+}
+
+static void on_trace(struct seq *q, const char *text)
+{
+    trace(session_of_seq(q), text);
+}
+
+static const struct seq_ops walk_ops = {
+    .on_top = on_top,
+    .on_failed = on_failed,
+    .on_end = on_end,
+    .on_trace = on_trace,
+};
+
+/* -- start and stop ------------------------------------------------------------------------------------------------ */
+
+static int check(const struct session_config *c, struct failure *f)
+{
+    unsigned ntracked = 0;
+
+    if (c->disks->ndisks == 0)
+        return failure_set(f, -ENODEV, "VM '%s' has no writable disk", c->vm);
+    for (size_t i = 0; i < c->disks->ndisks; i++) {
+        const struct disk *d = &c->disks->disks[i];
+
+        ntracked += d->tracked;
+        if (d->size == 0)
+            return failure_set(f, -ENODEV, "disk '%s' of VM '%s' has no size", d->name, c->vm);
+        if (c->checkpoint && disk_checkpoint(d, c->checkpoint))
+            return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s' of VM '%s'; choose another name, or delete it", c->checkpoint,
+                               d->name, c->vm);
+    }
+    if (c->checkpoint && ntracked == 0)
+        return failure_set(f, -ENOTSUP, "no disk of VM '%s' can keep a checkpoint: only qcow2 images (version 3) store bitmaps", c->vm);
+    return 0;
+}
+
+static int fill(struct session *s, const struct session_config *c)
+{
+    s->narrow_reads = c->narrow_reads;
+    s->cbw_timeout_s = c->cbw_timeout_s;
+    s->vm = strdup(c->vm);
+    s->scratch_dir = strdup(c->scratch_dir);
+    s->list = disk_list_copy(c->disks);
+    if (asprintf(&s->server_socket, "nbd-%s.sock", c->vm) < 0)
+        s->server_socket = NULL;
+    if (c->checkpoint && !(s->checkpoint = strdup(c->checkpoint)))
+        return -ENOMEM;
+    if (!s->vm || !s->scratch_dir || !s->server_socket || !s->list)
+        return -ENOMEM;
+    s->disks = calloc(s->list->ndisks, sizeof(*s->disks));
+    s->since = calloc(c->nsince + 1, sizeof(*s->since));
+    if (!s->disks || !s->since)
+        return -ENOMEM;
+    for (size_t i = 0; i < s->list->ndisks; i++) {
+        s->disks[i].disk = &s->list->disks[i];
+        s->disks[i].scratch_fd = -1;
+        s->disks[i].session = s;
+    }
+    for (; s->nsince < c->nsince; s->nsince++) {
+        if (!(s->since[s->nsince] = strdup(c->since[s->nsince])))
+            return -ENOMEM;
+    }
+    return 0;
+}
+
+int session_start(const struct session_config *config, const struct session_ops *ops, void *arg, struct session **ret_session,
+                  struct failure *f)
+{
+    struct session *s;
+    char id[NAMES_ID_SIZE];
+    struct rig_config rig = {
+        .loop = config->loop,
+        .qmp = config->qmp,
+        .id = id,
+        .ndisks = (unsigned)config->disks->ndisks,
+        .timeout_ms = config->call_timeout_ms,
+        .server_dir = config->state_dir,
+    };
+    int r = check(config, f);
+
+    if (r < 0)
+        return r;
+    s = calloc(1, sizeof(*s));
+    if (!s || fill(s, config) < 0) {
+        if (s)
+            session_free(s);
+        return failure_set(f, -ENOMEM, "out of memory");
+    }
+    names_new_id(id);
+    s->ops = ops;
+    s->arg = arg;
+    s->began_ns = uv_hrtime();
+    rig.server_socket = s->server_socket;
+    (void)rig_init(&s->rig, &rig, session_steps, session_nsteps, &walk_ops); /* timers only: these cannot fail */
+    (void)uv_timer_init(config->loop, &s->tell);
+    seq_start(&s->rig.seq);
+    *ret_session = s;
+    return 0;
+}
+
+static void stop_walk(struct session *s)
+{
+    bool commit = false;
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        commit |= s->disks[i].keep;
+    if (s->rig.seq.phase == SEQ_END)
+        finish(s);
+    else
+        seq_stop(&s->rig.seq, commit);
+}
+
+void session_late_idle(struct session *s)
+{
+    if (s->stop_wanted && s->rig.seq.phase == SEQ_TOP && !s->late_running)
+        stop_walk(s);
+}
+
+void session_stop(struct session *s)
+{
+    if (s->stop_wanted)
+        return;
+    s->stop_wanted = true;
+    if (s->status < SESSION_GOING_DOWN)
+        set_status(s, SESSION_GOING_DOWN);
+    if (s->rig.seq.phase == SEQ_TOP && s->late_running)
+        session_late_cancel(s); /* the walk down begins when it has ended */
+    else
+        stop_walk(s);
+}
+
+static struct session_disk *find_disk(const struct session *s, const char *name)
+{
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (strcmp(s->disks[i].disk->name, name) == 0)
+            return &s->disks[i];
+    }
+    return NULL;
+}
+
+void session_keep(struct session *s, const char *disk)
+{
+    struct session_disk *d = find_disk(s, disk);
+
+    if (d && s->checkpoint && d->disk->tracked && !d->lost)
+        d->keep = true;
+}
+
+/* -- questions ----------------------------------------------------------------------------------------------------- */
+
+const char *session_id(const struct session *s)
+{
+    return s->rig.id;
+}
+
+enum session_status session_status(const struct session *s)
+{
+    return s->status;
+}
+
+const char *session_checkpoint(const struct session *s)
+{
+    return s->checkpoint;
+}
+
+const struct disk_list *session_disks(const struct session *s)
+{
+    return s->list;
+}
+
+const char *session_step(struct session *s)
+{
+    seq_describe(&s->rig.seq, s->step_text, sizeof(s->step_text));
+    return s->step_text;
+}
+
+int64_t session_frozen_at_ms(const struct session *s)
+{
+    return s->frozen_at_ms;
+}
+
+unsigned session_setup_ms(const struct session *s)
+{
+    return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
+}
+
+uint64_t session_scratch_used(const struct session *s)
+{
+    uint64_t used = 0;
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        struct stat st;
+
+        if (s->disks[i].scratch_fd >= 0 && fstat(s->disks[i].scratch_fd, &st) == 0)
+            used += (uint64_t)st.st_blocks * 512; /* st_blocks counts 512 bytes whatever the file system, stat(2) */
+    }
+    return used;
+}
+
+struct source *session_source(struct session *s, const char *disk)
+{
+    struct session_disk *d = find_disk(s, disk);
+
+    return d && s->status == SESSION_UP ? d->source : NULL;
+}
+
+const struct map *session_map(struct session *s, const char *disk, const char *context)
+{
+    struct session_disk *d = find_disk(s, disk);
+
+    for (size_t i = 0; d && i < d->nmaps; i++) {
+        if (strcmp(d->maps[i].context, context) == 0)
+            return d->maps[i].map;
+    }
+    return NULL;
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * session: one frozen instant of a VM's disks. Goes up by the step table (backup/steps), gives each disk a source and its frozen
+ * maps, goes down the same table backwards. It knows no client: who may join, how long to linger and what "ended well"
+ * means for a connection is the VM's business (server/vm).
+ *
+ * Loop thread only. Owned by the VM until session_stop(), then by itself: on_down is the last touch.
+ */
+#ifndef QPULL_BACKUP_SESSION_H
+#define QPULL_BACKUP_SESSION_H
+
+#include "backup/disks.h"
+#include "qmp/client.h"
+#include "source/map.h"
+#include "source/source.h"
+
+#include <uv.h>
+
+struct session;
+
+enum session_status { SESSION_GOING_UP, SESSION_UP, SESSION_GOING_DOWN, SESSION_DOWN };
+const char *session_status_name(enum session_status s);
+
+struct session_ops {
+    /* All disks are frozen, sources and maps stand. Comes at most once, never after session_stop(). */
+    void (*on_up)(void *arg);
+    /*
+     * The frozen view is lost (set-up failed, QEMU gone, snapshot broken). Reads answer -EIO from now on. The owner lets its
+     * clients go and calls session_stop(); at most once, never after it.
+     */
+    void (*on_failed)(void *arg, const struct failure *why);
+    /* Everything is undone as far as it can be; the session is freed when this returns. problems->err != 0: something may be left in QEMU, the sentence names it. */
+    void (*on_down)(void *arg, const struct failure *problems);
+    /* A state change or a step for the log: "GOING_UP -> UP", "step 7/12 \"add export\": …". At debug level. */
+    void (*on_trace)(void *arg, const char *text);
+};
+
+struct session_config {
+    uv_loop_t *loop;
+    struct qmp_client *qmp;        /* borrowed until on_down */
+    const char *vm;                /* name, for sentences */
+    const struct disk_list *disks; /* fresh; copied */
+    const char *checkpoint;        /* NAME of the provisional checkpoint, or NULL */
+    const char *const *since;      /* checkpoints whose dirty maps are wanted, for all disks that have them */
+    size_t nsince;
+    const char *scratch_dir;
+    int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
+    bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
+    unsigned cbw_timeout_s;
+    unsigned call_timeout_ms;
+};
+
+/* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
+int session_start(const struct session_config *config, const struct session_ops *ops, void *arg, struct session **ret_session,
+                  struct failure *f);
+
+/* At any time, and twice. Waits for the call in flight, then walks back. */
+void session_stop(struct session *s);
+/* QEMU's monitor is lost, or the owner gives the session up: on_failed comes, later, unless it has failed already. */
+void session_fail(struct session *s, const struct failure *why);
+/* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
+void session_keep(struct session *s, const char *disk);
+
+const char *session_id(const struct session *s); /* e.g. "5f0c21ab" */
+enum session_status session_status(const struct session *s);
+const char *session_checkpoint(const struct session *s); /* or NULL */
+const struct disk_list *session_disks(const struct session *s);
+/* Step number and name for status pages: "7/12 add export", or "up". Borrowed until the next call. */
+const char *session_step(struct session *s);
+/* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
+int64_t session_frozen_at_ms(const struct session *s);
+unsigned session_setup_ms(const struct session *s);
+uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system */
+
+/* While up: borrowed until session_stop(). NULL: no such disk. */
+struct source *session_source(struct session *s, const char *disk);
+/* The frozen map of "base:allocation", "qemu:allocation-depth" or "qemu:dirty-bitmap:NAME"; NULL: not read (yet). */
+const struct map *session_map(struct session *s, const char *disk, const char *context);
+
+/*
+ * While up: reads one more dirty map, as it is now (a superset of the frozen truth). Where the disk has no usable record of that name
+ * the callback says -ENOENT. Asks queue up; session_stop() answers them with -ECANCELED.
+ */
+struct session_ask {
+    /* private */
+    void (*cb)(struct session_ask *a, const struct failure *f);
+    struct session_ask *next;
+    unsigned disk;
+    char *since; /* owned; NULL: what the guest wrote since the freeze */
+    struct session *session;
+};
+int session_ask_start(struct session *s, struct session_ask *a, const char *disk, const char *since,
+                      void (*cb)(struct session_ask *a, const struct failure *f));
+/* The callback does not come any more. Also if not under way (zeroed). */
+void session_ask_forget(struct session_ask *a);
+
+#endif

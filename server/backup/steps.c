@@ -1,0 +1,443 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "backup/steps.h"
+
+#include "qmp/commands.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since)
+{
+    const struct checkpoint *c = disk_checkpoint(s->disks[disk].disk, since);
+
+    return c && c->reason == REASON_NONE ? c : NULL;
+}
+
+void session_one_done(struct session *s, const struct failure *f)
+{
+    if (f)
+        (void)failure_copy(&s->step_failure, f);
+    if (--s->npending == 0) {
+        struct failure step = s->step_failure;
+
+        memset(&s->step_failure, 0, sizeof(s->step_failure));
+        seq_done(&s->rig.seq, &step);
+    }
+}
+
+int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map)
+{
+    struct session_disk *d = &s->disks[disk];
+    struct named_map *maps;
+    char *name;
+
+    for (size_t i = 0; i < d->nmaps; i++) {
+        if (strcmp(d->maps[i].context, context) == 0) {
+            map_free(d->maps[i].map);
+            d->maps[i].map = map;
+            return 0;
+        }
+    }
+    maps = realloc(d->maps, (d->nmaps + 1) * sizeof(*maps));
+    name = strdup(context);
+    if (maps)
+        d->maps = maps;
+    if (!maps || !name) {
+        free(name);
+        map_free(map);
+        return -ENOMEM;
+    }
+    d->maps[d->nmaps++] = (struct named_map){.context = name, .map = map};
+    return 0;
+}
+
+/* -- scratch ------------------------------------------------------------------------------------------------------- */
+
+/* In a worker thread. An unlinked file needs no clean-up after a kill and no path that QEMU may open. */
+static void make_scratch(struct rig *r)
+{
+    struct session *s = container_of(r, struct session, rig);
+
+    for (unsigned i = 0; i < r->ndisks; i++) {
+        struct session_disk *d = &s->disks[i];
+
+        d->scratch_fd = open(s->scratch_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+        if (d->scratch_fd < 0 || ftruncate(d->scratch_fd, (off_t)d->disk->size) < 0) {
+            int err = -errno;
+
+            (void)failure_set(&r->work_failure, err, "cannot make a scratch file of %llu bytes in '%s': %s",
+                              (unsigned long long)d->disk->size, s->scratch_dir, strerror(-err));
+            return;
+        }
+    }
+}
+
+static int on_fd_added(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    session_of_calls(c)->disks[index].fdset_id = qmp_get_int(ret, "fdset-id");
+    return 0;
+}
+
+static void after_scratch(struct rig *r)
+{
+    struct session *s = container_of(r, struct session, rig);
+    struct failure f = {0};
+    char name[NAMES_SIZE];
+    int result;
+
+    if (r->work_failure.err) {
+        seq_done(&r->seq, &r->work_failure);
+        return;
+    }
+    for (unsigned i = 0; i < r->ndisks; i++)
+        calls_add(&r->calls, "add-fd", qmp_args_add_fd(names_make(name, r->id, NAMES_SCRATCH, i)), s->disks[i].scratch_fd, i, on_fd_added);
+    result = rig_wait(r, &f);
+    if (result != 0)
+        seq_done(&r->seq, &f);
+}
+
+static int scratch_up(struct seq *q, struct failure *f)
+{
+    return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
+}
+
+static int scratch_nodes_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char name[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        names_make(name, s->rig.id, NAMES_SCRATCH, i);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i, NULL);
+    }
+    return rig_wait(&s->rig, f);
+}
+
+/* -- the filters --------------------------------------------------------------------------------------------------- */
+
+/*
+ * The cbw node carries a bitmap of what the guest writes from the cut on: the provisional checkpoint, and on QEMU 7.0-7.2 the
+ * correction of the allocation map. It needs the copy granularity for the latter.
+ */
+static int cbw_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char cbw[NAMES_SIZE], scratch[NAMES_SIZE], written[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        struct qmp_bitmap b = {names_make(cbw, s->rig.id, NAMES_CBW, i), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+
+        names_make(scratch, s->rig.id, NAMES_SCRATCH, i);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node, scratch, s->cbw_timeout_s),
+                  QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, s->narrow_reads ? COPY_CLUSTER : 0, false, false),
+                  QMP_NO_FD, i, NULL);
+    }
+    return rig_wait(&s->rig, f);
+}
+
+static uint64_t size_of_node(struct json_object *named, const char *node)
+{
+    for (size_t i = 0; i < qmp_array_length(named); i++) {
+        struct json_object *n = json_object_array_get_idx(named, i);
+        const char *name = qmp_get_string(n, "node-name");
+
+        if (name && strcmp(name, node) == 0)
+            return (uint64_t)qmp_get_int(qmp_get(n, "image"), "virtual-size");
+    }
+    return 0;
+}
+
+static const char *root_of_device(struct json_object *query_block, const char *qdev)
+{
+    for (size_t i = 0; i < qmp_array_length(query_block); i++) {
+        struct json_object *entry = json_object_array_get_idx(query_block, i);
+        const char *name = qmp_get_string(entry, "qdev");
+
+        if (name && strcmp(name, qdev) == 0)
+            return qmp_get_string(qmp_get(entry, "inserted"), "node-name");
+    }
+    return NULL;
+}
+
+static int on_roots(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct session *s = session_of_calls(c);
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        const struct disk *d = s->disks[i].disk;
+        const char *root = root_of_device(ret, d->qdev);
+
+        if (!root || strcmp(root, d->node) != 0)
+            return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name, root ? root : "none", d->node);
+    }
+    return 0;
+}
+
+static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct session *s = session_of_calls(c);
+    char name[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        const struct disk *d = s->disks[i].disk;
+        uint64_t disk = size_of_node(ret, d->node), scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
+
+        if (disk != d->size || scratch < disk)
+            return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again", d->name,
+                               (unsigned long long)disk, (unsigned long long)scratch);
+    }
+    return 0;
+}
+
+/*
+ * A scratch file smaller than its disk is accepted by QEMU, and then a guest's write aborts it (all versions). From the moment
+ * that the cbw node stands on the disk nobody can resize it any more, so here is the place to compare. Likewise a snapshot that somebody
+ * takes now goes in between our filter and the disk; one taken before that left our filter on what is now a backing image.
+ */
+static int check_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    calls_add(&s->rig.calls, "query-block", NULL, QMP_NO_FD, 0, on_roots);
+    calls_add(&s->rig.calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 0, on_sizes);
+    return rig_wait(&s->rig, f);
+}
+
+/*
+ * Two raw nodes for each disk: "cut", whose file child the freeze replaces, and below it "pre", which only writes from before the freeze
+ * go through. A recording bitmap on pre, with the checkpoint's record merged into it, is therefore exact at the instant of the
+ * freeze, although the guest's CPUs never stop.
+ */
+static int passthroughs_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char pre[NAMES_SIZE], cut[NAMES_SIZE], since[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        names_make(pre, s->rig.id, NAMES_PRE, i);
+        names_make(cut, s->rig.id, NAMES_CUT, i);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(pre, s->disks[i].disk->node), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(cut, pre), QMP_NO_FD, i, NULL);
+        for (unsigned k = 0; k < s->nsince; k++) {
+            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
+            struct qmp_bitmap b = {pre, names_make(since, s->rig.id, NAMES_SINCE, k)};
+
+            if (c)
+                calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, c->granularity, false, false), QMP_NO_FD, i, NULL);
+        }
+    }
+    return rig_wait(&s->rig, f);
+}
+
+static void set_drives(struct session *s, enum names_kind kind)
+{
+    char name[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        names_make(name, s->rig.id, kind, i);
+        calls_add(&s->rig.calls, "qom-set", qmp_args_qom_set_drive(s->disks[i].disk->qom_path, name), QMP_NO_FD, i, NULL);
+    }
+}
+
+static int insert_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    set_drives(s, NAMES_CUT);
+    return rig_wait(&s->rig, f);
+}
+
+/* The record of every layer of the image that has it, into the recording bitmap on pre. */
+static int records_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    struct json_object *args = qmp_args_transaction();
+    char pre[NAMES_SIZE], since[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        for (unsigned k = 0; k < s->nsince; k++) {
+            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
+            struct qmp_bitmap target = {names_make(pre, s->rig.id, NAMES_PRE, i), names_make(since, s->rig.id, NAMES_SINCE, k)};
+
+            for (size_t l = 0; c && l < c->nlayers; l++) {
+                struct qmp_bitmap source = {c->layers[l], c->name};
+
+                qmp_action_bitmap_merge(args, target, &source, 1);
+            }
+        }
+    }
+    if (qmp_array_length(qmp_get(args, "actions")) == 0) {
+        json_object_put(args);
+        return SEQ_DONE;
+    }
+    calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    return rig_wait(&s->rig, f);
+}
+
+/* -- the freeze ---------------------------------------------------------------------------------------------------- */
+
+static int on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    uv_timeval64_t now = {0};
+
+    (void)uv_gettimeofday(&now);
+    session_of_calls(c)->frozen_at_ms = now.tv_sec * 1000 + now.tv_usec / 1000;
+    return 0;
+}
+
+/* One blockdev-reopen over all disks: the instant of the session. */
+static int freeze_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    struct json_object *args = qmp_args_reopen();
+    char cut[NAMES_SIZE], cbw[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        qmp_args_reopen_raw(args, names_make(cut, s->rig.id, NAMES_CUT, i), names_make(cbw, s->rig.id, NAMES_CBW, i));
+    calls_add(&s->rig.calls, "blockdev-reopen", args, QMP_NO_FD, 0, on_frozen);
+    return rig_wait(&s->rig, f);
+}
+
+/* The devices go straight to the cbw nodes: one layer less in the guest's way. */
+static int settle_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char cut[NAMES_SIZE];
+
+    set_drives(s, NAMES_CBW);
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        calls_add(&s->rig.calls, "blockdev-del", qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i,
+                  NULL);
+    return rig_wait(&s->rig, f);
+}
+
+/* The frozen view, with the temporary bitmaps on it; after this pre has done its work. */
+static int access_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char access[NAMES_SIZE], cbw[NAMES_SIZE], pre[NAMES_SIZE], since[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        struct json_object *args = qmp_args_transaction();
+
+        names_make(access, s->rig.id, NAMES_ACCESS, i);
+        names_make(pre, s->rig.id, NAMES_PRE, i);
+        calls_add(&s->rig.calls, "blockdev-add",
+                  qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, i)), QMP_NO_FD, i, NULL);
+        for (unsigned k = 0; k < s->nsince; k++) {
+            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
+            struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)}, source = {pre, target.name};
+
+            if (!c)
+                continue;
+            qmp_action_bitmap_add(args, target, c->granularity, false, true);
+            qmp_action_bitmap_merge(args, target, &source, 1);
+        }
+        if (qmp_array_length(qmp_get(args, "actions")))
+            calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, i, NULL);
+        else
+            json_object_put(args);
+        calls_add(&s->rig.calls, "blockdev-del", qmp_args_strings("node-name", pre, NULL), QMP_NO_FD, i, NULL);
+    }
+    return rig_wait(&s->rig, f);
+}
+
+/* -- the private exports ------------------------------------------------------------------------------------------- */
+
+static int exports_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    _cleanup_free_ struct qmp_bitmap *bitmaps = calloc(s->nsince + 1, sizeof(*bitmaps));
+    _cleanup_free_ char(*names)[NAMES_SIZE] = calloc(s->nsince + 1, sizeof(*names));
+    char access[NAMES_SIZE], export[NAMES_SIZE];
+
+    if (!bitmaps || !names)
+        return -ENOMEM;
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        size_t n = 0;
+
+        names_make(access, s->rig.id, NAMES_ACCESS, i);
+        names_make(export, s->rig.id, NAMES_EXPORT, i);
+        for (unsigned k = 0; k < s->nsince; k++) {
+            if (session_usable_since(s, i, s->since[k])) {
+                bitmaps[n] = (struct qmp_bitmap){access, names_make(names[n], s->rig.id, NAMES_SINCE, k)};
+                n++;
+            }
+        }
+        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, access, export, false, bitmaps, n), QMP_NO_FD, i, NULL);
+    }
+    return rig_wait(&s->rig, f);
+}
+
+/* -- sources ------------------------------------------------------------------------------------------------------- */
+
+static void on_source_lost(void *arg, const struct failure *why)
+{
+    struct session_disk *d = arg;
+    struct failure f = {0};
+
+    d->lost = true;
+    d->keep = false;
+    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", d->disk->name, why->text);
+    session_fail(d->session, &f);
+}
+
+static void on_source_open(void *arg, struct source *source, const struct failure *f)
+{
+    struct session_disk *d = arg;
+
+    d->opening = NULL;
+    d->source = source;
+    session_one_done(d->session, f);
+}
+
+static int sources_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    char export[NAMES_SIZE];
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        struct source_nbd_config config = {
+            .socket_path = s->rig.server_address,
+            .export_name = names_make(export, s->rig.id, NAMES_EXPORT, i),
+            .cluster = s->narrow_reads ? COPY_CLUSTER : 0,
+            .timeout_ms = s->rig.timeout_ms,
+        };
+        int r = source_nbd_open(s->rig.loop, &config, on_source_lost, on_source_open, &s->disks[i], &s->disks[i].opening);
+
+        if (r < 0)
+            (void)failure_set(&s->step_failure, r, "cannot connect to QEMU's export '%s': %s", export, strerror(-r));
+        else
+            s->npending++;
+    }
+    return s->npending ? 0 : failure_copy(f, &s->step_failure);
+}
+
+/* -- the table ----------------------------------------------------------------------------------------------------- */
+
+/*
+ * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in QEMU. Our own
+ * NBD connections close before anything else is taken down: a client that QEMU waits for while it drains freezes the guest.
+ */
+const struct seq_step session_steps[] = {
+    {"pass scratch files", scratch_up, rig_no_fds, NULL},
+    {"add scratch nodes", scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
+    {"compare disks", check_up, NULL, NULL},
+    {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
+    {"insert", insert_up, rig_detach, NULL},
+    {"copy records", records_up, NULL, NULL},
+    {"freeze", freeze_up, NULL, NULL},
+    {"settle", settle_up, NULL, NULL},
+    {"add snapshot-access", access_up, rig_no_access, NULL},
+    {"start NBD server", rig_server_up, rig_server_down, NULL},
+    {"add exports", exports_up, rig_no_exports, NULL},
+    {"open sources", sources_up, step_close_sources, step_probe_and_close},
+    {"read maps", step_read_maps, NULL, NULL},
+    {"correct maps", step_correct_maps, NULL, NULL},
+    {"keep checkpoint", NULL, rig_no_bitmaps, step_keep},
+};
+const unsigned session_nsteps = ARRAY_SIZE(session_steps);

@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, maps.c and keep.c include this.
+ * The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo makes its things absent.
+ */
+#ifndef QPULL_BACKUP_STEPS_H
+#define QPULL_BACKUP_STEPS_H
+
+#include "backup/rig.h"
+#include "backup/session.h"
+#include "source/nbd.h"
+
+/* The copy granularity of a copy-before-write node over a raw file (QEMU: BLOCK_COPY_CLUSTER_SIZE_DEFAULT, block/block-copy.c). */
+#define COPY_CLUSTER 65536u
+
+struct named_map {
+    char *context;   /* owned */
+    struct map *map; /* owned */
+};
+
+struct session_disk {
+    const struct disk *disk; /* borrowed from the session's list */
+    int scratch_fd;          /* -1: none */
+    int64_t fdset_id;
+    bool lost;     /* its frozen view can no longer be read */
+    bool keep;     /* its part of the checkpoint is to be kept */
+    bool keepable; /* keep.c: the first half of keeping went well */
+    char *keep_node; /* owned: where the checkpoint's bitmap is made */
+    struct source *source;
+    struct source_nbd_open *opening;
+    size_t nmaps;
+    struct named_map *maps; /* owned */
+    /* the probe before a checkpoint is kept */
+    struct source_read probe;
+    char probe_buffer[512];
+    struct session *session; /* borrowed: ours */
+};
+
+struct session {
+    struct rig rig;  /* walks the table */
+    struct rig late; /* reads one more map (maps.c); same id */
+    bool late_running;
+    struct session_ask *asks;    /* queue; the first is under way */
+    struct session_ask written;  /* the ask of the "correct maps" step */
+    struct session_ask stand_in; /* for one that was forgotten while under way */
+    unsigned correcting;
+    struct failure ask_failure;
+    struct map *late_map;
+    struct source_nbd_map *late_reading;
+
+    enum session_status status;
+    const struct session_ops *ops;
+    void *arg;
+    bool failed, stop_wanted;
+    uv_timer_t tell; /* tells the owner of a failure from the loop */
+    struct failure failure;
+    struct failure problems;
+
+    char *vm, *checkpoint, *scratch_dir; /* owned */
+    char *server_socket;                 /* owned */
+    struct disk_list *list;              /* owned */
+    struct session_disk *disks;          /* owned; list->ndisks */
+    size_t nsince;
+    char **since; /* owned */
+    bool narrow_reads;
+    unsigned cbw_timeout_s;
+    unsigned npending;        /* opens, maps, closes of the step under way */
+    struct failure step_failure;
+    int64_t frozen_at_ms;
+    uint64_t began_ns, up_ns;
+    char step_text[96];
+};
+
+static inline struct session *session_of_seq(struct seq *s)
+{
+    return container_of(rig_of_seq(s), struct session, rig);
+}
+
+static inline struct session *session_of_calls(struct calls *c)
+{
+    return container_of(rig_of_calls(c), struct session, rig);
+}
+
+extern const struct seq_step session_steps[];
+extern const unsigned session_nsteps;
+
+/* Whether that disk's record since session->since[k] can carry an incremental. */
+const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since);
+/* A step's waits on sources and maps: one ends. */
+void session_one_done(struct session *s, const struct failure *f);
+int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
+
+/* maps.c */
+int step_read_maps(struct seq *q, struct failure *f);
+int step_correct_maps(struct seq *q, struct failure *f);
+void session_late_next(struct session *s);
+void session_late_cancel(struct session *s);
+/* session.c: maps.c has ended one ask; a stop may be waiting for that. */
+void session_late_idle(struct session *s);
+
+/* keep.c */
+int step_probe_and_close(struct seq *q, struct failure *f);
+int step_close_sources(struct seq *q, struct failure *f);
+int step_keep(struct seq *q, struct failure *f);
+
+#endif

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "backup/sweep.h"
+
+#include "backup/rig.h"
+#include "qmp/commands.h"
+
+#include <errno.h>
+
+/* More dead sessions than this in one QEMU are not believed; the rest waits for the next connection. */
+#define SWEEP_MAX_IDS 64
+
+struct sweep {
+    struct sweep_config config;
+    struct rig rig;      /* of the id under way */
+    struct calls calls;  /* of the search */
+    sweep_cb cb;
+    void *arg;
+    struct {
+        char id[NAMES_ID_SIZE];
+        unsigned ndisks;
+    } found[SWEEP_MAX_IDS];
+    unsigned nfound, next;
+    struct failure problems;
+};
+
+static const struct seq_step steps[] = {
+    {"fds", NULL, rig_no_fds, NULL},
+    {"scratch nodes", NULL, rig_no_scratch_nodes, NULL},
+    {"copy-before-write", NULL, rig_no_cbw, NULL},
+    {"pass-throughs", NULL, rig_no_passthroughs, NULL},
+    {"devices", NULL, rig_detach, NULL},
+    {"snapshot-access", NULL, rig_no_access, NULL},
+    {"NBD server", NULL, rig_server_down, NULL},
+    {"exports", NULL, rig_no_exports, NULL},
+    {"bitmaps", NULL, rig_no_bitmaps, NULL},
+};
+
+static void found(struct sweep *s, const char *name)
+{
+    char id[NAMES_ID_SIZE];
+    enum names_kind kind;
+    unsigned n, i;
+
+    if (!names_parse(name, id, &kind, &n))
+        return;
+    for (i = 0; i < s->nfound && strcmp(s->found[i].id, id) != 0; i++)
+        ;
+    if (i == SWEEP_MAX_IDS)
+        return;
+    if (i == s->nfound)
+        memcpy(s->found[s->nfound++].id, id, sizeof(id));
+    s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
+}
+
+static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct sweep *s = container_of(c, struct sweep, calls);
+
+    for (size_t i = 0; i < qmp_array_length(ret); i++) {
+        struct json_object *node = json_object_array_get_idx(ret, i), *bitmaps = qmp_get(node, "dirty-bitmaps");
+
+        found(s, qmp_get_string(node, "node-name"));
+        for (size_t k = 0; k < qmp_array_length(bitmaps); k++)
+            found(s, qmp_get_string(json_object_array_get_idx(bitmaps, k), "name"));
+    }
+    return 0;
+}
+
+static int on_exports(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct sweep *s = container_of(c, struct sweep, calls);
+
+    for (size_t i = 0; i < qmp_array_length(ret); i++)
+        found(s, qmp_get_string(json_object_array_get_idx(ret, i), "id"));
+    return 0;
+}
+
+static int on_fdsets(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct sweep *s = container_of(c, struct sweep, calls);
+
+    for (size_t i = 0; i < qmp_array_length(ret); i++) {
+        struct json_object *fds = qmp_get(json_object_array_get_idx(ret, i), "fds");
+
+        for (size_t k = 0; k < qmp_array_length(fds); k++)
+            found(s, qmp_get_string(json_object_array_get_idx(fds, k), "opaque"));
+    }
+    return 0;
+}
+
+static void next_id(struct sweep *s);
+
+static void on_top(struct seq *q)
+{
+}
+
+static void on_failed(struct seq *q, const struct failure *why)
+{
+}
+
+static void on_end(struct seq *q, const struct failure *problems)
+{
+    struct sweep *s = container_of(rig_of_seq(q), struct sweep, rig);
+
+    if (problems->err)
+        (void)failure_copy(&s->problems, problems);
+    rig_done(&s->rig);
+    s->next++;
+    next_id(s);
+}
+
+static const struct seq_ops ops = {.on_top = on_top, .on_failed = on_failed, .on_end = on_end};
+
+/* One more walk than ids, with nothing but the NBD server in it: a daemon may die with only that standing. */
+static void next_id(struct sweep *s)
+{
+    bool last = s->next == s->nfound;
+    struct rig_config rig = {
+        .loop = s->config.loop,
+        .qmp = s->config.qmp,
+        .id = last ? "00000000" : s->found[s->next].id,
+        .ndisks = last ? 0 : s->found[s->next].ndisks,
+        .timeout_ms = s->config.timeout_ms,
+        .server_socket = s->config.server_socket,
+        .server_dir = s->config.server_dir,
+    };
+
+    if (s->next > s->nfound) {
+        s->cb(s->arg, s->nfound, s->problems.err ? &s->problems : NULL);
+        free(s);
+        return;
+    }
+    (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
+    s->rig.server = SERVER_UNKNOWN;
+    seq_start_at_top(&s->rig.seq);
+    seq_stop(&s->rig.seq, false);
+}
+
+static void on_searched(struct calls *c, const struct failure *f)
+{
+    struct sweep *s = container_of(c, struct sweep, calls);
+
+    if (f) {
+        s->cb(s->arg, 0, f);
+        free(s);
+        return;
+    }
+    next_id(s);
+}
+
+int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struct failure *f)
+{
+    struct sweep *s = calloc(1, sizeof(*s));
+    int r;
+
+    if (!s)
+        return failure_set(f, -ENOMEM, "out of memory");
+    s->config = *config;
+    s->cb = cb;
+    s->arg = arg;
+    calls_init(&s->calls, config->qmp, config->timeout_ms);
+    calls_add(&s->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 0, on_nodes);
+    calls_add(&s->calls, "query-block-exports", NULL, QMP_NO_FD, 0, on_exports);
+    calls_add(&s->calls, "query-fdsets", NULL, QMP_NO_FD, 0, on_fdsets);
+    r = calls_wait(&s->calls, on_searched, f);
+    if (r < 0)
+        free(s);
+    return r;
+}

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * sweep: finds what a dead daemon left in a QEMU, by name, and undoes it: session by session, each by walking the same
+ * undo functions down from the far end. What does not carry our prefix is not touched. Run it only while no session
+ * of ours lives in that QEMU. Loop thread only.
+ */
+#ifndef QPULL_BACKUP_SWEEP_H
+#define QPULL_BACKUP_SWEEP_H
+
+#include "qmp/client.h"
+
+#include <uv.h>
+
+struct sweep_config {
+    uv_loop_t *loop;
+    struct qmp_client *qmp;
+    const char *server_socket; /* as struct rig_config */
+    int server_dir;
+    unsigned timeout_ms;
+};
+
+/* nsessions: whose leftovers were found. f NULL: all of them are gone. */
+typedef void (*sweep_cb)(void *arg, unsigned nsessions, const struct failure *f);
+/* cb comes once, later. config is borrowed for the call, what it points to until cb. */
+int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struct failure *f);
+
+#endif
