@@ -1,0 +1,692 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "config.h"
+
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <getopt.h>
+#include <ini.h>
+#include <unistd.h>
+
+/* Where a word was said, for its error sentence. */
+struct place {
+    const char *file; /* NULL: a flag */
+    unsigned line;
+};
+
+/* -- small values -------------------------------------------------------------------------------------------------- */
+static int set_string(char **to, const char *value, struct failure *f)
+{
+    char *copy = strdup(value);
+
+    if (!copy)
+        return failure_set(f, -ENOMEM, "out of memory");
+    free(*to);
+    *to = copy;
+    return 0;
+}
+
+static int set_path(char **to, const char *value, struct failure *f)
+{
+    if (!*value)
+        return failure_set(f, -EINVAL, "the path is empty");
+    return set_string(to, value, f);
+}
+
+/* "10", "0.5": seconds with at most three decimals. */
+static int set_seconds(unsigned *to_ms, const char *value, struct failure *f)
+{
+    uint64_t ms = 0;
+    const char *s = value;
+    unsigned unit = 100;
+
+    if (!isdigit((unsigned char)*s))
+        goto bad;
+    for (; isdigit((unsigned char)*s); s++) {
+        ms = ms * 10 + (uint64_t)(*s - '0') * 1000;
+        if (ms > CONFIG_SECONDS_MAX * 1000ull)
+            return failure_set(f, -EINVAL, "\"%s\" is more than %u seconds", value, CONFIG_SECONDS_MAX);
+    }
+    if (*s == '.') {
+        for (s++; isdigit((unsigned char)*s) && unit > 0; s++, unit /= 10)
+            ms += (uint64_t)(*s - '0') * unit;
+    }
+    if (*s)
+        goto bad;
+    *to_ms = (unsigned)ms;
+    return 0;
+bad:
+    return failure_set(f, -EINVAL, "\"%s\" is not a number of seconds", value);
+}
+
+static int set_count(unsigned *to, const char *value, unsigned max, struct failure *f)
+{
+    char *end;
+    unsigned long n;
+
+    errno = 0;
+    n = strtoul(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end || errno || n < 1 || n > max)
+        return failure_set(f, -EINVAL, "\"%s\" is not a number from 1 to %u", value, max);
+    *to = (unsigned)n;
+    return 0;
+}
+
+static int set_bool(bool *to, const char *value, struct failure *f)
+{
+    static const char *const yes[] = {"yes", "true", "on", "1"}, *const no[] = {"no", "false", "off", "0"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(yes); i++) {
+        if (strcmp(value, yes[i]) == 0) {
+            *to = true;
+            return 0;
+        }
+        if (strcmp(value, no[i]) == 0) {
+            *to = false;
+            return 0;
+        }
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
+}
+
+/* A name becomes part of export names VM/DISK@CHECKPOINT and of log lines. */
+static int check_name(const char *what, const char *name, struct failure *f)
+{
+    if (!*name)
+        return failure_set(f, -EINVAL, "the %s is empty", what);
+    if (strlen(name) > CONFIG_NAME_MAX)
+        return failure_set(f, -EINVAL, "the %s is longer than %u bytes", what, CONFIG_NAME_MAX);
+    for (const unsigned char *s = (const unsigned char *)name; *s; s++)
+        if (*s < 0x20 || *s == 0x7f || *s == '/' || *s == '@')
+            return failure_set(f, -EINVAL, "the %s \"%s\" may not have \"/\", \"@\" or control characters in it", what,
+                               name);
+    return 0;
+}
+
+/* -- virtual machines ---------------------------------------------------------------------------------------------- */
+static struct config_vm *find_vm(struct server_config *c, const char *name)
+{
+    for (size_t i = 0; i < c->nvms; i++)
+        if (strcmp(c->vms[i].name, name) == 0)
+            return &c->vms[i];
+    return NULL;
+}
+
+static int add_vm(struct server_config *c, const char *name, struct config_vm **ret_vm, struct failure *f)
+{
+    struct config_vm *vms;
+    int r;
+
+    r = check_name("VM's name", name, f);
+    if (r < 0)
+        return r;
+    if (c->nvms == CONFIG_VMS_MAX)
+        return failure_set(f, -EINVAL, "more than %u VMs", CONFIG_VMS_MAX);
+    vms = reallocarray(c->vms, c->nvms + 1, sizeof *vms);
+    if (!vms)
+        return failure_set(f, -ENOMEM, "out of memory");
+    c->vms = vms;
+    vms[c->nvms] = (struct config_vm){.name = strdup(name)};
+    if (!vms[c->nvms].name)
+        return failure_set(f, -ENOMEM, "out of memory");
+    *ret_vm = &vms[c->nvms++];
+    return 0;
+}
+
+static int set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f)
+{
+    _cleanup_free_ char *name = NULL;
+    const char *equals = strchr(value, '=');
+    struct config_vm *vm;
+    int r;
+
+    if (!equals)
+        return failure_set(f, -EINVAL, "\"%s\" is not NAME=QMP_SOCKET", value);
+    name = strndup(value, (size_t)(equals - value));
+    if (!name)
+        return failure_set(f, -ENOMEM, "out of memory");
+    vm = find_vm(c, name);
+    if (vm && (!by_flag || vm->by_flag))
+        return failure_set(f, -EINVAL, "the VM \"%s\" is there twice", name);
+    if (!vm) {
+        r = add_vm(c, name, &vm, f);
+        if (r < 0)
+            return r;
+    }
+    vm->by_flag = by_flag;
+    return set_path(&vm->qmp, equals + 1, f);
+}
+
+/* disks= of a VM: names, with commas or blanks between them. */
+static int set_disks(struct config_vm *vm, const char *value, bool goes_on, struct failure *f)
+{
+    if (vm->disks_said && !goes_on)
+        return failure_set(f, -EINVAL, "\"disks\" is there twice");
+    vm->disks_said = true;
+    for (const char *s = value + strspn(value, ", \t"); *s; s += strspn(s, ", \t")) {
+        size_t len = strcspn(s, ", \t");
+        char **disks;
+
+        if (vm->ndisks == CONFIG_DISKS_MAX)
+            return failure_set(f, -EINVAL, "more than %u disks", CONFIG_DISKS_MAX);
+        disks = reallocarray(vm->disks, vm->ndisks + 1, sizeof *disks);
+        if (!disks)
+            return failure_set(f, -ENOMEM, "out of memory");
+        vm->disks = disks;
+        disks[vm->ndisks] = strndup(s, len);
+        if (!disks[vm->ndisks])
+            return failure_set(f, -ENOMEM, "out of memory");
+        vm->ndisks++;
+        for (size_t i = 0; i + 1 < vm->ndisks; i++)
+            if (strcmp(disks[i], disks[vm->ndisks - 1]) == 0)
+                return failure_set(f, -EINVAL, "the disk \"%s\" is there twice", disks[i]);
+        s += len;
+    }
+    if (vm->ndisks == 0)
+        return failure_set(f, -EINVAL, "\"disks\" names no disk; leave it out for all disks");
+    return 0;
+}
+
+static int set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f)
+{
+    struct config_rename *renames;
+    int r;
+
+    r = check_name("disk's name", name, f);
+    if (r < 0)
+        return r;
+    if (!*target)
+        return failure_set(f, -EINVAL, "\"disk.%s\" names no qdev id and no node", name);
+    for (size_t i = 0; i < vm->nrenames; i++) {
+        if (strcmp(vm->renames[i].name, name) == 0)
+            return failure_set(f, -EINVAL, "\"disk.%s\" is there twice", name);
+        if (strcmp(vm->renames[i].target, target) == 0)
+            return failure_set(f, -EINVAL, "\"%s\" has the name \"%s\" already", target, vm->renames[i].name);
+    }
+    if (vm->nrenames == CONFIG_DISKS_MAX)
+        return failure_set(f, -EINVAL, "more than %u disk names", CONFIG_DISKS_MAX);
+    renames = reallocarray(vm->renames, vm->nrenames + 1, sizeof *renames);
+    if (!renames)
+        return failure_set(f, -ENOMEM, "out of memory");
+    vm->renames = renames;
+    renames[vm->nrenames] = (struct config_rename){.name = strdup(name), .target = strdup(target)};
+    vm->nrenames++;
+    if (!renames[vm->nrenames - 1].name || !renames[vm->nrenames - 1].target)
+        return failure_set(f, -ENOMEM, "out of memory");
+    return 0;
+}
+
+/* -- listeners ----------------------------------------------------------------------------------------------------- */
+static void listener_done(struct config_listener *l)
+{
+    free(l->text);
+    free(l->host);
+    free(l->port);
+}
+
+static int parse_tcp(struct config_listener *l, const char *rest, struct failure *f)
+{
+    const char *colon = strrchr(rest, ':');
+    const char *host = rest;
+    size_t len;
+    char *end;
+    unsigned long port;
+
+    if (!colon)
+        return failure_set(f, -EINVAL, "\"%s\" has no port: tcp:HOST:PORT", l->text);
+    len = (size_t)(colon - rest);
+    if (len >= 2 && host[0] == '[' && host[len - 1] == ']') {
+        host++;
+        len -= 2;
+    } else if (memchr(host, ':', len)) {
+        return failure_set(f, -EINVAL, "\"%s\": an IPv6 address goes into brackets, tcp:[::1]:PORT", l->text);
+    }
+    port = strtoul(colon + 1, &end, 10);
+    if (!isdigit((unsigned char)colon[1]) || *end || port > 65535)
+        return failure_set(f, -EINVAL, "\"%s\": the port is no number from 0 to 65535", l->text);
+    if (len == 0)
+        return failure_set(f, -EINVAL, "\"%s\" has no host; all addresses are tcp:0.0.0.0:PORT or tcp:[::]:PORT",
+                           l->text);
+    l->host = strndup(host, len);
+    l->port = strdup(colon + 1);
+    if (!l->host || !l->port)
+        return failure_set(f, -ENOMEM, "out of memory");
+    return 0;
+}
+
+static int parse_listener(struct config_listener *l, struct failure *f)
+{
+    if (strcmp(l->text, "fd") == 0) {
+        l->type = LISTEN_FD;
+        return 0;
+    }
+    if (strncmp(l->text, "unix:", 5) == 0) {
+        l->type = LISTEN_UNIX;
+        l->path = l->text + 5;
+        return *l->path ? 0 : failure_set(f, -EINVAL, "the socket's path is empty");
+    }
+    if (strncmp(l->text, "tcp:", 4) == 0) {
+        l->type = LISTEN_TCP;
+        return parse_tcp(l, l->text + 4, f);
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is none of unix:PATH, tcp:HOST:PORT, fd", l->text);
+}
+
+static int add_listener(struct server_config *c, const char *value, struct failure *f)
+{
+    struct config_listener *all, new = {.text = strdup(value)};
+    int r;
+
+    r = new.text ? parse_listener(&new, f) : failure_set(f, -ENOMEM, "out of memory");
+    for (size_t i = 0; r == 0 && i < c->nlisteners; i++)
+        /* Port 0 is another port each time. */
+        if (strcmp(c->listeners[i].text, value) == 0 && !(new.port &&strtoul(new.port, NULL, 10) == 0))
+            r = failure_set(f, -EINVAL, "\"%s\" is there twice", value);
+    if (r == 0 && c->nlisteners == CONFIG_LISTENERS_MAX)
+        r = failure_set(f, -EINVAL, "more than %u listeners", CONFIG_LISTENERS_MAX);
+    if (r < 0) {
+        listener_done(&new);
+        return r;
+    }
+    all = reallocarray(c->listeners, c->nlisteners + 1, sizeof *all);
+    if (!all) {
+        listener_done(&new);
+        return failure_set(f, -ENOMEM, "out of memory");
+    }
+    c->listeners = all;
+    all[c->nlisteners++] = new;
+    return 0;
+}
+
+static void drop_listeners(struct server_config *c)
+{
+    for (size_t i = 0; i < c->nlisteners; i++)
+        listener_done(&c->listeners[i]);
+    free(c->listeners);
+    c->listeners = NULL;
+    c->nlisteners = 0;
+}
+
+/* -- the option table ---------------------------------------------------------------------------------------------- */
+enum row {
+    ROW_CONFIG,
+    ROW_VM,
+    ROW_LISTEN,
+    ROW_CONTROL,
+    ROW_SCRATCH,
+    ROW_STATE,
+    ROW_LINGER,
+    ROW_HANDSHAKE_TIMEOUT,
+    ROW_IDLE_TIMEOUT,
+    ROW_MAX_CONNECTIONS,
+    ROW_PIDFILE,
+    ROW_LOG,
+    ROW_ALLOW_PLAINTEXT,
+    ROW_VERSION,
+    ROW_HELP,
+    ROW_NOT_YET, /* from here on: names of the contract that this version refuses */
+};
+
+enum row_flags {
+    REPEATABLE = 1,
+    NO_VALUE = 2,  /* as a flag; in the file it takes yes or no */
+    FLAG_ONLY = 4, /* has no place in the file */
+};
+
+static const struct {
+    const char *name;
+    unsigned flags;
+    const char *value; /* for --help; NULL: not shown */
+    const char *help;
+} rows[] = {
+    [ROW_CONFIG] = {"config", FLAG_ONLY, "FILE", "read FILE (default " CONFIG_FILE " if it exists); flags win"},
+    [ROW_VM] = {"vm", REPEATABLE, "NAME=QMP_SOCKET", "a running QEMU; repeatable"},
+    [ROW_LISTEN] = {"listen", REPEATABLE, "ADDR",
+                    "unix:PATH, tcp:HOST:PORT or fd; repeatable (default " CONFIG_LISTEN ")"},
+    [ROW_CONTROL] = {"control", 0, "PATH", "control socket (default " CONFIG_CONTROL ")"},
+    [ROW_SCRATCH] = {"scratch", 0, "DIR", "where copy-before-write data goes (default " CONFIG_SCRATCH ")"},
+    [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
+    [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
+    [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
+    [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
+                          "close a client that asks nothing for so long (default 0: never)"},
+    [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
+    [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
+    [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
+    [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
+    [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
+    [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
+    [ROW_NOT_YET] = {"qga", REPEATABLE, NULL, NULL},
+    {"image", REPEATABLE, NULL, NULL},
+    {"tls", 0, NULL, NULL},
+    {"tls-certs", 0, NULL, NULL},
+    {"tls-psk", 0, NULL, NULL},
+    {"allow", REPEATABLE, NULL, NULL},
+    {"quiesce", 0, NULL, NULL},
+    {"threads", 0, NULL, NULL},
+    {"scratch-limit", 0, NULL, NULL},
+};
+static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
+
+static int set_row(struct server_config *c, enum row row, const char *value, bool by_flag, struct failure *f)
+{
+    switch (row) {
+    case ROW_CONFIG: /* read before */
+        return 0;
+    case ROW_VM:
+        return set_vm(c, value, by_flag, f);
+    case ROW_LISTEN:
+        if (by_flag && c->said_by_flag[row] == 1) /* the first one replaces what the file says */
+            drop_listeners(c);
+        return add_listener(c, value, f);
+    case ROW_CONTROL:
+        return set_path(&c->control, value, f);
+    case ROW_SCRATCH:
+        return set_path(&c->scratch, value, f);
+    case ROW_STATE:
+        return set_path(&c->state, value, f);
+    case ROW_LINGER:
+        return set_seconds(&c->linger_ms, value, f);
+    case ROW_HANDSHAKE_TIMEOUT:
+        if (set_seconds(&c->handshake_timeout_ms, value, f) < 0)
+            return f->err;
+        if (c->handshake_timeout_ms == 0)
+            return failure_set(f, -EINVAL, "0 would let silent clients hold connections for ever");
+        return 0;
+    case ROW_IDLE_TIMEOUT:
+        return set_seconds(&c->idle_timeout_ms, value, f);
+    case ROW_MAX_CONNECTIONS:
+        return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_PIDFILE:
+        return set_path(&c->pidfile, value, f);
+    case ROW_LOG:
+        if (log_level_parse(value, &c->log_level) < 0)
+            return failure_set(f, -EINVAL, "\"%s\" is none of error, warning, info, debug", value);
+        return 0;
+    case ROW_ALLOW_PLAINTEXT:
+        c->allow_plaintext = true;
+        return value ? set_bool(&c->allow_plaintext, value, f) : 0;
+    case ROW_VERSION:
+        c->wish = CONFIG_VERSION;
+        return 0;
+    case ROW_HELP:
+        c->wish = CONFIG_HELP;
+        return 0;
+    case ROW_NOT_YET:
+        break;
+    }
+    return failure_set(f, -EINVAL, "not supported by this version");
+}
+
+/* -- the file ------------------------------------------------------------------------------------------------------ */
+struct reader {
+    struct server_config *c;
+    FILE *file;
+    struct place place;
+    bool goes_on;   /* the line continues the value of the one before */
+    bool in_server; /* else in a VM's section, or in none */
+    bool server_said;
+    size_t vm;              /* index + 1 of the VM whose section this is, or 0 */
+    struct failure failure; /* without the place */
+};
+
+/* inih tells of a section only with its first key, and cuts names: so section lines are read here. */
+static int begin_section(struct reader *r, const char *line)
+{
+    _cleanup_free_ char *name = NULL;
+    const char *end = strrchr(line, ']'), *open, *close;
+    struct config_vm *vm;
+    int err;
+
+    r->in_server = false;
+    r->vm = 0;
+    if (!end)
+        return failure_set(&r->failure, -EINVAL, "a section's name has no \"]\"");
+    if (strncmp(line, "[server]", 8) == 0) {
+        if (r->server_said)
+            return failure_set(&r->failure, -EINVAL, "the section [server] is there twice");
+        r->in_server = r->server_said = true;
+        return 0;
+    }
+    open = strchr(line, '"');
+    close = strrchr(line, '"');
+    if (strncmp(line, "[vm ", 4) != 0 || !open || close == open || close + 1 != end ||
+        strspn(line + 4, " ") != (size_t)(open - line - 4))
+        return failure_set(&r->failure, -EINVAL, "unknown section; there are [server] and [vm \"NAME\"]");
+    name = strndup(open + 1, (size_t)(close - open - 1));
+    if (!name)
+        return failure_set(&r->failure, -ENOMEM, "out of memory");
+    if (find_vm(r->c, name))
+        return failure_set(&r->failure, -EINVAL, "the VM \"%s\" is there twice", name);
+    err = add_vm(r->c, name, &vm, &r->failure);
+    if (err < 0)
+        return err;
+    vm->in_section = true;
+    vm->line = r->place.line;
+    r->vm = r->c->nvms;
+    return 0;
+}
+
+#define UTF8_BOM "\xef\xbb\xbf" /* inih skips it, too */
+
+static char *read_line(char *line, int size, void *arg)
+{
+    struct reader *r = arg;
+    const char *s;
+    size_t len;
+
+    if (r->failure.err || !fgets(line, size, r->file))
+        return NULL;
+    r->place.line++;
+    len = strlen(line);
+    if (len + 1 == (size_t)size && line[len - 1] != '\n') {
+        (void)failure_set(&r->failure, -EINVAL,
+                          "the line is longer than %d bytes; a value can go on in an indented line", size - 2);
+        return NULL;
+    }
+    s = line + (r->place.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
+    r->goes_on = isblank((unsigned char)*s);
+    s += strspn(s, " \t");
+    if (*s == '[' && begin_section(r, s) < 0)
+        return NULL;
+    return line;
+}
+
+static int set_key(struct reader *r, const char *key, const char *value)
+{
+    if (r->in_server) {
+        for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+            if (strcmp(rows[i].name, key) != 0 || (rows[i].flags & FLAG_ONLY))
+                continue;
+            if (++r->c->said_in_file[i] > 1 && !(rows[i].flags & REPEATABLE))
+                return failure_set(&r->failure, -EINVAL, "\"%s\" is there twice", key);
+            r->c->said_in_file[i] = 1;
+            if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0) {
+                struct failure why = r->failure;
+                r->failure.err = 0;
+                return failure_set(&r->failure, why.err, "\"%s\": %s", key, why.text);
+            }
+            return 0;
+        }
+        return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [server]", key);
+    }
+    if (r->vm > 0) {
+        struct config_vm *vm = &r->c->vms[r->vm - 1];
+        if (strcmp(key, "qmp") == 0)
+            return vm->qmp ? failure_set(&r->failure, -EINVAL, "\"qmp\" is there twice")
+                           : set_path(&vm->qmp, value, &r->failure);
+        if (strcmp(key, "disks") == 0)
+            return set_disks(vm, value, r->goes_on, &r->failure);
+        if (strncmp(key, "disk.", 5) == 0)
+            return set_rename(vm, key + 5, value, &r->failure);
+        if (strcmp(key, "qga") == 0)
+            return failure_set(&r->failure, -EINVAL, "\"qga\": not supported by this version");
+        return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [vm \"%s\"]", key, vm->name);
+    }
+    return failure_set(&r->failure, -EINVAL, "\"%s\" stands before any section", key);
+}
+
+#define INI_NAME_MAX 49 /* inih 55: longer keys are cut without a word */
+
+/* inih's handler: 1 is fine, 0 is an error. */
+static int on_key(void *arg, const char *section, const char *key, const char *value)
+{
+    struct reader *r = arg;
+
+    if (r->failure.err)
+        return 0;
+    if (strlen(key) >= INI_NAME_MAX)
+        return failure_set(&r->failure, -EINVAL, "the key \"%s…\" is too long", key) == 0;
+    if (r->goes_on && strcmp(key, "disks") != 0)
+        return failure_set(&r->failure, -EINVAL, "the value of \"%s\" may not go on in a second line", key) == 0;
+    return set_key(r, key, value) == 0;
+}
+
+static int read_file(struct server_config *c, const char *path, struct failure *f)
+{
+    struct reader r = {.c = c, .place = {.file = path}};
+    int line;
+
+    r.file = fopen(path, "re");
+    if (!r.file)
+        return failure_set(f, -EINVAL, "%s: %s", path, strerror(errno));
+    line = ini_parse_stream(read_line, &r, on_key, &r);
+    if (!r.failure.err && ferror(r.file))
+        (void)failure_set(&r.failure, -EINVAL, "cannot be read: %s", strerror(errno));
+    (void)fclose(r.file);
+    if (!r.failure.err && line != 0) {
+        r.place.line = (unsigned)MAX(line, 1);
+        (void)failure_set(&r.failure, -EINVAL, "this is neither a section nor KEY=VALUE");
+    }
+    if (r.failure.err)
+        return failure_set(f, -EINVAL, "%s:%u: %s", path, r.place.line, r.failure.text);
+    return set_string(&c->file, path, f);
+}
+
+/* -- flags --------------------------------------------------------------------------------------------------------- */
+/* Walks argv; c NULL: only looks for --config and for what is wrong with the words themselves. */
+static int walk_flags(struct server_config *c, int argc, char *const *argv, const char **ret_file, struct failure *f)
+{
+    struct option options[ARRAY_SIZE(rows) + 1] = {{0}};
+    int choice;
+
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        options[i] = (struct option){rows[i].name, rows[i].flags & NO_VALUE ? no_argument : required_argument, NULL,
+                                     256 + (int)i};
+    optind = 0; /* glibc: begin anew */
+    opterr = 0;
+    while ((choice = getopt_long(argc, argv, "+:h", options, NULL)) != -1) {
+        enum row row = (enum row)(choice - 256);
+        struct failure why = {0};
+
+        if (choice == ':')
+            return failure_set(f, -EINVAL, "%s wants a value", argv[optind - 1]);
+        if (choice == 'h') {
+            row = ROW_HELP;
+        } else if (choice < 256) {
+            return failure_set(f, -EINVAL, "unknown or ambiguous flag %s", argv[optind - 1]);
+        }
+        if (!c) {
+            if (row == ROW_CONFIG)
+                *ret_file = optarg;
+            continue;
+        }
+        if (c->said_by_flag[row] > 0 && !(rows[row].flags & (REPEATABLE | NO_VALUE)))
+            return failure_set(f, -EINVAL, "--%s is there twice", rows[row].name);
+        if (c->said_by_flag[row] < 2)
+            c->said_by_flag[row]++;
+        if (set_row(c, row, rows[row].flags & NO_VALUE ? NULL : optarg, /* by_flag= */ true, &why) < 0)
+            return failure_set(f, why.err, "--%s: %s", rows[row].name, why.text);
+    }
+    if (optind < argc)
+        return failure_set(f, -EINVAL, "what is \"%s\"? Every argument is a flag", argv[optind]);
+    return 0;
+}
+
+int config_parse(int argc, char *const *argv, struct server_config **ret_config, struct failure *f)
+{
+    struct server_config *c = calloc(1, sizeof *c);
+    const char *file = NULL;
+    int r;
+
+    if (!c)
+        return failure_set(f, -ENOMEM, "out of memory");
+    *c = (struct server_config){
+        .control = strdup(CONFIG_CONTROL),
+        .scratch = strdup(CONFIG_SCRATCH),
+        .state = strdup(CONFIG_STATE),
+        .linger_ms = CONFIG_LINGER_MS,
+        .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
+        .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
+        .max_connections = CONFIG_MAX_CONNECTIONS,
+        .log_level = LOG_LEVEL_INFO,
+    };
+    r = c->control && c->scratch && c->state ? 0 : failure_set(f, -ENOMEM, "out of memory");
+    if (r == 0)
+        r = walk_flags(NULL, argc, argv, &file, f);
+    for (int i = 1; r == 0 && i < argc; i++) /* help helps also where the file is broken */
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--version") == 0) {
+            c->wish = strcmp(argv[i], "--version") == 0 ? CONFIG_VERSION : CONFIG_HELP;
+            *ret_config = c;
+            return 0;
+        }
+    if (r == 0 && !file && access(CONFIG_FILE, F_OK) == 0)
+        file = CONFIG_FILE;
+    if (r == 0 && file)
+        r = read_file(c, file, f);
+    if (r == 0)
+        r = walk_flags(c, argc, argv, &file, f);
+    if (r == 0 && c->nlisteners == 0)
+        r = add_listener(c, CONFIG_LISTEN, f);
+    for (size_t i = 0; r == 0 && i < c->nvms; i++)
+        if (!c->vms[i].qmp)
+            r = failure_set(f, -EINVAL, "%s:%u: the VM \"%s\" has no \"qmp\"", c->file, c->vms[i].line, c->vms[i].name);
+    if (r < 0) {
+        config_free(c);
+        return r;
+    }
+    *ret_config = c;
+    return 0;
+}
+
+void config_free(struct server_config *c)
+{
+    if (!c)
+        return;
+    for (size_t i = 0; i < c->nvms; i++) {
+        struct config_vm *vm = &c->vms[i];
+        for (size_t j = 0; j < vm->ndisks; j++)
+            free(vm->disks[j]);
+        for (size_t j = 0; j < vm->nrenames; j++) {
+            free(vm->renames[j].name);
+            free(vm->renames[j].target);
+        }
+        free(vm->disks);
+        free(vm->renames);
+        free(vm->name);
+        free(vm->qmp);
+    }
+    free(c->vms);
+    drop_listeners(c);
+    free(c->control);
+    free(c->scratch);
+    free(c->state);
+    free(c->pidfile);
+    free(c->file);
+    free(c);
+}
+
+void config_print_help(FILE *out)
+{
+    (void)fprintf(out, "Usage: qpulld [FLAG]…\n"
+                       "Serves frozen views of the disks of running QEMU guests over NBD.\n\n");
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        if (rows[i].help) {
+            char flag[64];
+            (void)snprintf(flag, sizeof flag, "--%s %s", rows[i].name, rows[i].value);
+            (void)fprintf(out, "  %-29s %s\n", flag, rows[i].help);
+        }
+    (void)fprintf(
+        out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
+             "qmp=, disks= and disk.NAME=. Exit status: 0 done, 1 failed, 2 wrong usage.\n");
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * config: what the daemon is told to do, from flags and from an INI file, and every limit of the program (the
+ * protocol's own are in nbd/limits.h). Parsing touches nothing but the file; config_check() looks at the paths and
+ * makes the default directories. A configuration is complete or refused: nothing starts half.
+ *
+ * Owned by main() for the life of the process, read-only once checked. Any one thread.
+ */
+#ifndef QPULL_CONFIG_H
+#define QPULL_CONFIG_H
+
+#include "log.h"
+#include "qmp/base.h"
+
+#include <stdbool.h>
+#include <stdio.h>
+#include <sys/socket.h>
+
+/* -- defaults of the contract (docs: qpulld) ----------------------------------------------------------------------- */
+#define CONFIG_FILE "/etc/qpull/qpulld.conf"
+#define CONFIG_RUN_DIR "/run/qpull"
+#define CONFIG_LISTEN "unix:" CONFIG_RUN_DIR "/nbd.sock"
+#define CONFIG_CONTROL CONFIG_RUN_DIR "/control.sock"
+#define CONFIG_SCRATCH "/var/tmp"
+#define CONFIG_STATE "/var/lib/qpull"
+#define CONFIG_LINGER_MS 10000u
+#define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
+#define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
+#define CONFIG_MAX_CONNECTIONS 256u
+
+/* -- limits of the configuration ----------------------------------------------------------------------------------- */
+#define CONFIG_VMS_MAX 4096u
+#define CONFIG_LISTENERS_MAX 64u
+#define CONFIG_DISKS_MAX 1024u           /* names in one VM's disks=, and disk.NAME= lines */
+#define CONFIG_NAME_MAX 128u             /* bytes of a VM's or a disk's name; export names end at 4096 (spec) */
+#define CONFIG_SECONDS_MAX (7u * 86400u) /* of any --…-timeout and of --linger */
+#define CONFIG_CONNECTIONS_MAX 65536u
+
+/* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
+#define CONN_READ_BUFFER 4096u  /* bytes read from the socket at once: 146 requests */
+#define CONN_PIECE (256u << 10) /* bytes asked of a source at once; nbdcopy's size, and the best one measured */
+#define CONN_WINDOW (4u << 20)  /* bytes of payload being read or sent: 16 pieces, QEMU's own depth */
+#define CONN_MAX_REQUESTS 64u   /* requests in flight past which nothing more is read from the socket */
+#define CONN_MAX_UNSENT \
+    (256u << 10) /* bytes of reply heads, maps and options unsent, likewise; payload has CONN_WINDOW */
+#define CONN_BATCH_BYTES (1u << 20)  /* handed to one write at most … */
+#define CONN_BATCH_CHUNKS 32u        /* … in at most twice as many vectors */
+#define CONN_SOCKET_BUFFER (2 << 20) /* send buffer of a unix socket: 1.2 to 1.5 times the throughput (measured) */
+#define CONN_STUCK_MS 60000u   /* a client that takes no byte for so long is closed, where no idle-timeout is set */
+#define CONN_FLUSH_MS 10000u   /* to take the last bytes after the end */
+#define CONN_FAREWELL_MS 2000u /* then: to close its end, so that our close does not take them from it again (RST) */
+#define CONN_TICK_MS 500u      /* how often deadlines are looked at */
+#define CONN_BLOCK_MIN 1u      /* bytes; what NBD_INFO_BLOCK_SIZE tells */
+#define CONN_BLOCK_PREFERRED 4096u /* likewise */
+#define CONN_BLOCK_MAX (32u << 20) /* likewise; what qemu-img and nbdcopy never pass */
+
+/* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
+#define BUDGET_TOTAL (64u << 20) /* bytes; each connection has one piece besides, so that none starves */
+#define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
+
+/* -- listeners ----------------------------------------------------------------------------------------------------- */
+#define LISTEN_BACKLOG 128
+#define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
+#define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
+
+/* -- control socket ------------------------------------------------------------------------------------------------ */
+#define CONTROL_CLIENTS_MAX 32u
+#define CONTROL_DOCUMENT_MAX (64u << 10) /* bytes of one command */
+#define CONTROL_READ_BUFFER 4096u
+#define CONTROL_CALLS_MAX 16u             /* commands in flight per client; more wait in the socket */
+#define CONTROL_UNSENT_MAX (8u << 20)     /* bytes of answers past which a client is closed: it does not read */
+#define CONTROL_UNSENT_PAUSE (256u << 10) /* bytes of answers past which no more commands are read */
+#define CONTROL_STUCK_MS 30000u           /* a client that takes no byte of its answers for so long is closed */
+
+/* -- the process --------------------------------------------------------------------------------------------------- */
+#define SERVER_DRAIN_MS 10000u /* connections get so long to take their last replies on SIGTERM */
+#define SERVER_STOP_MS 30000u  /* and everything together; then the process ends anyhow */
+
+struct config_rename {
+    char *name;   /* owned */
+    char *target; /* owned */
+};
+
+struct config_vm {
+    char *name;   /* owned */
+    char *qmp;    /* owned: path of QEMU's QMP socket */
+    char **disks; /* owned: disks=, none: all */
+    size_t ndisks;
+    struct config_rename *renames; /* owned: disk.NAME= */
+    size_t nrenames;
+    /* private to the parser: where it was said */
+    bool by_flag, in_section, disks_said;
+    unsigned line;
+};
+
+enum config_listener_type { LISTEN_UNIX, LISTEN_TCP, LISTEN_FD };
+
+struct config_listener {
+    enum config_listener_type type;
+    char *text;                      /* owned: as it was said, "unix:/path" */
+    const char *path;                /* UNIX: points into text */
+    struct sockaddr_storage address; /* TCP: resolved by config_check() */
+    char *host;                      /* owned: TCP */
+    char *port;                      /* owned: TCP, digits */
+};
+
+enum config_wish { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION };
+
+#define CONFIG_ROWS_MAX 48 /* rows of the option table */
+
+struct server_config {
+    enum config_wish wish;
+    struct config_vm *vms; /* owned */
+    size_t nvms;
+    struct config_listener *listeners; /* owned */
+    size_t nlisteners;
+    char *control, *scratch, *state; /* owned: paths */
+    char *pidfile;                   /* owned, or NULL */
+    char *file;                      /* owned: the file that was read, or NULL */
+    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
+    unsigned max_connections;
+    enum log_level log_level;
+    bool allow_plaintext;
+    /* private to the parser: how often each row was set, by the file and by flags */
+    unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
+};
+
+/*
+ * Flags and, if there is one, the file. -EINVAL and a sentence that names the flag, or the file and the line.
+ * ret_config is owned by the caller; set on success only.
+ */
+int config_parse(int argc, char *const *argv, struct server_config **ret_config, struct failure *f);
+
+/* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
+ * and CONFIG_STATE where they are used and missing. */
+int config_check(struct server_config *c, struct failure *f);
+
+void config_free(struct server_config *c); /* NULL is fine */
+
+void config_print_help(FILE *out);
+
+#endif

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* config_check(): what only the system can tell about a configuration. */
+#include "config.h"
+
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static int check_dir(const char *what, const char *path, int mode, struct failure *f)
+{
+    struct stat st;
+
+    if (stat(path, &st) < 0)
+        return failure_set(f, -EINVAL, "the %s %s: %s", what, path, strerror(errno));
+    if (!S_ISDIR(st.st_mode))
+        return failure_set(f, -EINVAL, "the %s %s is not a directory", what, path);
+    if (access(path, mode) < 0)
+        return failure_set(f, -EINVAL, "the %s %s: %s", what, path, strerror(errno));
+    return 0;
+}
+
+/* The directory in which path lies must be writable. */
+static int check_parent(const char *what, const char *path, struct failure *f)
+{
+    _cleanup_free_ char *copy = strdup(path);
+    char *slash;
+
+    if (!copy)
+        return failure_set(f, -ENOMEM, "out of memory");
+    slash = strrchr(copy, '/');
+    if (!slash)
+        return check_dir(what, ".", W_OK | X_OK, f);
+    slash[slash == copy] = 0;
+    return check_dir(what, copy, W_OK | X_OK, f);
+}
+
+static int make_default_dir(const char *path, mode_t mode, struct failure *f)
+{
+    if (mkdir(path, mode) < 0 && errno != EEXIST)
+        return failure_set(f, -EINVAL, "cannot make %s: %s", path, strerror(errno));
+    return 0;
+}
+
+static bool is_loopback(const struct sockaddr_storage *a)
+{
+    if (a->ss_family == AF_INET)
+        return (ntohl(((const struct sockaddr_in *)a)->sin_addr.s_addr) >> 24) == IN_LOOPBACKNET;
+    if (a->ss_family == AF_INET6) {
+        const struct in6_addr *in6 = &((const struct sockaddr_in6 *)a)->sin6_addr;
+        return IN6_IS_ADDR_LOOPBACK(in6) || (IN6_IS_ADDR_V4MAPPED(in6) && in6->s6_addr[12] == IN_LOOPBACKNET);
+    }
+    return false;
+}
+
+static int check_socket_path(const char *path, struct failure *f)
+{
+    if (strlen(path) >= sizeof((struct sockaddr_un *)NULL)->sun_path)
+        return failure_set(f, -EINVAL, "the socket's path \"%s\" is longer than %zu bytes", path,
+                           sizeof((struct sockaddr_un *)NULL)->sun_path - 1);
+    return 0;
+}
+
+static int check_listener(const struct server_config *c, struct config_listener *l, struct failure *f)
+{
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
+    struct addrinfo *found;
+    int r;
+
+    if (l->type == LISTEN_UNIX)
+        return check_socket_path(l->path, f) < 0 ? f->err : check_parent("directory of the listener", l->path, f);
+    if (l->type == LISTEN_FD)
+        return getenv("LISTEN_FDS")
+                   ? 0
+                   : failure_set(f, -EINVAL, "--listen fd: nobody passed a socket (LISTEN_FDS is not set)");
+    r = getaddrinfo(l->host, l->port, &hints, &found);
+    if (r != 0)
+        return failure_set(f, -EINVAL, "--listen %s: %s", l->text, gai_strerror(r));
+    memcpy(&l->address, found->ai_addr, found->ai_addrlen);
+    freeaddrinfo(found);
+    if (!is_loopback(&l->address) && !c->allow_plaintext)
+        return failure_set(f, -EINVAL,
+                           "--listen %s would offer disks to the network in clear text; "
+                           "listen on loopback, or say --allow-plaintext",
+                           l->text);
+    return 0;
+}
+
+static int check_vm(const struct config_vm *vm, struct failure *f)
+{
+    struct failure why = {0};
+    struct stat st;
+
+    if (check_socket_path(vm->qmp, &why) < 0)
+        return failure_set(f, -EINVAL, "VM \"%s\": %s", vm->name, why.text);
+    /* QEMU may start later than we do, so that the socket need not be there; what is there must be one. */
+    if (stat(vm->qmp, &st) == 0 && !S_ISSOCK(st.st_mode))
+        return failure_set(f, -EINVAL, "VM \"%s\": %s is not a socket", vm->name, vm->qmp);
+    return 0;
+}
+
+int config_check(struct server_config *c, struct failure *f)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < c->nlisteners; i++) {
+        struct config_listener *l = &c->listeners[i];
+        if (l->type == LISTEN_UNIX && strncmp(l->path, CONFIG_RUN_DIR "/", sizeof CONFIG_RUN_DIR) == 0)
+            r = make_default_dir(CONFIG_RUN_DIR, 0755, f);
+        if (r == 0)
+            r = check_listener(c, l, f);
+    }
+    if (r == 0 && strcmp(c->control, CONFIG_CONTROL) == 0)
+        r = make_default_dir(CONFIG_RUN_DIR, 0755, f);
+    if (r == 0)
+        r = check_socket_path(c->control, f);
+    if (r == 0)
+        r = check_parent("directory of the control socket", c->control, f);
+    if (r == 0)
+        r = check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
+    if (r == 0 && strcmp(c->state, CONFIG_STATE) == 0)
+        r = make_default_dir(CONFIG_STATE, 0700, f);
+    if (r == 0)
+        r = check_dir("state directory", c->state, R_OK | W_OK | X_OK, f);
+    if (r == 0 && c->pidfile)
+        r = check_parent("directory of the pidfile", c->pidfile, f);
+    for (size_t i = 0; r == 0 && i < c->nvms; i++)
+        r = check_vm(&c->vms[i], f);
+    return r;
+}

@@ -1,0 +1,643 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "conn_internal.h"
+
+#include <arpa/inet.h>
+#include <assert.h>
+#include <errno.h>
+#include <json-c/json.h>
+#include <malloc.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <sys/socket.h>
+
+static const char *const state_names[] = {
+    [CONN_TALKING] = "TALKING",
+    [CONN_FLUSHING] = "FLUSHING",
+    [CONN_SHUT] = "SHUT",
+    [CONN_CLOSING] = "CLOSING",
+};
+static_assert(ARRAY_SIZE(state_names) == CONN_CLOSING + 1, "a state without a name");
+
+static uint64_t now_ms(const struct conn *c)
+{
+    return uv_now(c->set->loop);
+}
+
+static void set_state(struct conn *c, enum conn_state state)
+{
+    assert(state > c->state); /* only down */
+    log_debug("c%llu: %s -> %s", (unsigned long long)c->id, state_names[c->state], state_names[state]);
+    if (c->state == CONN_TALKING)
+        c->set->nconns--;
+    c->state = state;
+}
+
+/* -- the end ------------------------------------------------------------------------------------------------------- */
+static void chunk_free(struct conn *c, struct conn_chunk *chunk)
+{
+    c->head_bytes -= chunk->len;
+    if (chunk->payload && chunk->payload->release)
+        chunk->payload->release(chunk->payload);
+    free(chunk);
+}
+
+static void drop_queue(struct conn *c)
+{
+    while (c->queue) {
+        struct conn_chunk *chunk = c->queue;
+        c->queue = chunk->next;
+        chunk_free(c, chunk);
+    }
+    c->queue_last = NULL;
+}
+
+static bool is_sending(const struct conn *c)
+{
+    return c->queue || c->batch;
+}
+
+static void log_end(struct conn *c)
+{
+    static const char *const ends[] = {
+        [NBD_END_DISC] = "done",
+        [NBD_END_ABORT] = "the client gave up negotiating",
+        [NBD_END_PROTOCOL] = "the client broke the protocol",
+        [NBD_END_EOF] = "the client left without a word",
+        [NBD_END_LOST] = "closed by us",
+    };
+    double seconds = (double)(now_ms(c) - c->born_ms) / 1000;
+    const char *colon = c->why.err ? ": " : "", *why = c->why.err ? c->why.text : "";
+
+    if (c->quiet)
+        return;
+    if (c->export_name)
+        log_info("c%llu leaves %s: %s%s%s; %llu bytes served in %.1f s%s", (unsigned long long)c->id, c->export_name,
+                 ends[c->end], colon, why, (unsigned long long)(c->pulling ? c->pull.nbytes : 0), seconds,
+                 c->pulling && c->pull.read_failed ? ", with read errors" : "");
+    else
+        log_info("c%llu leaves: %s%s%s; after %.1f s", (unsigned long long)c->id, ends[c->end], colon, why, seconds);
+}
+
+static void note_end(struct conn *c, enum nbd_end end, const struct failure *why)
+{
+    c->end = end;
+    c->end_ms = now_ms(c);
+    if (why)
+        c->why = *why;
+    log_end(c);
+}
+
+/* From here on nothing goes out any more; what is with libuv comes back with an error or when the socket is closed. */
+static void shut(struct conn *c, bool await_eof)
+{
+    set_state(c, CONN_SHUT);
+    c->await_eof = await_eof && !c->input_eof;
+    c->shut_ms = now_ms(c);
+    conn_ask_forget(c);
+    if (c->pulling)
+        pull_drop(&c->pull);
+    nbd_free(TAKE_PTR(c->nbd));
+    drop_queue(c);
+}
+
+/* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
+static void kill_conn(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
+
+static void kill_conn(struct conn *c, int err, const char *fmt, ...)
+{
+    struct failure why = {0};
+    char text[sizeof why.text];
+    uv_os_fd_t fd;
+    va_list ap;
+
+    if (c->state >= CONN_SHUT) {
+        c->await_eof = false;
+        return;
+    }
+    va_start(ap, fmt);
+    (void)vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    (void)failure_set(&why, err, "%s", text);
+    if (c->state == CONN_TALKING)
+        note_end(c, NBD_END_LOST, &why);
+    else
+        log_debug("c%llu: %s", (unsigned long long)c->id, text);
+    /* A good end that could not be flushed stays a good end: the client said DISC after it had all its answers. */
+    shut(c, /* await_eof= */ false);
+    if (uv_fileno(&c->sock.handle, &fd) == 0)
+        (void)shutdown(
+            fd, SHUT_RDWR); /* the peer learns at once, even while we wait for the source; a dead socket refuses */
+}
+
+static void on_closed(uv_handle_t *handle)
+{
+    struct conn *c = handle->data;
+    struct conn_set *s = c->set;
+
+    assert(!c->queue && !c->batch && c->stay_state == STAY_NONE);
+    if (c->pulling)
+        pull_done(&c->pull);
+    conn_ask_done(c);
+    *(c->prev ? &c->prev->next : &s->first) = c->next;
+    *(c->next ? &c->next->prev : &s->last) = c->prev;
+    free(c);
+    if (--s->nopen == 0) {
+        (void)uv_timer_stop(&s->tick);
+        budget_done(&s->budget); /* the spare pieces; glibc keeps what is freed unless it is told */
+        (void)malloc_trim(0);
+        if (s->on_empty)
+            s->on_empty(s->arg);
+    }
+}
+
+static void on_shutdown(uv_shutdown_t *req, int status)
+{
+    struct conn *c = req->data;
+
+    c->shutting = false;
+    conn_settle(c);
+}
+
+/* -- output -------------------------------------------------------------------------------------------------------- */
+static void conn_output(struct conn *c);
+
+static void on_written(uv_write_t *req, int status)
+{
+    struct conn *c = req->data;
+    struct conn_chunk *done = TAKE_PTR(c->batch), *next;
+
+    if (status < 0 && status != UV_ECANCELED) /* else we are closing */
+        kill_conn(c, status, "sending failed: %s", uv_strerror(status));
+    /* A release may bring new data, and with it the next batch. */
+    for (; done; done = next) {
+        next = done->next;
+        chunk_free(c, done);
+    }
+    if (status == 0) {
+        c->active_ms = c->progress_ms = now_ms(c);
+        conn_output(c);
+    }
+    conn_settle(c);
+}
+
+/* Hands the next batch to libuv. One batch at a time: what comes meanwhile makes up the next one. */
+static void conn_output(struct conn *c)
+{
+    struct conn_chunk **at = &c->queue;
+    size_t bytes = 0;
+    unsigned n = 0, nchunks = 0;
+    int r;
+
+    if (c->batch || !c->queue)
+        return;
+    while (*at && nchunks < CONN_BATCH_CHUNKS && bytes < CONN_BATCH_BYTES) {
+        struct conn_chunk *chunk = *at;
+        if (chunk->len > 0)
+            c->bufs[n++] = uv_buf_init(chunk->head, (unsigned)chunk->len);
+        if (chunk->payload)
+            c->bufs[n++] = uv_buf_init((char *)chunk->payload->data, (unsigned)chunk->payload->len);
+        bytes += chunk->len + (chunk->payload ? chunk->payload->len : 0);
+        nchunks++;
+        at = &chunk->next;
+    }
+    c->batch = c->queue;
+    c->queue = *at;
+    *at = NULL;
+    if (!c->queue)
+        c->queue_last = NULL;
+    c->submitted += bytes;
+    c->progress_ms = now_ms(c);
+    c->write.data = c;
+    r = uv_write(&c->write, &c->sock.stream, c->bufs, n, on_written);
+    /* Fails for want of memory only; the chunks return to the queue, and the deadline for unsent bytes ends it. */
+    if (r < 0) {
+        *at = c->queue;
+        c->queue = TAKE_PTR(c->batch);
+        for (c->queue_last = c->queue; c->queue_last->next; c->queue_last = c->queue_last->next)
+            ;
+        c->submitted -= bytes;
+    }
+}
+
+static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payload *payload)
+{
+    struct conn *c = arg;
+    struct conn_chunk *chunk = c->state < CONN_SHUT ? malloc(sizeof *chunk + len) : NULL;
+
+    if (!chunk) {
+        /* Without this chunk the stream makes no sense any more: the client must not see what comes behind it. */
+        if (payload && payload->release)
+            payload->release(payload);
+        c->broken = true;
+        return;
+    }
+    *chunk = (struct conn_chunk){.payload = payload, .len = len};
+    if (len > 0)
+        memcpy(chunk->head, head, len);
+    if (c->queue_last)
+        c->queue_last->next = chunk;
+    else
+        c->queue = chunk;
+    c->queue_last = chunk;
+    c->head_bytes += len;
+    conn_output(c);
+}
+
+/* -- input --------------------------------------------------------------------------------------------------------- */
+/*
+ * Requests are fed one by one, so that a full input buffer cannot make us queue more than the limits say, and nbd
+ * answers nothing (errors, maps) in the middle of a reply that must stay in one piece.
+ */
+#define FEED_STEP 28 /* bytes: the shortest request (spec: compact header), so that no step brings two of them */
+
+static bool may_feed(const struct conn *c)
+{
+    return c->state == CONN_TALKING && c->head_bytes < CONN_MAX_UNSENT && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
+           !(c->pulling && pull_reply_is_open(&c->pull));
+}
+
+/* Gives nbd what is in the input buffer, as far as it may have it. */
+static void conn_input(struct conn *c)
+{
+    while (c->input_at < c->input_len && may_feed(c)) {
+        size_t left = c->input_len - c->input_at;
+        size_t taken =
+            nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
+        c->input_at += taken;
+        if (taken == 0)
+            break;
+    }
+    if (c->input_at == c->input_len)
+        c->input_at = c->input_len = 0;
+}
+
+static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
+{
+    struct conn *c = handle->data;
+
+    *buf = uv_buf_init(c->input, sizeof c->input);
+}
+
+static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
+{
+    struct conn *c = stream->data;
+
+    if (nread == 0)
+        return;
+    if (nread < 0) {
+        (void)uv_read_stop(stream);
+        c->reading = false;
+        c->input_eof = true;
+        c->await_eof = false;
+        if (nread != UV_EOF)
+            kill_conn(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
+        else if (c->state == CONN_TALKING)
+            nbd_feed_eof(c->nbd);
+    } else if (c->state == CONN_TALKING) {
+        c->active_ms = now_ms(c);
+        c->input_at = 0;
+        c->input_len = (size_t)nread;
+        conn_input(c);
+    }
+    conn_settle(c);
+}
+
+static void set_reading(struct conn *c, bool wanted)
+{
+    if (c->reading == wanted || c->input_eof)
+        return;
+    if (wanted)
+        wanted = uv_read_start(&c->sock.stream, on_alloc, on_read) == 0;
+    else
+        (void)uv_read_stop(&c->sock.stream);
+    c->reading = wanted;
+}
+
+/* -- nbd's callbacks ----------------------------------------------------------------------------------------------- */
+static void on_nbd_ask(void *arg, const struct nbd_ask *ask)
+{
+    conn_ask(arg, ask);
+}
+
+static void on_nbd_request(void *arg, struct nbd_request *r)
+{
+    struct conn *c = arg;
+
+    c->active_ms = now_ms(c);
+    pull_request(&c->pull, r);
+}
+
+static void on_nbd_hangup(void *arg, enum nbd_end end, const struct failure *why)
+{
+    struct conn *c = arg;
+
+    note_end(c, end, why);
+    set_state(c, CONN_FLUSHING);
+}
+
+static const struct nbd_ops nbd_ops = {
+    .ask = on_nbd_ask,
+    .request = on_nbd_request,
+    .send = on_nbd_send,
+    .hangup = on_nbd_hangup,
+};
+
+/* -- moving on ----------------------------------------------------------------------------------------------------- */
+void conn_settle(struct conn *c)
+{
+    if (c->broken)
+        kill_conn(c, -ENOMEM, "out of memory");
+    if (c->state == CONN_TALKING) {
+        conn_input(c);
+        if (c->broken)
+            kill_conn(c, -ENOMEM, "out of memory");
+    }
+    if (c->state == CONN_TALKING) {
+        set_reading(c, c->input_len == 0 && may_feed(c));
+        return;
+    }
+    if (c->state == CONN_FLUSHING)
+        conn_ask_forget(c);
+    if (!conn_try_leave(c) && c->state > CONN_FLUSHING)
+        return;
+    if (c->state == CONN_FLUSHING && !is_sending(c)) {
+        /* A client that we hang up on may still be sending: closing now would take our last words from it (RST). */
+        bool await_eof = c->end != NBD_END_DISC && c->end != NBD_END_EOF;
+
+        shut(c, await_eof);
+        c->shutdown.data = c;
+        c->shutting = uv_shutdown(&c->shutdown, &c->sock.stream, on_shutdown) == 0;
+        if (c->await_eof)
+            set_reading(c, true);
+    }
+    if (c->state == CONN_SHUT && !c->shutting && !c->await_eof && conn_try_leave(c)) {
+        set_state(c, CONN_CLOSING);
+        uv_close(&c->sock.handle, on_closed);
+    }
+}
+
+/* -- deadlines ----------------------------------------------------------------------------------------------------- */
+static void check_output(struct conn *c)
+{
+    uint64_t written = c->submitted - uv_stream_get_write_queue_size(&c->sock.stream);
+    unsigned bound = c->set->config->idle_timeout_ms > 0 ? c->set->config->idle_timeout_ms : CONN_STUCK_MS;
+
+    if (written != c->written || !is_sending(c)) {
+        c->written = written;
+        c->progress_ms = now_ms(c);
+        return;
+    }
+    if (now_ms(c) - c->progress_ms > bound)
+        kill_conn(c, -ETIMEDOUT, "the client took no byte of its replies for %g seconds", bound / 1000.0);
+}
+
+static void check_deadlines(struct conn *c)
+{
+    const struct server_config *config = c->set->config;
+    uint64_t now = now_ms(c);
+    struct failure why = {0};
+
+    if (c->state >= CONN_FLUSHING) {
+        if (c->state == CONN_SHUT && now - c->shut_ms > CONN_FAREWELL_MS)
+            c->await_eof = false;
+        if (c->state == CONN_FLUSHING && now - c->end_ms > CONN_FLUSH_MS)
+            kill_conn(c, -ETIMEDOUT, "the client did not take our last bytes within %u seconds", CONN_FLUSH_MS / 1000);
+        return;
+    }
+    check_output(c);
+    if (c->state != CONN_TALKING || c->asking)
+        return;
+    if (!nbd_in_transmission(c->nbd)) {
+        if (!nbd_is_ending(c->nbd) && now - c->since_ms > config->handshake_timeout_ms)
+            (void)failure_set(&why, -ETIMEDOUT, "the client did not finish negotiating within %g seconds",
+                              config->handshake_timeout_ms / 1000.0);
+    } else if (config->idle_timeout_ms > 0 && nbd_inflight(c->nbd) == 0 && !is_sending(c) &&
+               now - c->active_ms > config->idle_timeout_ms) {
+        (void)failure_set(&why, -ETIMEDOUT, "the client asked for nothing for %g seconds",
+                          config->idle_timeout_ms / 1000.0);
+    }
+    if (why.err)
+        nbd_fail(c->nbd, &why);
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct conn_set *s = timer->data;
+
+    /* Connections are freed by close callbacks only, so the list stands still here. */
+    for (struct conn *c = s->first; c; c = c->next) {
+        check_deadlines(c);
+        conn_settle(c);
+    }
+    if (s->nsilent > 0 && uv_now(s->loop) - s->complained_ms >= LISTEN_COMPLAIN_MS) {
+        log_warning("%llu more connections were refused: all %u are taken", (unsigned long long)s->nsilent,
+                    s->config->max_connections);
+        s->nsilent = 0;
+        s->complained_ms = uv_now(s->loop);
+    }
+}
+
+/* -- the beginning ------------------------------------------------------------------------------------------------- */
+/* Who is it, and from where. */
+static int identify(struct conn *c, char *from, size_t size)
+{
+    struct sockaddr_storage a;
+    socklen_t len = sizeof a;
+    struct ucred peer;
+    socklen_t peer_len = sizeof peer;
+    char text[INET6_ADDRSTRLEN] = "?";
+    uint16_t port = 0;
+    uv_os_fd_t fd;
+    int on = 1, size_wanted = CONN_SOCKET_BUFFER;
+
+    if (uv_fileno(&c->sock.handle, &fd) < 0)
+        return -EBADF;
+    if (c->sock.handle.type == UV_NAMED_PIPE) {
+        if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_len) < 0)
+            return -errno;
+        /* SO_SNDBUFFORCE is for root and passes the system's limit; otherwise we take what we get. */
+        if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size_wanted, sizeof size_wanted) < 0)
+            (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size_wanted, sizeof size_wanted);
+        (void)snprintf(c->identity, sizeof c->identity, "uid:%u", (unsigned)peer.uid);
+        (void)snprintf(from, size, "%s (pid %d)", c->identity, (int)peer.pid);
+        return 0;
+    }
+    if (getpeername(fd, (struct sockaddr *)&a, &len) < 0)
+        return -errno;
+    if (a.ss_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)&a;
+        (void)inet_ntop(AF_INET, &in->sin_addr, text, sizeof text);
+        port = ntohs(in->sin_port);
+    } else if (a.ss_family == AF_INET6) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)&a;
+        if (IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr)) /* one client, whichever way it came */
+            (void)inet_ntop(AF_INET, &in6->sin6_addr.s6_addr[12], text, sizeof text);
+        else
+            (void)inet_ntop(AF_INET6, &in6->sin6_addr, text, sizeof text);
+        port = ntohs(in6->sin6_port);
+    }
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)uv_tcp_nodelay(&c->sock.tcp, 1);
+    (void)snprintf(c->identity, sizeof c->identity, "ip:%s", text);
+    (void)snprintf(from, size, "%s port %u", c->identity, port);
+    return 0;
+}
+
+/* True: there is a place for one more. */
+static bool make_room(struct conn_set *s)
+{
+    if (s->nconns < s->config->max_connections)
+        return true;
+    for (struct conn *c = s->first; c; c = c->next)
+        if (c->state == CONN_TALKING && !c->opened) {
+            s->nevicted++;
+            kill_conn(c, -EUSERS, "it was negotiating while another client needed its place");
+            conn_settle(c);
+            return true;
+        }
+    return false;
+}
+
+static void complain(struct conn_set *s)
+{
+    s->nrefused++;
+    if (uv_now(s->loop) - s->complained_ms < LISTEN_COMPLAIN_MS) {
+        s->nsilent++;
+        return;
+    }
+    s->complained_ms = uv_now(s->loop);
+    log_warning("a connection was refused: all %u are taken", s->config->max_connections);
+}
+
+static struct conn *conn_new(struct conn_set *s, uv_handle_type type)
+{
+    struct conn *c = calloc(1, sizeof *c);
+    int r;
+
+    if (!c)
+        return NULL;
+    c->set = s;
+    c->id = ++s->next_id;
+    c->born_ms = c->since_ms = c->active_ms = c->progress_ms = uv_now(s->loop);
+    r = type == UV_NAMED_PIPE ? uv_pipe_init(s->loop, &c->sock.pipe, /* ipc= */ 0) : uv_tcp_init(s->loop, &c->sock.tcp);
+    if (r < 0) {
+        free(c);
+        return NULL;
+    }
+    c->sock.handle.data = c;
+    c->prev = s->last;
+    *(s->last ? &s->last->next : &s->first) = c;
+    s->last = c;
+    s->nconns++;
+    if (s->nopen++ == 0)
+        (void)uv_timer_start(&s->tick, on_tick, CONN_TICK_MS, CONN_TICK_MS);
+    return c;
+}
+
+int conn_accept(struct conn_set *s, uv_stream_t *listener)
+{
+    bool room = make_room(s);
+    struct conn *c = conn_new(s, listener->type);
+    char from[128];
+    int r;
+
+    if (!c)
+        return -ENOMEM;
+    r = uv_accept(listener, &c->sock.stream);
+    if (r < 0) {
+        kill_conn(c, r, "accepting failed: %s", uv_strerror(r));
+        conn_settle(c);
+        return 0;
+    }
+    s->ntotal++;
+    if (!room) {
+        complain(s);
+        c->quiet = true;
+        kill_conn(c, -EUSERS, "all connections are taken");
+        conn_settle(c);
+        return 0;
+    }
+    r = identify(c, from, sizeof from);
+    if (r == 0)
+        r = nbd_new(&nbd_ops, c, &c->nbd);
+    if (r < 0) {
+        kill_conn(c, r, "nobody knows who it is: %s", strerror(-r));
+        conn_settle(c);
+        return 0;
+    }
+    log_info("c%llu connected: %s", (unsigned long long)c->id, from);
+    nbd_start(c->nbd);
+    conn_settle(c);
+    return 0;
+}
+
+/* -- the set ------------------------------------------------------------------------------------------------------- */
+int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_config *config,
+                  const struct catalog *catalog)
+{
+    *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
+    budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
+    s->tick.data = s;
+    return uv_timer_init(loop, &s->tick);
+}
+
+static void on_set_closed(uv_handle_t *handle)
+{
+    struct conn_set *s = handle->data;
+
+    s->on_closed(s->arg);
+}
+
+void conn_set_close(struct conn_set *s, void (*cb)(void *arg))
+{
+    assert(!s->first);
+    s->on_closed = cb;
+    budget_done(&s->budget);
+    uv_close((uv_handle_t *)&s->tick, on_set_closed);
+}
+
+void conn_set_fail(struct conn_set *s, const struct failure *why)
+{
+    for (struct conn *c = s->first; c; c = c->next) {
+        if (c->state == CONN_TALKING) {
+            nbd_fail(c->nbd, why);
+            if (c->pulling)
+                pull_fail(&c->pull, why);
+        }
+        conn_settle(c);
+    }
+}
+
+void conn_set_kill(struct conn_set *s, const struct failure *why)
+{
+    for (struct conn *c = s->first; c; c = c->next) {
+        kill_conn(c, why->err, "%s", why->text);
+        conn_settle(c);
+    }
+}
+
+static struct json_object *to_json(struct conn *c)
+{
+    struct json_object *o = json_object_new_object();
+
+    json_object_object_add(o, "id", json_object_new_uint64(c->id));
+    json_object_object_add(o, "client", json_object_new_string(c->identity));
+    json_object_object_add(o, "export", c->export_name && c->pulling ? json_object_new_string(c->export_name) : NULL);
+    json_object_object_add(o, "session",
+                           c->stay_state == STAY_ENTERED ? json_object_new_string(vm_stay_session(&c->stay)) : NULL);
+    json_object_object_add(o, "bytes", json_object_new_uint64(c->pulling ? c->pull.nbytes : 0));
+    json_object_object_add(o, "requests", json_object_new_uint64(c->nbd ? nbd_inflight(c->nbd) : 0));
+    json_object_object_add(o, "buffered", json_object_new_uint64(c->pulling ? c->pull.window : 0));
+    json_object_object_add(o, "seconds", json_object_new_uint64((now_ms(c) - c->born_ms) / 1000));
+    return o;
+}
+
+struct json_object *conn_set_to_json(struct conn_set *s)
+{
+    struct json_object *all = json_object_new_array();
+
+    for (struct conn *c = s->first; c; c = c->next)
+        if (c->state < CONN_CLOSING)
+            json_object_array_add(all, to_json(c));
+    return all;
+}

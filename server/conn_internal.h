@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* conn_internal: what conn.c (socket and life) and conn_ask.c (answers of the negotiation) share. Not for anybody else.
+ */
+#ifndef QPULL_CONN_INTERNAL_H
+#define QPULL_CONN_INTERNAL_H
+
+#include "conn.h"
+#include "nbd/nbd.h"
+#include "pull.h"
+
+/* In this order; a connection only moves down. */
+enum conn_state {
+    CONN_TALKING,  /* bytes go both ways; nbd has not hung up */
+    CONN_FLUSHING, /* nbd has hung up; what it sent is on its way. No request is left */
+    CONN_SHUT, /* our end is shut, or the socket is dead; nbd is freed. Waits for the client's end, and for reads of the
+                  source */
+    CONN_CLOSING, /* uv_close() is called; on_closed() frees it */
+};
+
+enum stay_state { STAY_NONE, STAY_ENTERING, STAY_ENTERED };
+
+/* Something to send: a head, and behind it maybe a payload. */
+struct conn_chunk {
+    struct conn_chunk *next;
+    struct nbd_payload *payload; /* given by nbd; released when written */
+    size_t len;                  /* bytes of head */
+    char head[];
+};
+
+struct conn {
+    struct conn_set *set; /* borrowed */
+    struct conn *next, *prev;
+    uint64_t id;
+    enum conn_state state;
+    union {
+        uv_handle_t handle;
+        uv_stream_t stream;
+        uv_pipe_t pipe;
+        uv_tcp_t tcp;
+    } sock;
+    char identity[80]; /* "uid:0", "ip:192.0.2.7" */
+    struct nbd *nbd;   /* owned until CONN_SHUT */
+
+    /* input */
+    bool reading, input_eof;
+    size_t input_at, input_len; /* bytes in input that nbd has not taken */
+    char input[CONN_READ_BUFFER];
+
+    /* output: chunks wait in queue; those in batch are with libuv */
+    struct conn_chunk *queue, *queue_last, *batch; /* owned */
+    size_t head_bytes;                             /* of heads in queue and batch */
+    uint64_t submitted;                            /* bytes given to libuv, ever */
+    uint64_t written;                              /* of them: taken by the client's socket when we last looked */
+    uv_write_t write;
+    uv_shutdown_t shutdown;
+    uv_buf_t bufs[2 * CONN_BATCH_CHUNKS];
+    bool shutting;  /* uv_shutdown() is under way */
+    bool broken;    /* a chunk could not be queued: nothing may follow it */
+    bool quiet;     /* not worth a line in the log */
+    bool await_eof; /* CONN_SHUT: the client gets time to read our last words */
+
+    /* negotiation */
+    struct catalog_ask ask;
+    enum nbd_ask_type ask_type;
+    bool asking; /* an ask of nbd is with us */
+    bool opened; /* an export was named by GO: not the first to make way any more */
+
+    /* the session */
+    struct vm *vm; /* borrowed: of the stay */
+    struct vm_stay stay;
+    enum stay_state stay_state;
+    char *disk, *checkpoint; /* owned: strings of the stay */
+    char **contexts;         /* owned, each: negotiated contexts, in nbd's order */
+    const char **since;      /* owned array: points into contexts */
+    size_t ncontexts;
+    char *export_name; /* owned: canonical; NULL: none is open */
+    uint64_t size;     /* bytes */
+    struct pull pull;
+    bool pulling; /* pull is initialised */
+
+    /* deadlines, in loop time */
+    uint64_t since_ms;    /* connected, moved on by the time that we took for answers */
+    uint64_t asked_ms;    /* the ask came */
+    uint64_t active_ms;   /* last request, or byte taken */
+    uint64_t progress_ms; /* last byte taken by the client while something was unsent */
+    uint64_t end_ms;      /* the end was decided */
+    uint64_t shut_ms;     /* CONN_SHUT was reached */
+    uint64_t born_ms;     /* connected */
+
+    enum nbd_end end;   /* from CONN_FLUSHING on */
+    struct failure why; /* likewise; err 0: a good end */
+};
+
+/* -- conn.c -------------------------------------------------------------------------------------------------------- */
+/* Called last by every callback that enters a connection: moves it on as far as it can. The connection may be closing
+ * then, but is not freed. */
+void conn_settle(struct conn *c);
+
+/* -- conn_ask.c ---------------------------------------------------------------------------------------------------- */
+void conn_ask(struct conn *c, const struct nbd_ask *ask);
+/* Gives up what waits for an answer. */
+void conn_ask_forget(struct conn *c);
+/* Ends the stay, unless a read of the source is in flight or there is none; true: there is none now. */
+bool conn_try_leave(struct conn *c);
+void conn_ask_done(struct conn *c);
+
+#endif

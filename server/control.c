@@ -1,0 +1,501 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "control_internal.h"
+#include "listen.h"
+#include "qmp/stream.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+struct control_client {
+    struct control *control; /* borrowed */
+    struct control_client *next, *prev;
+    uint64_t id;
+    uv_pipe_t pipe;
+    struct qmp_stream stream;
+    bool negotiated; /* qmp_capabilities was said */
+    bool reading, closing;
+    bool last_words;            /* closes when all is written */
+    struct control_call *calls; /* owned */
+    size_t ncalls;
+    size_t unsent;      /* bytes handed to libuv and not written */
+    size_t unsent_seen; /* of libuv's queue, when progress was last looked at */
+    uint64_t progress_ms;
+    char input[CONTROL_READ_BUFFER];
+};
+
+struct control {
+    struct server *server;          /* borrowed */
+    struct listener *listener;      /* owned */
+    struct control_client *clients; /* owned */
+    size_t nclients;
+    uint64_t next_id;
+    uv_timer_t tick; /* runs while there is a client */
+    bool closing;
+    void (*on_closed)(void *arg);
+    void *arg;
+};
+
+struct answer {
+    uv_write_t write;
+    struct control_client *client;
+    size_t len;
+    char text[];
+};
+
+/* -- the end of a client ------------------------------------------------------------------------------------------- */
+static void call_unlink(struct control_call *call)
+{
+    struct control_client *client = call->client;
+
+    if (!client)
+        return;
+    *(call->prev ? &call->prev->next : &client->calls) = call->next;
+    if (call->next)
+        call->next->prev = call->prev;
+    client->ncalls--;
+    call->client = NULL;
+    call->next = call->prev = NULL;
+}
+
+static void call_free(struct control_call *call)
+{
+    call_unlink(call);
+    json_object_put(call->id);
+    free(call);
+}
+
+static void try_finish(struct control *c);
+
+static void on_client_closed(uv_handle_t *handle)
+{
+    struct control_client *client = handle->data;
+    struct control *c = client->control;
+
+    *(client->prev ? &client->prev->next : &c->clients) = client->next;
+    if (client->next)
+        client->next->prev = client->prev;
+    qmp_stream_done(&client->stream);
+    free(client);
+    if (--c->nclients == 0)
+        (void)uv_timer_stop(&c->tick);
+    try_finish(c);
+}
+
+static void client_close(struct control_client *client)
+{
+    if (client->closing)
+        return;
+    client->closing = true;
+    while (client->calls) {
+        struct control_call *call = client->calls;
+
+        call_unlink(call);
+        if (call->command->forget) {
+            call->command->forget(call);
+            call_free(call);
+        }
+    }
+    uv_close((uv_handle_t *)&client->pipe, on_client_closed);
+}
+
+/* -- answers ------------------------------------------------------------------------------------------------------- */
+static void update_reading(struct control_client *client);
+
+static void on_written(uv_write_t *req, int status)
+{
+    struct answer *a = container_of(req, struct answer, write);
+    struct control_client *client = a->client;
+
+    client->unsent -= a->len;
+    free(a);
+    if (status < 0 || (client->last_words && client->unsent == 0))
+        client_close(client);
+    else
+        update_reading(client);
+}
+
+/* doc is given. */
+static void send_document(struct control_client *client, struct json_object *doc)
+{
+    size_t len = 0;
+    const char *text = doc ? json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len) : NULL;
+    struct answer *a = text ? malloc(sizeof *a + len + 2) : NULL;
+    uv_buf_t buf;
+
+    if (!client->closing && (!a || client->unsent + len > CONTROL_UNSENT_MAX)) {
+        log_warning("control client %llu is closed: %s", (unsigned long long)client->id,
+                    a ? "it does not read its answers" : "out of memory");
+        client_close(client);
+    }
+    if (a && !client->closing) {
+        memcpy(a->text, text, len);
+        memcpy(a->text + len, "\r\n", 2); /* as QEMU ends a line */
+        a->len = len + 2;
+        a->client = client;
+        if (client->unsent == 0)
+            client->progress_ms = uv_now(client->pipe.loop);
+        client->unsent += a->len;
+        buf = uv_buf_init(a->text, (unsigned)a->len);
+        if (uv_write(&a->write, (uv_stream_t *)&client->pipe, &buf, 1, on_written) == 0) {
+            a = NULL;
+        } else {
+            client->unsent -= a->len;
+            client_close(client);
+        }
+    }
+    free(a);
+    json_object_put(doc);
+}
+
+static struct json_object *error_document(struct json_object *id, const char *class, const char *text)
+{
+    struct json_object *doc = json_object_new_object(), *error = json_object_new_object();
+
+    json_object_object_add(error, "class", json_object_new_string(class));
+    json_object_object_add(error, "desc", json_object_new_string(text));
+    json_object_object_add(doc, "error", error);
+    if (id)
+        json_object_object_add(doc, "id", json_object_get(id));
+    return doc;
+}
+
+void control_return(struct control_call *call, struct json_object *value)
+{
+    struct control_client *client = call->client;
+
+    if (client) {
+        struct json_object *doc = json_object_new_object();
+
+        json_object_object_add(doc, "return", value ? value : json_object_new_object());
+        if (call->id)
+            json_object_object_add(doc, "id", json_object_get(call->id));
+        call_free(call);
+        send_document(client, doc);
+        update_reading(client);
+        return;
+    }
+    json_object_put(value);
+    call_free(call);
+}
+
+void control_error(struct control_call *call, const char *class, const char *fmt, ...)
+{
+    struct control_client *client = call->client;
+    char text[sizeof((struct failure *)NULL)->text];
+    struct json_object *doc;
+    va_list ap;
+
+    va_start(ap, fmt);
+    (void)vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    log_debug("control: %s: %s", call->command->name, text);
+    doc = client ? error_document(call->id, class, text) : NULL;
+    call_free(call);
+    if (client) {
+        send_document(client, doc);
+        update_reading(client);
+    }
+}
+
+void control_fail(struct control_call *call, const struct failure *f)
+{
+    control_error(call, f->err == -ENODEV ? CONTROL_NO_DEVICE : CONTROL_GENERIC, "%s", f->text);
+}
+
+/* -- commands ------------------------------------------------------------------------------------------------------ */
+static void refuse(struct control_client *client, struct json_object *id, const char *class, const char *fmt, ...)
+    _printf_(4, 5);
+
+static void refuse(struct control_client *client, struct json_object *id, const char *class, const char *fmt, ...)
+{
+    char text[sizeof((struct failure *)NULL)->text];
+    va_list ap;
+
+    va_start(ap, fmt);
+    (void)vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    send_document(client, error_document(id, class, text));
+}
+
+static bool is_listed(const char *const *names, const char *name)
+{
+    for (size_t i = 0; i < CONTROL_ARGS_MAX && names[i]; i++)
+        if (strcmp(names[i], name) == 0)
+            return true;
+    return false;
+}
+
+static bool check_arguments(struct control_client *client, struct json_object *id,
+                            const struct control_command *command, struct json_object *args)
+{
+    json_object_object_foreach(args, key, value)
+    {
+        if (!is_listed(command->required, key) && !is_listed(command->optional, key)) {
+            refuse(client, id, CONTROL_GENERIC, "Parameter '%s' is unexpected", key);
+            return false;
+        }
+        if (!json_object_is_type(value, json_type_string)) {
+            refuse(client, id, CONTROL_GENERIC, "Invalid parameter type for '%s', expected: string", key);
+            return false;
+        }
+    }
+    for (size_t i = 0; i < CONTROL_ARGS_MAX && command->required[i]; i++)
+        if (!json_object_object_get_ex(args, command->required[i], NULL)) {
+            refuse(client, id, CONTROL_GENERIC, "Parameter '%s' is missing", command->required[i]);
+            return false;
+        }
+    return true;
+}
+
+static void start_call(struct control_client *client, struct json_object *id, const struct control_command *command,
+                       struct json_object *args)
+{
+    struct control_call *call = calloc(1, MAX(command->size, sizeof *call));
+
+    if (!call) {
+        refuse(client, id, CONTROL_GENERIC, "the server is out of memory");
+        return;
+    }
+    call->server = client->control->server;
+    call->command = command;
+    call->client = client;
+    call->id = json_object_get(id);
+    call->next = client->calls;
+    if (client->calls)
+        client->calls->prev = call;
+    client->calls = call;
+    client->ncalls++;
+    command->run(call, args);
+}
+
+static int on_document(void *arg, struct json_object *doc)
+{
+    struct control_client *client = arg;
+    struct json_object *execute = NULL, *args = NULL, *id = NULL, *empty = NULL;
+    const struct control_command *command = NULL;
+    const char *name;
+
+    if (client->closing)
+        return -ECANCELED;
+    json_object_object_get_ex(doc, "id", &id);
+    json_object_object_foreach(doc, key, value)
+    {
+        if (strcmp(key, "execute") != 0 && strcmp(key, "arguments") != 0 && strcmp(key, "id") != 0) {
+            refuse(client, id, CONTROL_GENERIC, "QMP input member '%s' is unexpected", key);
+            return 0;
+        }
+    }
+    if (!json_object_object_get_ex(doc, "execute", &execute) || !json_object_is_type(execute, json_type_string)) {
+        refuse(client, id, CONTROL_GENERIC, "QMP input lacks member 'execute', a string");
+        return 0;
+    }
+    if (json_object_object_get_ex(doc, "arguments", &args) && !json_object_is_type(args, json_type_object)) {
+        refuse(client, id, CONTROL_GENERIC, "QMP input member 'arguments' must be an object");
+        return 0;
+    }
+    name = json_object_get_string(execute);
+    log_debug("control client %llu: %s", (unsigned long long)client->id, name);
+    if (strcmp(name, "qmp_capabilities") == 0) { /* takes any "enable": there is nothing to enable */
+        struct json_object *answer = json_object_new_object();
+
+        client->negotiated = true;
+        json_object_object_add(answer, "return", json_object_new_object());
+        if (id)
+            json_object_object_add(answer, "id", json_object_get(id));
+        send_document(client, answer);
+        return 0;
+    }
+    for (size_t i = 0; i < control_ncommands; i++)
+        if (strcmp(control_commands[i].name, name) == 0)
+            command = &control_commands[i];
+    if (!client->negotiated) {
+        refuse(client, id, CONTROL_NO_COMMAND, "Expecting capabilities negotiation with 'qmp_capabilities'");
+        return 0;
+    }
+    if (!command) {
+        refuse(client, id, CONTROL_NO_COMMAND, "The command %s has not been found", name);
+        return 0;
+    }
+    if (!args)
+        args = empty = json_object_new_object();
+    if (check_arguments(client, id, command, args))
+        start_call(client, id, command, args);
+    json_object_put(empty);
+    return 0;
+}
+
+/* -- input --------------------------------------------------------------------------------------------------------- */
+static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
+{
+    struct control_client *client = handle->data;
+
+    *buf = uv_buf_init(client->input, sizeof client->input);
+}
+
+static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
+{
+    struct control_client *client = stream->data;
+    struct failure why = {0};
+
+    if (nread == 0)
+        return;
+    if (nread < 0) {
+        client_close(client);
+        return;
+    }
+    if (qmp_stream_feed(&client->stream, buf->base, (size_t)nread, on_document, client, &why) < 0 && !client->closing) {
+        client->last_words = true;
+        refuse(client, NULL, CONTROL_GENERIC, "%s", why.text);
+    }
+    update_reading(client);
+}
+
+/* A client that floods, or does not read, waits. One input buffer may hold some more commands than CONTROL_CALLS_MAX.
+ */
+static void update_reading(struct control_client *client)
+{
+    bool wanted = !client->closing && !client->last_words && client->ncalls < CONTROL_CALLS_MAX &&
+                  client->unsent < CONTROL_UNSENT_PAUSE;
+
+    if (client->closing || wanted == client->reading)
+        return;
+    if (wanted)
+        wanted = uv_read_start((uv_stream_t *)&client->pipe, on_alloc, on_read) == 0;
+    else
+        (void)uv_read_stop((uv_stream_t *)&client->pipe);
+    client->reading = wanted;
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct control *c = timer->data;
+    uint64_t now = uv_now(timer->loop);
+
+    for (struct control_client *client = c->clients; client; client = client->next) {
+        size_t unsent = uv_stream_get_write_queue_size((uv_stream_t *)&client->pipe);
+
+        if (client->closing)
+            continue;
+        if (unsent != client->unsent_seen || unsent == 0) {
+            client->unsent_seen = unsent;
+            client->progress_ms = now;
+        } else if (now - client->progress_ms > CONTROL_STUCK_MS) {
+            log_warning("control client %llu is closed: it does not read its answers", (unsigned long long)client->id);
+            client_close(client);
+        }
+    }
+}
+
+/* -- the beginning ------------------------------------------------------------------------------------------------- */
+static struct json_object *greeting(void)
+{
+    struct json_object *doc = json_object_new_object(), *qmp = json_object_new_object(), *v = json_object_new_object();
+
+    /* "qemu" is what QMP shells look for; "qpull" tells who it really is. */
+    json_object_object_add(v, "qemu", control_version_to_json());
+    json_object_object_add(v, "qpull", control_version_to_json());
+    json_object_object_add(v, "package", json_object_new_string("qpull " QPULL_VERSION));
+    json_object_object_add(qmp, "version", v);
+    json_object_object_add(qmp, "capabilities", json_object_new_array());
+    json_object_object_add(doc, "QMP", qmp);
+    return doc;
+}
+
+/* Root and our own user. The socket's mode says so already; a socket that was passed on or made accessible does not. */
+static bool is_welcome(struct control_client *client)
+{
+    struct ucred peer;
+    socklen_t len = sizeof peer;
+    uv_os_fd_t fd;
+
+    if (uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0)
+        return false;
+    if (peer.uid == 0 || peer.uid == geteuid())
+        return true;
+    log_warning("control: user %u may not use this socket (pid %d)", (unsigned)peer.uid, (int)peer.pid);
+    return false;
+}
+
+static int on_connection(void *arg, uv_stream_t *listener)
+{
+    struct control *c = arg;
+    struct control_client *client = calloc(1, sizeof *client);
+
+    if (!client)
+        return -ENOMEM;
+    if (uv_pipe_init(listener->loop, &client->pipe, /* ipc= */ 0) < 0) {
+        free(client);
+        return -ENOMEM;
+    }
+    client->pipe.data = client;
+    client->control = c;
+    client->id = ++c->next_id;
+    client->next = c->clients;
+    if (c->clients)
+        c->clients->prev = client;
+    c->clients = client;
+    if (c->nclients++ == 0)
+        (void)uv_timer_start(&c->tick, on_tick, CONN_TICK_MS, CONN_TICK_MS);
+    if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || !is_welcome(client) ||
+        qmp_stream_init(&client->stream, CONTROL_DOCUMENT_MAX) < 0) {
+        client_close(client);
+        return 0;
+    }
+    if (c->nclients > CONTROL_CLIENTS_MAX) {
+        log_warning("control: a client was refused: %u are there", CONTROL_CLIENTS_MAX);
+        client_close(client);
+        return 0;
+    }
+    send_document(client, greeting());
+    update_reading(client);
+    return 0;
+}
+
+int control_open(struct server *server, const char *path, struct control **ret_control, struct failure *f)
+{
+    struct control *c = calloc(1, sizeof *c);
+    int r;
+
+    if (!c)
+        return failure_set(f, -ENOMEM, "out of memory");
+    c->server = server;
+    r = listen_open_unix(server_loop(server), path, on_connection, c, &c->listener, f);
+    if (r < 0) {
+        free(c);
+        return r;
+    }
+    (void)uv_timer_init(server_loop(server), &c->tick);
+    c->tick.data = c;
+    *ret_control = c;
+    return 0;
+}
+
+static void on_tick_closed(uv_handle_t *handle)
+{
+    struct control *c = handle->data;
+    void (*cb)(void *arg) = c->on_closed;
+    void *arg = c->arg;
+
+    free(c);
+    cb(arg);
+}
+
+static void try_finish(struct control *c)
+{
+    if (c->closing && c->nclients == 0)
+        uv_close((uv_handle_t *)&c->tick, on_tick_closed);
+}
+
+void control_close(struct control *c, void (*cb)(void *arg), void *arg)
+{
+    c->closing = true;
+    c->on_closed = cb;
+    c->arg = arg;
+    listen_close(TAKE_PTR(c->listener));
+    for (struct control_client *client = c->clients; client; client = client->next)
+        client_close(client);
+    try_finish(c);
+}

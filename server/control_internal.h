@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* control_internal: what control.c (the wire) and control_commands.c (the commands) share. Not for anybody else. */
+#ifndef QPULL_CONTROL_INTERNAL_H
+#define QPULL_CONTROL_INTERNAL_H
+
+#include "control.h"
+
+#include <json-c/json.h>
+
+struct control_client;
+struct control_call;
+
+/* All arguments of all commands are strings. */
+#define CONTROL_ARGS_MAX 4
+
+struct control_command {
+    const char *name;
+    const char *required[CONTROL_ARGS_MAX], *optional[CONTROL_ARGS_MAX];
+    size_t size; /* bytes of the structure that begins with a struct control_call; 0: of that alone */
+    /* Ends, now or later, with one of control_return() and control_error(). args is borrowed for the call, never NULL.
+     */
+    void (*run)(struct control_call *call, struct json_object *args);
+    /* The client is gone: nobody wants the answer. Forgets what is under way; the call is freed then. NULL: it goes on
+     * to its end, unheard. */
+    void (*forget)(struct control_call *call);
+};
+
+/* A command on its way; heap, zeroed but for these. */
+struct control_call {
+    struct server *server; /* borrowed */
+    const struct control_command *command;
+    struct control_client *client; /* NULL: gone */
+    struct json_object *id;        /* owned: the client's, or NULL */
+    struct control_call *next, *prev;
+};
+
+/* Both end the call, which is gone then. value is given; NULL is an empty object. */
+void control_return(struct control_call *call, struct json_object *value);
+void control_error(struct control_call *call, const char *class, const char *fmt, ...) _printf_(3, 4);
+void control_fail(struct control_call *call, const struct failure *f);
+
+#define CONTROL_GENERIC "GenericError"
+#define CONTROL_NO_COMMAND "CommandNotFound"
+#define CONTROL_NO_DEVICE "DeviceNotFound"
+
+extern const struct control_command control_commands[];
+extern const size_t control_ncommands;
+
+/* {"major": 0, …} of this program. */
+struct json_object *control_version_to_json(void);
+
+#endif

@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* qpulld: argv and signals around the server. Exit status: 0 ended well, 1 failed, 2 wrong usage or configuration. */
+#include "config.h"
+#include "server.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+enum exit_status { EXIT_DONE, EXIT_FAILED, EXIT_USAGE };
+
+static const int signals[] = {SIGTERM, SIGINT, SIGHUP};
+
+struct daemon {
+    uv_loop_t loop;
+    const struct server_config *config;
+    struct server *server;                    /* owned until server_stop() */
+    uv_signal_t watches[ARRAY_SIZE(signals)]; /* closed when the server is gone */
+    enum exit_status status;
+    bool has_pidfile;
+};
+
+static void remove_pidfile(struct daemon *d)
+{
+    if (d->has_pidfile)
+        (void)unlink(d->config->pidfile); /* nothing to do about a file that cannot go */
+    d->has_pidfile = false;
+}
+
+static void on_stopped(void *arg, bool clean)
+{
+    struct daemon *d = arg;
+
+    if (!clean) { /* something hangs: the loop would never end by itself */
+        remove_pidfile(d);
+        _exit(EXIT_FAILED);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+        uv_close((uv_handle_t *)&d->watches[i], NULL);
+}
+
+static void on_signal(uv_signal_t *watch, int number)
+{
+    struct daemon *d = watch->data;
+
+    if (number == SIGHUP) {
+        log_warning("SIGHUP: reloading is not supported by this version; nothing was changed");
+        return;
+    }
+    if (server_is_stopping(d->server)) {
+        log_info("%s: ending already", strsignal(number));
+        return;
+    }
+    log_info("%s: ending", strsignal(number));
+    (void)sd_notify(/* unset_environment= */ 0, "STOPPING=1");
+    server_stop(d->server, on_stopped, d);
+}
+
+/* In one step for whoever looks: a file that is there is whole. */
+static int write_pidfile(const char *path, struct failure *f)
+{
+    _cleanup_free_ char *temporary = NULL;
+    char text[32];
+    int fd, len, r;
+
+    if (asprintf(&temporary, "%s.%d", path, (int)getpid()) < 0)
+        return failure_set(f, -ENOMEM, "out of memory");
+    fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0)
+        return failure_set(f, -errno, "cannot write the pidfile %s: %s", temporary, strerror(errno));
+    len = snprintf(text, sizeof text, "%d\n", (int)getpid());
+    r = write(fd, text, (size_t)len) == len ? 0 : -EIO;
+    if (close(fd) < 0 || (r == 0 && rename(temporary, path) < 0))
+        r = -errno;
+    if (r < 0) {
+        (void)unlink(temporary);
+        return failure_set(f, r, "cannot write the pidfile %s: %s", path, strerror(-r));
+    }
+    return 0;
+}
+
+/* All that can fail before anybody may count on us. */
+static int begin(struct daemon *d, struct failure *f)
+{
+    int r;
+
+    r = server_start(d->server, f);
+    if (r == 0 && d->config->pidfile) {
+        r = write_pidfile(d->config->pidfile, f);
+        d->has_pidfile = r == 0;
+    }
+    return r;
+}
+
+static void tell_ready(struct daemon *d)
+{
+    log_info("qpulld %s serves %zu VM%s; control socket %s", QPULL_VERSION, d->config->nvms,
+             d->config->nvms == 1 ? "" : "s", d->config->control);
+    for (size_t i = 0; i < server_nlisteners(d->server); i++) {
+        log_info("listening on %s", server_address(d->server, i));
+        (void)printf("listening on %s\n", server_address(d->server, i));
+    }
+    (void)fflush(stdout);
+    (void)sd_notify(/* unset_environment= */ 0, "READY=1");
+}
+
+static enum exit_status run(const struct server_config *config)
+{
+    struct daemon d = {.config = config, .status = EXIT_DONE};
+    struct failure why = {0};
+    int r;
+
+    r = uv_loop_init(&d.loop);
+    if (r < 0) {
+        log_error("cannot begin: %s", uv_strerror(r));
+        return EXIT_FAILED;
+    }
+    if (server_new(&d.loop, config, &d.server, &why) < 0) {
+        log_error("%s", why.text);
+        (void)uv_loop_close(&d.loop);
+        return EXIT_FAILED;
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++) {
+        (void)uv_signal_init(&d.loop, &d.watches[i]);
+        d.watches[i].data = &d;
+        (void)uv_signal_start(&d.watches[i], on_signal, signals[i]);
+    }
+    if (begin(&d, &why) < 0) {
+        log_error("%s", why.text);
+        d.status = EXIT_FAILED;
+        server_stop(d.server, on_stopped, &d);
+    } else {
+        tell_ready(&d);
+    }
+    (void)uv_run(&d.loop, UV_RUN_DEFAULT);
+    remove_pidfile(&d);
+    r = uv_loop_close(&d.loop);
+    if (r < 0)
+        log_error("something was left open: %s", uv_strerror(r));
+    if (d.status == EXIT_DONE)
+        log_info("ended");
+    return d.status;
+}
+
+int main(int argc, char **argv)
+{
+    struct server_config *config = NULL;
+    struct failure why = {0};
+    enum exit_status status = EXIT_DONE;
+
+    log_init(LOG_LEVEL_INFO);
+    (void)signal(SIGPIPE, SIG_IGN); /* a client that leaves is told by write(2) */
+    if (config_parse(argc, argv, &config, &why) < 0) {
+        (void)fprintf(stderr, "qpulld: %s\n", why.text);
+        return EXIT_USAGE;
+    }
+    log_init(config->log_level);
+    switch (config->wish) {
+    case CONFIG_HELP:
+        config_print_help(stdout);
+        break;
+    case CONFIG_VERSION:
+        (void)printf("qpulld %s\n", QPULL_VERSION);
+        break;
+    case CONFIG_RUN:
+        if (config_check(config, &why) < 0) {
+            (void)fprintf(stderr, "qpulld: %s\n", why.text);
+            status = EXIT_USAGE;
+        } else {
+            status = run(config);
+        }
+        break;
+    }
+    config_free(config);
+    return status;
+}

@@ -1,0 +1,422 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "pull.h"
+#include "config.h"
+
+#include <assert.h>
+
+/* One READ. Freed when it is answered and no piece of it is being read. */
+struct pull_job {
+    struct pull *pull;
+    struct nbd_request *request; /* borrowed from nbd; NULL: answered */
+    struct pull_job *next, *prev;
+    uint64_t at, end;      /* bytes: what is not asked for yet */
+    uint64_t left;         /* bytes not handed to nbd yet */
+    uint64_t send_at;      /* ordered: where the next chunk must begin */
+    struct piece *arrived; /* owned: by offset: pieces that wait for their turn to be sent */
+    int err;               /* of a read; waits for its turn, too */
+    unsigned nreading;     /* pieces being read */
+    bool ordered;          /* chunks must ascend */
+};
+
+/* A part of a READ on its way: from the source into its buffer, then out of it to the client. */
+struct piece {
+    struct source_read read;
+    struct nbd_payload payload;
+    struct pull *pull;
+    struct pull_job *job; /* NULL once handed to nbd */
+    struct piece *next;
+    void *buffer; /* owned: from the budget */
+};
+
+static void pump(struct pull *p);
+
+static void piece_free(struct piece *piece)
+{
+    struct pull *p = piece->pull;
+    size_t length = piece->read.length;
+
+    p->window -= length;
+    budget_give(p->c.budget, &p->user, piece->buffer, length);
+    free(piece);
+}
+
+/* The client has the bytes, or never will. */
+static void piece_release(struct nbd_payload *payload)
+{
+    struct piece *piece = container_of(payload, struct piece, payload);
+    struct pull *p = piece->pull;
+
+    piece_free(piece);
+    pump(p);
+}
+
+static void job_drop_arrived(struct pull_job *job)
+{
+    while (job->arrived) {
+        struct piece *piece = job->arrived;
+        job->arrived = piece->next;
+        piece_free(piece);
+    }
+}
+
+static void job_try_free(struct pull_job *job)
+{
+    struct pull *p = job->pull;
+
+    if (job->request || job->nreading > 0)
+        return;
+    if (p->unstarted == job)
+        p->unstarted = job->next;
+    *(job->prev ? &job->prev->next : &p->first) = job->next;
+    *(job->next ? &job->next->prev : &p->last) = job->prev;
+    free(job);
+}
+
+static void job_fail(struct pull_job *job, int err, const char *sentence)
+{
+    struct pull *p = job->pull;
+    struct nbd_request *r = TAKE_PTR(job->request);
+
+    assert(r);
+    p->read_failed = true;
+    if (p->open == job)
+        p->open = NULL;
+    if (p->unstarted == job)
+        p->unstarted = job->next;
+    job->at = job->end;
+    job_drop_arrived(job);
+    job_try_free(job);
+    nbd_reply_error(r, err, sentence);
+}
+
+/*
+ * Turns. Structured chunks may mix as they like, but a reply that is one chunk, or a simple one, must not have anything
+ * in its middle: it is opened when no older request is unanswered, and until its last byte everybody else waits.
+ * (Pieces are started in the order of requests: so the open one never waits for memory that a waiting one holds.)
+ */
+static bool has_turn(const struct pull_job *job)
+{
+    const struct pull *p = job->pull;
+
+    if (p->open)
+        return p->open == job;
+    if (!job->ordered)
+        return true;
+    for (const struct pull_job *older = p->first; older != job; older = older->next)
+        if (older->request)
+            return false;
+    return true;
+}
+
+/* Hands a piece to nbd. The job is gone afterwards if it was the last one. */
+static void piece_send(struct piece *piece)
+{
+    struct pull_job *job = piece->job;
+    struct pull *p = job->pull;
+    struct nbd_request *r = job->request;
+
+    piece->job = NULL;
+    job->left -= piece->read.length;
+    job->send_at += piece->read.length;
+    p->nbytes += piece->read.length;
+    if (job->ordered)
+        p->open = job->left > 0 ? job : NULL;
+    if (job->left == 0) {
+        job->request = NULL;
+        job_try_free(job);
+    }
+    piece->payload = (struct nbd_payload){piece->buffer, piece->read.length, piece_release};
+    nbd_reply_data(r, piece->read.offset, &piece->payload);
+}
+
+/* Sends what has its turn; false: nothing has. */
+static bool flush_one(struct pull *p)
+{
+    for (struct pull_job *job = p->first; job; job = job->next) {
+        struct piece *piece = job->arrived;
+
+        if (!job->request || (!job->err && !piece) || !has_turn(job))
+            continue;
+        if (job->err) {
+            job_fail(job, job->err, "reading the frozen disk failed");
+            return true;
+        }
+        if (job->ordered && piece->read.offset != job->send_at)
+            continue;
+        job->arrived = piece->next;
+        piece_send(piece);
+        return true;
+    }
+    return false;
+}
+
+static void piece_arrived(struct piece *piece, int err)
+{
+    struct pull_job *job = piece->job;
+    struct pull *p = job->pull;
+    struct piece **at;
+
+    if (!job->request || err) {
+        if (err && !job->err) { /* the rest need not be read any more */
+            job->err = err;
+            job->at = job->end;
+            if (p->unstarted == job)
+                p->unstarted = job->next;
+        }
+        piece_free(piece);
+        job_try_free(job);
+    } else {
+        for (at = &job->arrived; *at && (*at)->read.offset < piece->read.offset; at = &(*at)->next)
+            ;
+        piece->next = *at;
+        *at = piece;
+    }
+    while (flush_one(p))
+        ;
+}
+
+static void on_source_read(struct source_read *read, int err)
+{
+    struct piece *piece = container_of(read, struct piece, read);
+    struct pull *p = piece->pull;
+
+    p->nreading--;
+    piece->job->nreading--;
+    p->pumping = true; /* what comes back from nbd now must not free the job at hand */
+    piece_arrived(piece, err);
+    p->pumping = false;
+    pump(p);
+    if (p->c.on_read)
+        p->c.on_read(p->c.arg);
+}
+
+/* Length of the run of zeros at job->at that need not be read; 0: data. */
+static uint64_t zeros_at(const struct pull_job *job)
+{
+    uint64_t left = job->end - job->at;
+    struct nbd_extent e;
+
+    if (!job->pull->c.allocation || map_extents(job->pull->c.allocation, job->at, left, &e, 1) < 1)
+        return 0;
+    if (!(e.flags & NBD_STATE_ZERO) || e.length < MIN(left, (uint64_t)CONN_PIECE))
+        return 0;
+    return e.length;
+}
+
+static void send_hole(struct pull_job *job, uint64_t length)
+{
+    struct nbd_request *r = job->request;
+    uint64_t at = job->at;
+
+    job->at += length;
+    job->left -= length;
+    if (job->at == job->end)
+        job->pull->unstarted = job->next;
+    if (job->left == 0) {
+        job->request = NULL;
+        job_try_free(job);
+    }
+    nbd_reply_hole(r, at, (uint32_t)length);
+}
+
+/* Starts the next piece; false: nothing to do, or nothing possible now. */
+static bool start_piece(struct pull *p)
+{
+    struct pull_job *job = p->unstarted;
+    uint64_t zeros, length;
+    struct piece *piece;
+    void *buffer;
+    int r;
+
+    if (!job)
+        return false;
+    zeros = zeros_at(job);
+    if (zeros > 0 && !job->ordered) {
+        if (p->open)
+            return false;
+        send_hole(job, zeros); /* at most a request's length, which fits 32 bits */
+        return true;
+    }
+    /* Pieces end where multiples of CONN_PIECE are, so that neighbours do not share clusters. */
+    length = MIN(job->end - job->at, CONN_PIECE - job->at % CONN_PIECE);
+    if (p->window > 0 && p->window + length > CONN_WINDOW)
+        return false;
+    buffer = budget_take(p->c.budget, &p->user, length);
+    if (!buffer && p->user.held > 0)
+        return false;
+    piece = buffer ? calloc(1, sizeof *piece) : NULL;
+    if (!piece) {
+        if (buffer)
+            budget_give(p->c.budget, &p->user, buffer, length);
+        job_fail(job, -ENOMEM, "the server has no memory for this read");
+        return true;
+    }
+    *piece = (struct piece){.pull = p, .job = job, .buffer = buffer};
+    piece->read = (struct source_read){.offset = job->at, .length = length, .buffer = buffer, .cb = on_source_read};
+    p->window += length;
+    job->at += length;
+    if (job->at == job->end)
+        p->unstarted = job->next;
+    if (zeros > 0) {
+        memset(buffer, 0, length);
+        piece_arrived(piece, 0);
+        return true;
+    }
+    r = source_read(p->c.source, &piece->read);
+    if (r < 0) {
+        piece_arrived(piece, r == -ENOMEM ? r : -EIO);
+        return true;
+    }
+    p->nreading++;
+    job->nreading++;
+    return true;
+}
+
+/* Replies may bring releases and new requests, which come here again: the outermost call does the work. */
+static void pump(struct pull *p)
+{
+    if (p->pumping || p->stopped) {
+        p->again = true;
+        return;
+    }
+    p->pumping = true;
+    do {
+        p->again = false;
+        while (start_piece(p))
+            ;
+    } while (p->again);
+    p->pumping = false;
+}
+
+static void on_room(struct budget_user *u)
+{
+    pump(container_of(u, struct pull, user));
+}
+
+int pull_init(struct pull *p, const struct pull_config *config)
+{
+    *p = (struct pull){.c = *config, .user.on_room = on_room};
+    p->c.contexts = NULL;
+    p->maps = calloc(config->ncontexts + 1, sizeof *p->maps);
+    if (!p->maps)
+        return -ENOMEM;
+    for (size_t i = 0; i < config->ncontexts; i++)
+        p->maps[i] = config->contexts[i];
+    return 0;
+}
+
+void pull_done(struct pull *p)
+{
+    if (!p->maps)
+        return;
+    assert(!p->first && p->nreading == 0 && p->window == 0);
+    budget_forget(p->c.budget, &p->user);
+    free(p->maps);
+    p->maps = NULL;
+}
+
+static void read_start(struct pull *p, struct nbd_request *r)
+{
+    struct pull_job *job = calloc(1, sizeof *job);
+
+    if (!job) {
+        p->read_failed = true;
+        nbd_reply_error(r, -ENOMEM, "the server has no memory for this read");
+        return;
+    }
+    *job = (struct pull_job){
+        .pull = p,
+        .request = r,
+        .prev = p->last,
+        .at = r->offset,
+        .end = r->offset + r->length,
+        .left = r->length,
+        .send_at = r->offset,
+        .ordered = r->in_order || r->df,
+    };
+    *(p->last ? &p->last->next : &p->first) = job;
+    p->last = job;
+    if (!p->unstarted)
+        p->unstarted = job;
+    pump(p);
+}
+
+static void status_answer(struct pull *p, struct nbd_request *r)
+{
+    size_t max = MAX(nbd_status_max_extents(r), (size_t)1);
+    _cleanup_free_ struct nbd_extent *extents = NULL;
+    _cleanup_free_ struct nbd_status *status = NULL;
+
+    extents = reallocarray(NULL, max * MAX(p->c.ncontexts, (size_t)1), sizeof *extents);
+    status = calloc(p->c.ncontexts + 1, sizeof *status);
+    if (!extents || !status) {
+        nbd_reply_error(r, -ENOMEM, "the server has no memory for this map");
+        return;
+    }
+    for (size_t i = 0; i < p->c.ncontexts; i++) {
+        struct nbd_extent *mine = extents + i * max;
+
+        status[i].extents = mine;
+        status[i].nextents = map_extents(p->maps[i], r->offset, r->length, mine, max);
+        if (status[i].nextents == 0) {
+            nbd_reply_error(r, -EIO, "the map ends before the disk does");
+            return;
+        }
+    }
+    nbd_reply_status(r, status, p->c.ncontexts);
+}
+
+void pull_request(struct pull *p, struct nbd_request *r)
+{
+    if (p->stopped) {
+        p->read_failed = p->read_failed || r->command == NBD_COMMAND_READ;
+        nbd_reply_error(r, -EIO, "the frozen disk is lost");
+        return;
+    }
+    switch (r->command) {
+    case NBD_COMMAND_READ:
+        read_start(p, r);
+        return;
+    case NBD_COMMAND_STATUS:
+        status_answer(p, r);
+        return;
+    case NBD_COMMAND_CACHE: /* a hint; the source reads when it is asked */
+        nbd_reply_done(r);
+        return;
+    }
+}
+
+void pull_fail(struct pull *p, const struct failure *why)
+{
+    struct pull_job *job;
+
+    if (!p->maps)
+        return;
+    p->stopped = true;
+    budget_forget(p->c.budget, &p->user);
+    if (p->open) /* what is begun comes to an end before others are told */
+        job_fail(p->open, -EIO, why->text);
+    do { /* a reply may change the list: begin anew after each */
+        for (job = p->first; job && !job->request; job = job->next)
+            ;
+        if (job)
+            job_fail(job, -EIO, why->text);
+    } while (job);
+}
+
+void pull_drop(struct pull *p)
+{
+    struct pull_job *next;
+
+    if (!p->maps)
+        return;
+    p->stopped = true;
+    budget_forget(p->c.budget, &p->user);
+    for (struct pull_job *job = p->first; job; job = next) {
+        next = job->next;
+        job->request = NULL;
+        job_drop_arrived(job);
+        job_try_free(job);
+    }
+    p->unstarted = p->open = NULL;
+}

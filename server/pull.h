@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * pull: serves the requests of one NBD connection from one frozen disk: READs are cut into pieces, pieces are read as
+ * CONN_WINDOW and the budget permit, in the order of the requests, and sent as they come; what the frozen map calls
+ * zero is not read at all. It knows no sockets and no sessions.
+ *
+ * Loop thread only. Embedded in the connection, which keeps it until nreading is 0 and every payload was released.
+ */
+#ifndef QPULL_PULL_H
+#define QPULL_PULL_H
+
+#include "budget.h"
+#include "nbd/nbd.h"
+#include "source/map.h"
+#include "source/source.h"
+
+struct pull_job;
+
+struct pull_config {
+    struct nbd *nbd;              /* borrowed until pull_drop() */
+    struct source *source;        /* borrowed until nreading is 0 after pull_fail() or pull_drop() */
+    const struct map *allocation; /* borrowed likewise; base:allocation of the frozen disk, NULL: every byte is read */
+    const struct map *const *contexts; /* borrowed until pull_init() returns, the maps likewise: of the negotiated
+                                          contexts, in their order */
+    size_t ncontexts;
+    struct budget *budget;      /* borrowed */
+    void (*on_read)(void *arg); /* a read of the source was answered; comes last in its callback. May be NULL */
+    void *arg;
+};
+
+struct pull {
+    struct pull_config c;
+    const struct map **maps; /* owned: the array */
+    size_t nreading;         /* reads of the source in flight */
+    size_t window;           /* bytes being read or sent */
+    uint64_t nbytes;         /* payload handed to nbd */
+    bool read_failed;        /* a READ was answered with an error */
+    /* private */
+    struct budget_user user;
+    struct pull_job *first, *last; /* owned: READs not finally answered, or with reads in flight, in order */
+    struct pull_job *unstarted;    /* the first one with bytes not asked for yet */
+    struct pull_job *open;         /* its reply is begun, and nothing else may be sent before its end */
+    bool pumping, again, stopped;
+};
+
+int pull_init(struct pull *p, const struct pull_config *config);
+void pull_done(struct pull *p); /* also if zeroed */
+
+void pull_request(struct pull *p, struct nbd_request *r);
+
+/* A reply is half sent that must stay in one piece: do not feed nbd, which may have to answer at once. */
+static inline bool pull_reply_is_open(const struct pull *p)
+{
+    return p->open != NULL;
+}
+
+/* The disk is lost: answers everything with -EIO, now. */
+void pull_fail(struct pull *p, const struct failure *why);
+/* nbd is gone or going: forgets its requests. */
+void pull_drop(struct pull *p);
+
+#endif

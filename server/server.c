@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "server.h"
+#include "catalog.h"
+#include "conn.h"
+#include "control.h"
+#include "listen.h"
+#include "vm.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <json-c/json.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+/* The end, in this order. */
+enum stage {
+    STAGE_RUNNING,
+    STAGE_CONNS,   /* connections take their last replies */
+    STAGE_VMS,     /* sessions are torn down, QMP is closed */
+    STAGE_CONTROL, /* the control socket tells until here what goes on */
+    STAGE_GONE,
+};
+
+struct server {
+    uv_loop_t *loop;                    /* borrowed */
+    const struct server_config *config; /* borrowed */
+    struct vm **vms;                    /* owned, each: one count */
+    size_t nvms;
+    struct catalog catalog;
+    struct conn_set conns;
+    struct control *control;     /* owned */
+    struct listener **listeners; /* owned, each */
+    size_t nlisteners;
+    uint64_t started_ms;
+
+    enum stage stage;
+    size_t nstopping; /* VMs whose vm_stop() has not come back */
+    uv_timer_t timer; /* of the end */
+    server_stop_cb on_stopped;
+    void *arg;
+};
+
+/* -- start --------------------------------------------------------------------------------------------------------- */
+static int add_vm(struct server *s, const struct config_vm *from, struct failure *f)
+{
+    _cleanup_free_ struct vm_rename *renames = calloc(from->nrenames + 1, sizeof *renames);
+    struct vm_config config = {
+        .name = from->name,
+        .qmp_path = from->qmp,
+        .only = (const char *const *)from->disks,
+        .nonly = from->ndisks,
+        .renames = renames,
+        .nrenames = from->nrenames,
+        .scratch_dir = s->config->scratch,
+        .state_dir = s->config->state,
+        .linger_ms = s->config->linger_ms,
+    };
+    int r;
+
+    if (!renames)
+        return failure_set(f, -ENOMEM, "out of memory");
+    for (size_t i = 0; i < from->nrenames; i++)
+        renames[i] = (struct vm_rename){.name = from->renames[i].name, .target = from->renames[i].target};
+    r = vm_new(s->loop, &config, &s->vms[s->nvms]);
+    if (r < 0)
+        return failure_set(f, r, "VM \"%s\": %s", from->name, strerror(-r));
+    s->nvms++;
+    return 0;
+}
+
+static void on_conns_gone(void *arg);
+
+int server_new(uv_loop_t *loop, const struct server_config *config, struct server **ret_server, struct failure *f)
+{
+    struct server *s = calloc(1, sizeof *s);
+    int r;
+
+    if (!s)
+        return failure_set(f, -ENOMEM, "out of memory");
+    s->loop = loop;
+    s->config = config;
+    s->started_ms = uv_now(loop);
+    s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
+    /* Socket activation may pass any number for one "fd". */
+    s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
+    r = s->vms && s->listeners ? conn_set_init(&s->conns, loop, config, &s->catalog) : -ENOMEM;
+    if (r < 0) {
+        free(s->vms);
+        free(s->listeners);
+        free(s);
+        return failure_set(f, r, "cannot begin: %s", strerror(-r));
+    }
+    s->conns.on_empty = on_conns_gone;
+    s->conns.arg = s;
+    s->timer.data = s;
+    (void)uv_timer_init(loop, &s->timer);
+    *ret_server = s;
+    return 0;
+}
+
+static int on_client(void *arg, uv_stream_t *stream)
+{
+    struct server *s = arg;
+
+    return conn_accept(&s->conns, stream);
+}
+
+/* Sockets that systemd or a test passed: those of unix and TCP listeners, all of them. */
+static int open_passed(struct server *s, const struct config_listener *config, struct failure *f)
+{
+    int n = sd_listen_fds(/* unset_environment= */ 1), r;
+
+    if (n <= 0)
+        return failure_set(f, -EINVAL, "--listen fd: no socket was passed to this process (LISTEN_FDS, LISTEN_PID)");
+    if ((unsigned)n > CONFIG_LISTENERS_MAX)
+        return failure_set(f, -EINVAL, "--listen fd: more than %u sockets were passed", CONFIG_LISTENERS_MAX);
+    for (int i = 0; i < n; i++) {
+        int fd = SD_LISTEN_FDS_START + i;
+
+        if (sd_is_socket(fd, AF_UNSPEC, SOCK_STREAM, /* listening= */ 1) <= 0)
+            return failure_set(f, -EINVAL, "--listen fd: descriptor %d is not a listening stream socket", fd);
+        r = listen_open(s->loop, config, fd, on_client, s, &s->listeners[s->nlisteners], f);
+        if (r < 0)
+            return r;
+        s->nlisteners++;
+    }
+    return 0;
+}
+
+static int start_listeners(struct server *s, struct failure *f)
+{
+    for (size_t i = 0; i < s->config->nlisteners; i++) {
+        const struct config_listener *l = &s->config->listeners[i];
+        int r;
+
+        if (l->type == LISTEN_FD) {
+            r = open_passed(s, l, f);
+        } else {
+            r = listen_open(s->loop, l, /* fd= */ -1, on_client, s, &s->listeners[s->nlisteners], f);
+            if (r == 0)
+                s->nlisteners++;
+        }
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+int server_start(struct server *s, struct failure *f)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < s->config->nvms; i++)
+        r = add_vm(s, &s->config->vms[i], f);
+    s->catalog = (struct catalog){.vms = s->vms, .nvms = s->nvms};
+    if (r == 0)
+        r = control_open(s, s->config->control, &s->control, f);
+    if (r == 0)
+        r = start_listeners(s, f);
+    for (size_t i = 0; r == 0 && i < s->nvms; i++)
+        vm_start(s->vms[i]);
+    return r;
+}
+
+/* -- stop ---------------------------------------------------------------------------------------------------------- */
+static void close_listeners(struct server *s)
+{
+    for (size_t i = 0; i < s->nlisteners; i++)
+        listen_close(s->listeners[i]);
+    s->nlisteners = 0;
+}
+
+static void on_timer_closed(uv_handle_t *handle)
+{
+    struct server *s = handle->data;
+    server_stop_cb cb = s->on_stopped;
+    void *arg = s->arg;
+
+    free(s->vms);
+    free(s->listeners);
+    free(s);
+    cb(arg, /* clean= */ true);
+}
+
+static void on_set_closed(void *arg)
+{
+    struct server *s = arg;
+
+    uv_close((uv_handle_t *)&s->timer, on_timer_closed);
+}
+
+static void on_control_closed(void *arg)
+{
+    struct server *s = arg;
+
+    s->stage = STAGE_GONE;
+    conn_set_close(&s->conns, on_set_closed);
+}
+
+static void try_control(struct server *s)
+{
+    if (s->nstopping > 0 || s->conns.nopen > 0)
+        return;
+    s->stage = STAGE_CONTROL;
+    if (s->control)
+        control_close(TAKE_PTR(s->control), on_control_closed, s);
+    else
+        on_control_closed(s);
+}
+
+static void on_vm_stopped(void *arg)
+{
+    struct server *s = arg;
+
+    s->nstopping--;
+    try_control(s);
+}
+
+static void on_too_late(uv_timer_t *timer)
+{
+    struct server *s = timer->data;
+
+    log_error("not everything could be ended within %u seconds (%zu connections, %zu VMs left); ending anyhow",
+              SERVER_STOP_MS / 1000, s->conns.nopen, s->nstopping);
+    s->on_stopped(s->arg, /* clean= */ false);
+}
+
+static void stop_vms(struct server *s)
+{
+    s->stage = STAGE_VMS;
+    (void)uv_timer_start(&s->timer, on_too_late, SERVER_STOP_MS - SERVER_DRAIN_MS, 0);
+    s->catalog.nvms = 0;
+    s->nstopping = s->nvms;
+    for (size_t i = 0; i < s->nvms; i++)
+        vm_stop(s->vms[i], on_vm_stopped, s);
+    try_control(s);
+}
+
+static void on_conns_gone(void *arg)
+{
+    struct server *s = arg;
+
+    if (s->stage == STAGE_CONNS)
+        stop_vms(s);
+    else if (s->stage == STAGE_VMS)
+        try_control(s);
+}
+
+/* What is left waits for a client that does not read, or for a QEMU that does not answer: its end answers, too. */
+static void on_drained(uv_timer_t *timer)
+{
+    struct server *s = timer->data;
+    struct failure why = {0};
+
+    (void)failure_set(&why, -ESHUTDOWN, "qpulld ends, and this took too long");
+    conn_set_kill(&s->conns, &why);
+    stop_vms(s);
+}
+
+void server_stop(struct server *s, server_stop_cb cb, void *arg)
+{
+    struct failure why = {0};
+
+    if (s->stage != STAGE_RUNNING)
+        return;
+    s->on_stopped = cb;
+    s->arg = arg;
+    s->stage = STAGE_CONNS;
+    close_listeners(s);
+    if (s->conns.nopen == 0) {
+        on_conns_gone(s);
+        return;
+    }
+    log_info("waiting for %zu connections", s->conns.nopen);
+    (void)failure_set(&why, -ESHUTDOWN, "qpulld ends");
+    (void)uv_timer_start(&s->timer, on_drained, SERVER_DRAIN_MS, 0);
+    conn_set_fail(&s->conns, &why);
+}
+
+bool server_is_stopping(const struct server *s)
+{
+    return s->stage != STAGE_RUNNING;
+}
+
+/* -- for the control socket ---------------------------------------------------------------------------------------- */
+struct vm *server_vm(const struct server *s, const char *name)
+{
+    return catalog_vm(&s->catalog, name);
+}
+
+size_t server_nvms(const struct server *s)
+{
+    return s->catalog.nvms;
+}
+
+struct vm *server_vm_at(const struct server *s, size_t i)
+{
+    return s->catalog.vms[i];
+}
+
+uv_loop_t *server_loop(const struct server *s)
+{
+    return s->loop;
+}
+
+size_t server_nlisteners(const struct server *s)
+{
+    return s->nlisteners;
+}
+
+const char *server_address(const struct server *s, size_t i)
+{
+    return listen_address(s->listeners[i]);
+}
+
+struct json_object *server_status_to_json(struct server *s)
+{
+    struct json_object *o = json_object_new_object(), *listeners = json_object_new_array();
+    struct json_object *memory = json_object_new_object(), *counts = json_object_new_object();
+
+    for (size_t i = 0; i < s->nlisteners; i++)
+        json_object_array_add(listeners, json_object_new_string(server_address(s, i)));
+    json_object_object_add(memory, "used", json_object_new_uint64(s->conns.budget.used));
+    json_object_object_add(memory, "most", json_object_new_uint64(s->conns.budget.most));
+    json_object_object_add(memory, "spare", json_object_new_uint64(budget_spare_bytes(&s->conns.budget)));
+    json_object_object_add(memory, "limit", json_object_new_uint64(s->conns.budget.limit));
+    json_object_object_add(counts, "now", json_object_new_uint64(s->conns.nconns));
+    json_object_object_add(counts, "limit", json_object_new_uint64(s->config->max_connections));
+    json_object_object_add(counts, "total", json_object_new_uint64(s->conns.ntotal));
+    json_object_object_add(counts, "refused", json_object_new_uint64(s->conns.nrefused));
+    json_object_object_add(counts, "evicted", json_object_new_uint64(s->conns.nevicted));
+
+    json_object_object_add(o, "version", json_object_new_string(QPULL_VERSION));
+    json_object_object_add(o, "pid", json_object_new_int64(getpid()));
+    json_object_object_add(o, "uptime", json_object_new_uint64((uv_now(s->loop) - s->started_ms) / 1000));
+    json_object_object_add(o, "stopping", json_object_new_boolean(server_is_stopping(s)));
+    json_object_object_add(o, "listeners", listeners);
+    json_object_object_add(o, "buffers", memory);
+    json_object_object_add(o, "connection-counts", counts);
+    json_object_object_add(o, "connections", conn_set_to_json(&s->conns));
+    return o;
+}

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * server: the daemon as one object: its VMs, listeners, connections and control socket, how they start together and how
+ * they end. It reads no argv and catches no signals (main does).
+ *
+ * Loop thread only. Owned by main(); a server that was started ends through server_stop().
+ */
+#ifndef QPULL_SERVER_H
+#define QPULL_SERVER_H
+
+#include "config.h"
+
+#include <stdbool.h>
+#include <uv.h>
+
+struct server;
+struct conn_set;
+struct vm;
+
+/* config is borrowed for life. Nothing is running when this fails. */
+int server_new(uv_loop_t *loop, const struct server_config *config, struct server **ret_server, struct failure *f);
+
+/* Listens and connects to the QEMUs. When this fails, all that was begun is closed; server_stop() is due all the same.
+ */
+int server_start(struct server *s, struct failure *f);
+
+/*
+ * Stops accepting, answers what is in flight with errors, tears the sessions down, closes everything and frees the
+ * server; cb comes later, as the last touch, in time: clean is false when SERVER_STOP_MS were not enough, and then the
+ * loop still has handles.
+ */
+typedef void (*server_stop_cb)(void *arg, bool clean);
+void server_stop(struct server *s, server_stop_cb cb, void *arg);
+bool server_is_stopping(const struct server *s);
+
+/* For the control socket. */
+struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NULL: no such VM */
+size_t server_nvms(const struct server *s);
+struct vm *server_vm_at(const struct server *s, size_t i);
+uv_loop_t *server_loop(const struct server *s);
+struct json_object *server_status_to_json(struct server *s); /* the caller owns it */
+
+size_t server_nlisteners(const struct server *s);
+const char *server_address(const struct server *s, size_t i); /* with the real port */
+
+#endif

@@ -1,0 +1,591 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "vm_internal.h"
+
+#include "backup/names.h"
+#include "backup/selftest.h"
+#include "backup/sweep.h"
+#include "log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+static const char *const state_names[] = {
+    [VM_LOST] = "not connected",
+    [VM_SWEEPING] = "sweeping",
+    [VM_READY] = "ready",
+    [VM_TESTING] = "testing",
+};
+
+/* -- life ---------------------------------------------------------------------------------------------------------- */
+
+static void vm_free(struct vm *vm)
+{
+    vm_session_done(vm);
+    json_object_put(vm->last);
+    for (size_t i = 0; vm->only && i < vm->nonly; i++)
+        free(vm->only[i]);
+    for (size_t i = 0; vm->renames && i < vm->nrenames; i++) {
+        free((char *)vm->renames[i].name);
+        free((char *)vm->renames[i].target);
+    }
+    free(vm->only);
+    free(vm->renames);
+    if (vm->state_dir >= 0)
+        (void)close(vm->state_dir);
+    free(vm->name);
+    free(vm->qmp_path);
+    free(vm->scratch_dir);
+    free(vm->server_socket);
+    free(vm);
+}
+
+static int copy_config(struct vm *vm, const struct vm_config *c)
+{
+    vm->linger_ms = c->linger_ms;
+    vm->name = strdup(c->name);
+    vm->qmp_path = strdup(c->qmp_path);
+    vm->scratch_dir = strdup(c->scratch_dir);
+    vm->only = calloc(c->nonly + 1, sizeof(*vm->only));
+    vm->renames = calloc(c->nrenames + 1, sizeof(*vm->renames));
+    if (asprintf(&vm->server_socket, "nbd-%s.sock", c->name) < 0)
+        vm->server_socket = NULL;
+    if (!vm->name || !vm->qmp_path || !vm->scratch_dir || !vm->only || !vm->renames || !vm->server_socket)
+        return -ENOMEM;
+    for (; vm->nonly < c->nonly; vm->nonly++) {
+        if (!(vm->only[vm->nonly] = strdup(c->only[vm->nonly])))
+            return -ENOMEM;
+    }
+    for (; vm->nrenames < c->nrenames; vm->nrenames++) {
+        struct vm_rename *r = &vm->renames[vm->nrenames];
+
+        r->name = strdup(c->renames[vm->nrenames].name);
+        r->target = strdup(c->renames[vm->nrenames].target);
+        if (!r->name || !r->target) {
+            vm->nrenames++;
+            return -ENOMEM;
+        }
+    }
+    return 0;
+}
+
+static void on_ready(void *arg, struct json_object *greeting);
+static void on_lost(void *arg, const struct failure *why);
+
+static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost = on_lost};
+
+int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
+{
+    struct vm *vm = calloc(1, sizeof(*vm));
+    int r;
+
+    if (!vm)
+        return -ENOMEM;
+    vm->loop = loop;
+    vm->state_dir = -1;
+    r = strlen(config->name) > VM_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
+    if (r == 0) {
+        vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        r = vm->state_dir < 0 ? -errno : 0;
+    }
+    if (r == 0)
+        r = qmp_client_new(loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
+    if (r < 0) {
+        vm_free(vm);
+        return r;
+    }
+    (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
+    calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
+    (void)uv_timer_init(loop, &vm->linger);
+    (void)uv_timer_init(loop, &vm->kick);
+    *ret_vm = vm;
+    return 0;
+}
+
+void vm_start(struct vm *vm)
+{
+    int r = qmp_client_open(vm->qmp);
+
+    if (r < 0)
+        log_error("VM %s: cannot begin to connect to '%s': %s", vm->name, vm->qmp_path, strerror(-r));
+}
+
+const char *vm_name(const struct vm *vm)
+{
+    return vm->name;
+}
+
+static void on_linger_closed(uv_handle_t *h)
+{
+    struct vm *vm = container_of((uv_timer_t *)h, struct vm, linger);
+    void (*cb)(void *) = vm->on_stopped;
+    void *arg = vm->stop_arg;
+
+    vm_free(vm);
+    cb(arg);
+}
+
+static void on_kick_closed(uv_handle_t *h)
+{
+    struct vm *vm = container_of((uv_timer_t *)h, struct vm, kick);
+
+    uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
+}
+
+static void on_client_closed(void *arg)
+{
+    struct vm *vm = arg;
+
+    uv_close((uv_handle_t *)&vm->kick, on_kick_closed);
+}
+
+static void refuse_questions(struct vm *vm, const struct failure *f)
+{
+    while (vm->waiting) {
+        struct vm_query *q = vm->waiting;
+
+        vm->waiting = q->next;
+        q->vm = NULL;
+        q->cb(q, NULL, f);
+    }
+}
+
+/* A sweep or a self-test under way ends by itself, with answers or with deadlines. */
+void vm_stop_if_idle(struct vm *vm)
+{
+    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || !vm->qmp)
+        return;
+    qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
+}
+
+void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
+{
+    struct failure f = {0};
+
+    vm->stopping = true;
+    vm->on_stopped = cb;
+    vm->stop_arg = arg;
+    (void)failure_set(&f, -ESHUTDOWN, "qpulld is shutting down");
+    refuse_questions(vm, &f);
+    vm_refuse_waiting(vm, &f);
+    if (vm->session)
+        vm_end_session(vm);
+    vm_stop_if_idle(vm);
+}
+
+/* -- connection ---------------------------------------------------------------------------------------------------- */
+
+static void on_ready(void *arg, struct json_object *greeting)
+{
+    struct vm *vm = arg;
+    struct json_object *version = qmp_get(greeting, "version"), *qemu = qmp_get(version, "qemu");
+
+    (void)snprintf(vm->qemu_version, sizeof(vm->qemu_version), "%lld.%lld.%lld", (long long)qmp_get_int(qemu, "major"),
+                   (long long)qmp_get_int(qemu, "minor"), (long long)qmp_get_int(qemu, "micro"));
+    log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
+    memset(&vm->lost, 0, sizeof(vm->lost));
+    vm->tested = false;
+    if (!vm->session)
+        vm_sweep(vm);
+}
+
+static void on_lost(void *arg, const struct failure *why)
+{
+    struct vm *vm = arg;
+
+    /* Attempts fail again and again while QEMU is down: one line is enough until the reason changes. */
+    if (strcmp(vm->lost.text, why->text) != 0)
+        log_warning("VM %s: no QMP connection: %s", vm->name, why->text);
+    vm->lost = *why;
+    vm->tested = false;
+    if (vm->state == VM_READY)
+        vm->state = VM_LOST;
+    if (vm->session) {
+        struct failure f = {0};
+
+        (void)failure_set(&f, -ENOTCONN, "the connection to QEMU was lost: %s", why->text);
+        session_fail(vm->session, &f);
+    }
+    if (vm->state == VM_LOST) {
+        refuse_questions(vm, why);
+        vm_refuse_waiting(vm, why);
+    }
+}
+
+static void settle(struct vm *vm)
+{
+    vm->state = qmp_client_is_ready(vm->qmp) ? VM_READY : VM_LOST;
+    if (vm->state == VM_LOST) {
+        refuse_questions(vm, &vm->lost);
+        vm_refuse_waiting(vm, &vm->lost);
+    }
+    vm_pump(vm);
+    vm_stop_if_idle(vm);
+}
+
+static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
+{
+    struct vm *vm = arg;
+
+    if (f)
+        log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
+    else if (nsessions)
+        log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions, nsessions == 1 ? "" : "s");
+    settle(vm);
+}
+
+void vm_sweep(struct vm *vm)
+{
+    struct failure f = {0};
+    struct sweep_config config = {
+        .loop = vm->loop,
+        .qmp = vm->qmp,
+        .server_socket = vm->server_socket,
+        .server_dir = vm->state_dir,
+        .timeout_ms = VM_CALL_TIMEOUT_MS,
+    };
+
+    vm->state = VM_SWEEPING;
+    if (sweep_start(&config, on_swept, vm, &f) < 0)
+        on_swept(vm, 0, &f);
+}
+
+/* -- the self-test ------------------------------------------------------------------------------------------------- */
+
+static void on_tested(void *arg, bool narrow, const struct failure *f, const struct failure *problems)
+{
+    struct vm *vm = arg;
+
+    if (problems->err)
+        log_error("VM %s: the self-test left something in QEMU: %s", vm->name, problems->text);
+    if (f) {
+        log_warning("VM %s: %s", vm->name, f->text);
+        vm_refuse_waiting(vm, f);
+    } else {
+        vm->tested = true;
+        vm->narrow = narrow;
+        log_info("VM %s: QEMU %s %s", vm->name, vm->qemu_version,
+                 narrow ? "returns live bytes for reads across clusters (known of 7.0-7.2): reads are kept inside 64 KiB clusters"
+                        : "reads frozen bytes right");
+    }
+    settle(vm);
+}
+
+static int on_iothreads(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    container_of(c, struct vm, calls)->has_iothreads = qmp_array_length(ret) > 0;
+    return 0;
+}
+
+static void on_iothreads_known(struct calls *c, const struct failure *f)
+{
+    struct vm *vm = container_of(c, struct vm, calls);
+    struct failure none = {0}, mine = {0};
+    struct selftest_config config = {
+        .loop = vm->loop,
+        .qmp = vm->qmp,
+        .server_socket = vm->server_socket,
+        .server_dir = vm->state_dir,
+        .timeout_ms = VM_CALL_TIMEOUT_MS,
+    };
+
+    if (!f && selftest_start(&config, on_tested, vm) == 0)
+        return;
+    (void)failure_set(&mine, -ENOMEM, "the self-test cannot start: %s", f ? f->text : "out of memory");
+    on_tested(vm, false, &mine, &none);
+}
+
+void vm_test(struct vm *vm)
+{
+    struct failure f = {0}, none = {0};
+
+    vm->state = VM_TESTING;
+    calls_add(&vm->calls, "query-iothreads", NULL, QMP_NO_FD, 0, on_iothreads);
+    if (calls_wait(&vm->calls, on_iothreads_known, &f) < 0)
+        on_tested(vm, false, &f, &none);
+}
+
+/* -- questions ----------------------------------------------------------------------------------------------------- */
+
+static bool is_wanted(const struct vm *vm, const struct disk *d)
+{
+    for (size_t i = 0; i < vm->nonly; i++) {
+        if (strcmp(vm->only[i], d->name) == 0 || strcmp(vm->only[i], d->node) == 0 || strcmp(vm->only[i], d->qdev) == 0)
+            return true;
+    }
+    return vm->nonly == 0;
+}
+
+static int rename_disk(const struct vm *vm, struct disk *d)
+{
+    for (size_t i = 0; i < vm->nrenames; i++) {
+        const char *target = vm->renames[i].target;
+        char *name;
+
+        if (strcmp(target, d->name) != 0 && strcmp(target, d->node) != 0 && strcmp(target, d->qdev) != 0)
+            continue;
+        if (!(name = strdup(vm->renames[i].name)))
+            return -ENOMEM;
+        free(d->name);
+        d->name = name;
+        break;
+    }
+    return 0;
+}
+
+/* The configuration's choice and names. Disks that are not wanted move to the end and out of sight. */
+static int apply_config(const struct vm *vm, struct disk_list *l)
+{
+    size_t n = 0;
+
+    for (size_t i = 0; i < l->ndisks; i++) {
+        struct disk d = l->disks[i];
+
+        if (!is_wanted(vm, &d))
+            continue;
+        l->disks[i] = l->disks[n];
+        l->disks[n] = d;
+        if (rename_disk(vm, &l->disks[n++]) < 0)
+            return -ENOMEM;
+    }
+    disk_list_truncate(l, n);
+    return 0;
+}
+
+static void ask(struct vm *vm);
+
+static void on_answers(struct calls *c, const struct failure *f)
+{
+    struct vm *vm = container_of(c, struct vm, calls);
+    struct disk_list *list = NULL;
+    struct failure mine = {0};
+
+    if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 || apply_config(vm, list) < 0)) {
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
+        f = &mine;
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(vm->answers); i++)
+        json_object_put(TAKE_PTR(vm->answers[i]));
+    while (vm->answering) {
+        struct vm_query *q = vm->answering;
+
+        vm->answering = q->next;
+        if (q->next)
+            q->next->prev = NULL;
+        q->vm = NULL;
+        q->cb(q, f ? NULL : list, f);
+    }
+    disk_list_free(list);
+    vm->asking = false;
+    vm_pump(vm);
+}
+
+static int keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct vm *vm = container_of(c, struct vm, calls);
+
+    json_object_put(vm->answers[index]);
+    vm->answers[index] = json_object_get(ret);
+    return 0;
+}
+
+/* One round of questions to QEMU answers everybody who asked before it began. */
+static void ask(struct vm *vm)
+{
+    struct failure f = {0};
+
+    vm->asking = true;
+    vm->answering = TAKE_PTR(vm->waiting);
+    calls_add(&vm->calls, "query-block", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&vm->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
+    calls_add(&vm->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    if (calls_wait(&vm->calls, on_answers, &f) < 0)
+        on_answers(&vm->calls, &f);
+}
+
+void vm_ask_if_waiting(struct vm *vm)
+{
+    if (vm->waiting && !vm->asking && vm->state == VM_READY)
+        ask(vm);
+}
+
+int vm_query_start(struct vm *vm, struct vm_query *q,
+                   void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *), void *arg)
+{
+    if (vm->stopping)
+        return -ESHUTDOWN;
+    if (vm->state == VM_LOST)
+        return -ENOTCONN;
+    q->cb = cb;
+    q->arg = arg;
+    q->vm = vm;
+    q->prev = NULL;
+    q->next = vm->waiting;
+    if (q->next)
+        q->next->prev = q;
+    vm->waiting = q;
+    vm_ask_if_waiting(vm);
+    return 0;
+}
+
+void vm_query_forget(struct vm_query *q)
+{
+    struct vm *vm = q->vm;
+
+    if (!vm)
+        return;
+    if (q->next)
+        q->next->prev = q->prev;
+    if (q->prev)
+        q->prev->next = q->next;
+    else if (vm->waiting == q)
+        vm->waiting = q->next;
+    else
+        vm->answering = q->next;
+    q->vm = NULL;
+}
+
+/* -- deleting a checkpoint ----------------------------------------------------------------------------------------- */
+
+struct deletion {
+    struct vm_query query;
+    struct calls calls;
+    struct vm_delete *d; /* NULL: forgotten */
+    char *name, *disk;   /* owned */
+    unsigned nremoved;
+};
+
+static void deletion_end(struct deletion *del, const struct failure *f)
+{
+    if (del->d) {
+        del->d->private = NULL;
+        del->d->cb(del->d, del->nremoved, f);
+    }
+    free(del->name);
+    free(del->disk);
+    free(del);
+}
+
+static int on_removed(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    container_of(c, struct deletion, calls)->nremoved++;
+    return 0;
+}
+
+static void on_all_removed(struct calls *c, const struct failure *f)
+{
+    deletion_end(container_of(c, struct deletion, calls), f);
+}
+
+static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+{
+    struct deletion *del = container_of(q, struct deletion, query);
+    struct failure mine = {0};
+    int r;
+
+    if (!f && del->disk && !disk_list_find(disks, del->disk)) {
+        (void)failure_set(&mine, -ENOENT, "there is no disk '%s'", del->disk);
+        f = &mine;
+    }
+    for (size_t i = 0; !f && i < disks->ndisks; i++) {
+        const struct disk *d = &disks->disks[i];
+        const struct checkpoint *c = disk_checkpoint(d, del->name);
+
+        if (!c || (del->disk && strcmp(del->disk, d->name) != 0))
+            continue;
+        for (size_t l = 0; l < c->nlayers; l++)
+            calls_add(&del->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", c->layers[l], "name", c->name, NULL), QMP_NO_FD, 0,
+                      on_removed);
+    }
+    if (f) {
+        deletion_end(del, f);
+        return;
+    }
+    r = calls_wait(&del->calls, on_all_removed, &mine);
+    if (r != 0)
+        deletion_end(del, r < 0 ? &mine : NULL);
+}
+
+int vm_delete_start(struct vm *vm, struct vm_delete *d, const char *checkpoint, const char *disk,
+                    void (*cb)(struct vm_delete *, unsigned, const struct failure *), void *arg)
+{
+    struct deletion *del = calloc(1, sizeof(*del));
+    int r = -ENOMEM;
+
+    if (!del)
+        return r;
+    del->name = strdup(checkpoint);
+    del->disk = disk ? strdup(disk) : NULL;
+    calls_init(&del->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
+    if (del->name && (!disk || del->disk))
+        r = vm_query_start(vm, &del->query, on_delete_disks, del);
+    if (r < 0) {
+        free(del->name);
+        free(del->disk);
+        free(del);
+        return r;
+    }
+    d->cb = cb;
+    d->arg = arg;
+    d->private = del;
+    del->d = d;
+    return 0;
+}
+
+void vm_delete_forget(struct vm_delete *d)
+{
+    struct deletion *del = d->private;
+
+    if (del)
+        del->d = NULL;
+    d->private = NULL;
+}
+
+/* -- for the control socket ---------------------------------------------------------------------------------------- */
+
+struct json_object *vm_to_json(struct vm *vm)
+{
+    struct json_object *o = qmp_args_strings("name", vm->name, "qmp", vm->qmp_path, "state", state_names[vm->state], NULL);
+    bool connected = vm->state != VM_LOST;
+
+    (void)json_object_object_add(o, "connected", json_object_new_boolean(connected));
+    (void)json_object_object_add(o, "qemu", connected ? json_object_new_string(vm->qemu_version) : NULL);
+    (void)json_object_object_add(o, "reason", connected ? NULL : json_object_new_string(vm->lost.text));
+    (void)json_object_object_add(o, "session", vm->session ? json_object_new_string(session_id(vm->session)) : NULL);
+    (void)json_object_object_add(o, "narrow-reads", vm->tested ? json_object_new_boolean(vm->narrow) : NULL);
+    (void)json_object_object_add(o, "last-session", json_object_get(vm->last));
+    return o;
+}
+
+static struct json_object *checkpoint_to_json(const struct checkpoint *c)
+{
+    struct json_object *o = qmp_args_strings("name", c->name, "reason", reason_name(c->reason), NULL);
+
+    (void)json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
+    if (c->reason != REASON_NONE)
+        (void)json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
+    (void)json_object_object_add(o, "granularity", json_object_new_int64((int64_t)c->granularity));
+    (void)json_object_object_add(o, "dirty-bytes", json_object_new_int64((int64_t)c->dirty));
+    (void)json_object_object_add(o, "layers", json_object_new_int64((int64_t)c->nlayers));
+    return o;
+}
+
+struct json_object *disk_list_to_json(const struct disk_list *disks, const char *vm)
+{
+    struct json_object *list = json_object_new_array();
+
+    for (size_t i = 0; i < disks->ndisks; i++) {
+        const struct disk *d = &disks->disks[i];
+        struct json_object *o = qmp_args_strings("vm", vm, "name", d->name, "node", d->node, "format", d->format, "qdev", d->qdev, NULL);
+        struct json_object *checkpoints = json_object_new_array();
+
+        (void)json_object_object_add(o, "size", json_object_new_int64((int64_t)d->size));
+        (void)json_object_object_add(o, "tracked", json_object_new_boolean(d->tracked));
+        for (size_t k = 0; k < d->ncheckpoints; k++)
+            (void)json_object_array_add(checkpoints, checkpoint_to_json(&d->checkpoints[k]));
+        (void)json_object_object_add(o, "checkpoints", checkpoints);
+        (void)json_object_array_add(list, o);
+    }
+    return list;
+}

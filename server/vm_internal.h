@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The inside of a VM, shared by vm.c (connection, questions) and vm_session.c (who takes part in which session).
+ */
+#ifndef QPULL_VM_INTERNAL_H
+#define QPULL_VM_INTERNAL_H
+
+#include "qmp/commands.h"
+#include "vm.h"
+
+#include "backup/calls.h"
+
+/* How far we are with this QEMU. Sessions start, and questions are put, in READY only; until then they wait. */
+enum vm_state {
+    VM_LOST,     /* no QMP connection; everything that waits is refused */
+    VM_SWEEPING, /* connected; leftovers of a dead daemon are being undone */
+    VM_READY,    /* -> TESTING at the first session */
+    VM_TESTING,  /* the self-test for the snapshot-access bug runs */
+};
+
+/* How a disk's pull stands: kept from the first connection that opens it to the end of the session. */
+struct vm_pull {
+    char *disk; /* owned */
+    unsigned nopen;
+    bool well; /* the last connection to leave said goodbye in order, and no read failed */
+    bool read_failed;
+};
+
+struct vm {
+    uv_loop_t *loop;
+    char *name, *qmp_path, *scratch_dir; /* owned */
+    char *server_socket;                 /* owned: "nbd-NAME.sock" */
+    int state_dir;                       /* O_PATH */
+    char **only;                         /* owned */
+    size_t nonly;
+    struct vm_rename *renames; /* owned, strings too */
+    size_t nrenames;
+    unsigned linger_ms;
+
+    struct qmp_client *qmp;
+    enum vm_state state;
+    char qemu_version[64];
+    struct failure lost; /* why there is no connection */
+    bool stopping;
+    void (*on_stopped)(void *arg);
+    void *stop_arg;
+
+    /* questions: those that wait, and those that the walk under way answers */
+    struct vm_query *waiting, *answering;
+    struct calls calls;
+    bool asking;
+    struct json_object *answers[3]; /* owned */
+
+    /* what the self-test found, valid for this connection */
+    bool tested, narrow;
+    bool has_iothreads;
+
+    /* the session */
+    struct session *session;
+    struct vm_stay *stays;
+    size_t nstays;
+    char *identity;  /* owned: whose session it is */
+    bool starting;   /* disks are being asked for it */
+    struct vm_query start_query;
+    bool ending;     /* session_stop() was said */
+    struct failure session_failure; /* why it failed */
+    struct vm_pull *pulls;          /* owned */
+    size_t npulls;
+    uv_timer_t linger, kick;
+    bool lingering;
+    struct json_object *last; /* owned: the session before this one, for status */
+};
+
+/* vm_session.c */
+void vm_pump(struct vm *vm);                                       /* whatever can go on, goes on */
+void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
+void vm_end_session(struct vm *vm);
+void vm_session_done(struct vm *vm); /* frees what is left of one */
+
+/* vm.c */
+void vm_sweep(struct vm *vm);
+void vm_test(struct vm *vm); /* ends in vm_pump() */
+void vm_stop_if_idle(struct vm *vm);
+void vm_ask_if_waiting(struct vm *vm);
+
+#endif

@@ -1,0 +1,549 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Who takes part in which session. A stay waits until the VM is ready, the self-test is done and the session it wants is up; the
+ * one place where anything goes on is vm_pump(), called whenever something changed.
+ */
+#include "log.h"
+#include "vm_internal.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+
+/* -- the list of stays --------------------------------------------------------------------------------------------- */
+
+static void add_stay(struct vm *vm, struct vm_stay *stay)
+{
+    struct vm_stay **tail = &vm->stays;
+
+    stay->vm = vm;
+    stay->state = STAY_WAITING;
+    stay->nasked = 0;
+    memset(&stay->ask, 0, sizeof(stay->ask));
+    stay->next = stay->prev = NULL;
+    while (*tail) {
+        stay->prev = *tail;
+        tail = &(*tail)->next;
+    }
+    *tail = stay;
+    vm->nstays++;
+}
+
+static void remove_stay(struct vm_stay *stay)
+{
+    struct vm *vm = stay->vm;
+
+    if (stay->prev)
+        stay->prev->next = stay->next;
+    else
+        vm->stays = stay->next;
+    if (stay->next)
+        stay->next->prev = stay->prev;
+    vm->nstays--;
+    stay->vm = NULL;
+    stay->state = STAY_OUT;
+}
+
+/* The callback may leave, enter or free anything: whoever loops over stays begins again from the front after it. */
+static void refuse(struct vm_stay *stay, const struct failure *why)
+{
+    struct failure f = *why; /* why may be the VM's own, which the callback may change */
+
+    remove_stay(stay);
+    stay->on_entered(stay, &f);
+}
+
+static struct vm_stay *first_in_state(struct vm *vm, int state)
+{
+    struct vm_stay *stay = vm->stays;
+
+    while (stay && (int)stay->state != state)
+        stay = stay->next;
+    return stay;
+}
+
+void vm_refuse_waiting(struct vm *vm, const struct failure *why)
+{
+    struct vm_stay *stay;
+
+    while ((stay = first_in_state(vm, STAY_WAITING)))
+        refuse(stay, why);
+}
+
+static bool any_inside(struct vm *vm)
+{
+    return first_in_state(vm, STAY_IN) || first_in_state(vm, STAY_ASKING);
+}
+
+/* -- how each disk's pull ends ------------------------------------------------------------------------------------- */
+
+static struct vm_pull *pull_of(struct vm *vm, const char *disk, bool make)
+{
+    struct vm_pull *pulls;
+
+    for (size_t i = 0; i < vm->npulls; i++) {
+        if (strcmp(vm->pulls[i].disk, disk) == 0)
+            return &vm->pulls[i];
+    }
+    if (!make || !(pulls = realloc(vm->pulls, (vm->npulls + 1) * sizeof(*pulls))))
+        return NULL;
+    vm->pulls = pulls;
+    pulls[vm->npulls] = (struct vm_pull){.disk = strdup(disk)};
+    return pulls[vm->npulls].disk ? &pulls[vm->npulls++] : NULL;
+}
+
+/* The checkpoint stays on the disks whose pull ended well, and nowhere else: it never claims data that nobody has. */
+static void mark_kept(struct vm *vm)
+{
+    for (size_t i = 0; i < vm->npulls; i++) {
+        const struct vm_pull *p = &vm->pulls[i];
+
+        if (p->nopen == 0 && p->well && !p->read_failed)
+            session_keep(vm->session, p->disk);
+    }
+}
+
+void vm_session_done(struct vm *vm)
+{
+    for (size_t i = 0; i < vm->npulls; i++)
+        free(vm->pulls[i].disk);
+    free(TAKE_PTR(vm->pulls));
+    vm->npulls = 0;
+    free(TAKE_PTR(vm->identity));
+    vm->session = NULL;
+    vm->starting = vm->ending = vm->lingering = false;
+    memset(&vm->session_failure, 0, sizeof(vm->session_failure));
+}
+
+void vm_end_session(struct vm *vm)
+{
+    (void)uv_timer_stop(&vm->linger);
+    vm->lingering = false;
+    if (vm->ending)
+        return;
+    vm->ending = true;
+    mark_kept(vm);
+    session_stop(vm->session);
+}
+
+/* -- what the session says ----------------------------------------------------------------------------------------- */
+
+static bool wants_session(const struct vm *vm, const struct vm_stay *stay)
+{
+    const char *checkpoint = session_checkpoint(vm->session);
+
+    return strcmp(stay->identity, vm->identity) == 0 && (!stay->checkpoint == !checkpoint) &&
+           (!checkpoint || strcmp(stay->checkpoint, checkpoint) == 0);
+}
+
+static void on_up(void *arg)
+{
+    struct vm *vm = arg;
+
+    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s", vm->name, session_id(vm->session),
+             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s", session_setup_ms(vm->session),
+             session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
+             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+    vm_pump(vm);
+}
+
+/* Who has to hear of the session's end. */
+static struct vm_stay *next_affected(struct vm *vm)
+{
+    struct vm_stay *stay = vm->stays;
+
+    while (stay && (stay->state == STAY_LOST || (stay->state == STAY_WAITING && !wants_session(vm, stay))))
+        stay = stay->next;
+    return stay;
+}
+
+static void on_failed(void *arg, const struct failure *why)
+{
+    struct vm *vm = arg;
+    struct vm_stay *stay;
+
+    log_error("VM %s: session %s is given up, its set-up is undone: %s", vm->name, session_id(vm->session), why->text);
+    (void)failure_copy(&vm->session_failure, why);
+    while ((stay = next_affected(vm))) {
+        if (stay->state == STAY_IN) {
+            stay->state = STAY_LOST; /* it leaves by itself */
+            stay->on_lost(stay, why);
+        } else {
+            session_ask_forget(&stay->ask);
+            refuse(stay, why);
+        }
+    }
+    vm_end_session(vm);
+}
+
+static struct json_object *kept_to_json(const struct vm *vm)
+{
+    struct json_object *list = json_object_new_array();
+
+    for (size_t i = 0; i < vm->npulls; i++) {
+        const struct vm_pull *p = &vm->pulls[i];
+        struct json_object *o = qmp_args_strings("disk", p->disk, NULL);
+
+        (void)json_object_object_add(o, "connections", json_object_new_int64(p->nopen));
+        (void)json_object_object_add(o, "ended-well", json_object_new_boolean(p->nopen == 0 && p->well && !p->read_failed));
+        (void)json_object_array_add(list, o);
+    }
+    return list;
+}
+
+static void on_down(void *arg, const struct failure *problems)
+{
+    struct vm *vm = arg;
+    struct json_object *last = vm_session_to_json(vm);
+
+    if (problems->err)
+        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), problems->text);
+    else
+        log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
+    (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
+    json_object_put(vm->last);
+    vm->last = last;
+    vm_session_done(vm);
+    /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
+    if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->state == VM_LOST) && !vm->stopping)
+        vm_sweep(vm);
+    vm_pump(vm);
+    vm_stop_if_idle(vm);
+}
+
+static void on_trace(void *arg, const char *text)
+{
+    struct vm *vm = arg;
+
+    log_debug("VM %s: session %s: %s", vm->name, vm->session ? session_id(vm->session) : "new", text);
+}
+
+static const struct session_ops session_ops = {
+    .on_up = on_up,
+    .on_failed = on_failed,
+    .on_down = on_down,
+    .on_trace = on_trace,
+};
+
+/* -- starting one -------------------------------------------------------------------------------------------------- */
+
+static bool alike(const struct vm_stay *a, const struct vm_stay *b)
+{
+    return strcmp(a->identity, b->identity) == 0 && (!a->checkpoint == !b->checkpoint) &&
+           (!a->checkpoint || strcmp(a->checkpoint, b->checkpoint) == 0);
+}
+
+/* The dirty maps that all who wait for the same session want: read at the freeze, they are exact. */
+static size_t collect_since(const struct vm *vm, const struct vm_stay *first, const char *since[VM_SINCE_MAX])
+{
+    size_t n = 0;
+
+    for (const struct vm_stay *stay = first; stay; stay = stay->next) {
+        if (stay->state != STAY_WAITING || !alike(stay, first))
+            continue;
+        for (size_t i = 0; i < stay->nsince; i++) {
+            size_t k;
+
+            for (k = 0; k < n && strcmp(since[k], stay->since[i]) != 0; k++)
+                ;
+            if (k == n && n < VM_SINCE_MAX)
+                since[n++] = stay->since[i];
+        }
+    }
+    return n;
+}
+
+/* Whether a checkpoint of this name can be made on the disk that the client opens: better said now than found out later. */
+static int check_stay(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f)
+{
+    const struct disk *d = disk_list_find(disks, stay->disk);
+
+    if (!d)
+        return failure_set(f, -ENOENT, "VM '%s' has no disk '%s'", vm->name, stay->disk);
+    if (stay->checkpoint && !d->tracked)
+        return failure_set(f, -ENOTSUP, "disk '%s' of VM '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps; open '%s/%s' without '@%s'",
+                           d->name, vm->name, reason_name(REASON_NOT_TRACKED), d->format, vm->name, d->name, stay->checkpoint);
+    return 0;
+}
+
+static void on_start_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+{
+    struct vm *vm = container_of(q, struct vm, start_query);
+    struct vm_stay *stay = first_in_state(vm, STAY_WAITING);
+    const char *since[VM_SINCE_MAX];
+    struct failure mine = {0};
+
+    vm->starting = false;
+    if (!stay)
+        return;
+    if (f) {
+        vm_refuse_waiting(vm, f);
+        return;
+    }
+    if (check_stay(vm, stay, disks, &mine) == 0) {
+        struct session_config config = {
+            .loop = vm->loop,
+            .qmp = vm->qmp,
+            .vm = vm->name,
+            .disks = disks,
+            .checkpoint = stay->checkpoint,
+            .since = since,
+            .nsince = collect_since(vm, stay, since),
+            .scratch_dir = vm->scratch_dir,
+            .state_dir = vm->state_dir,
+            .narrow_reads = vm->narrow,
+            .cbw_timeout_s = VM_CBW_TIMEOUT_S,
+            .call_timeout_ms = VM_CALL_TIMEOUT_MS,
+        };
+
+        vm->identity = strdup(stay->identity);
+        if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
+            log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
+            return;
+        }
+        free(TAKE_PTR(vm->identity));
+    }
+    (void)failure_set(&mine, -ENOMEM, "out of memory");
+    refuse(stay, &mine);
+    vm_pump(vm);
+}
+
+/* -- entering ------------------------------------------------------------------------------------------------------ */
+
+static void on_asked(struct session_ask *a, const struct failure *f);
+
+/* In words, for the map that this stay asks for. */
+static const char *why_not(const struct vm *vm, const struct vm_stay *stay)
+{
+    const struct disk *d = disk_list_find(session_disks(vm->session), stay->disk);
+    const struct checkpoint *c = d ? disk_checkpoint(d, stay->since[stay->nasked]) : NULL;
+
+    return reason_text(c ? c->reason : REASON_NO_SUCH_CHECKPOINT);
+}
+
+static void admit(struct vm_stay *stay)
+{
+    struct vm *vm = stay->vm;
+    struct vm_pull *p;
+    struct failure f = {0};
+
+    for (; stay->nasked < stay->nsince; stay->nasked++) {
+        _cleanup_free_ char *context = NULL;
+        int r;
+
+        if (asprintf(&context, "qemu:dirty-bitmap:%s", stay->since[stay->nasked]) < 0)
+            context = NULL;
+        if (!context || session_map(vm->session, stay->disk, context))
+            continue;
+        r = session_ask_start(vm->session, &stay->ask, stay->disk, stay->since[stay->nasked], on_asked);
+        if (r == 0) {
+            stay->state = STAY_ASKING;
+            return;
+        }
+        (void)failure_set(&f, r, "no incremental of disk '%s' of VM '%s' since '%s': %s", stay->disk, vm->name, stay->since[stay->nasked],
+                          why_not(vm, stay));
+        refuse(stay, &f);
+        return;
+    }
+    p = pull_of(vm, stay->disk, /* make= */ true);
+    if (!p) {
+        (void)failure_set(&f, -ENOMEM, "out of memory");
+        refuse(stay, &f);
+        return;
+    }
+    p->nopen++;
+    stay->state = STAY_IN;
+    stay->on_entered(stay, NULL);
+}
+
+static void on_asked(struct session_ask *a, const struct failure *f)
+{
+    struct vm_stay *stay = container_of(a, struct vm_stay, ask);
+    struct vm *vm = stay->vm;
+
+    if (f)
+        refuse(stay, f);
+    else
+        admit(stay);
+    vm_pump(vm);
+}
+
+/* A stay that meets a session. Returns whether something changed (then the list must be looked at anew). */
+static bool meet_session(struct vm *vm, struct vm_stay *stay)
+{
+    struct failure f = {0};
+
+    if (vm->ending)
+        return false;
+    if (wants_session(vm, stay)) {
+        if (session_status(vm->session) != SESSION_UP || vm->session_failure.err)
+            return false;
+        if (!disk_list_find(session_disks(vm->session), stay->disk)) {
+            (void)failure_set(&f, -ENOENT, "VM '%s' had no disk '%s' when session %s was frozen", vm->name, stay->disk, session_id(vm->session));
+            refuse(stay, &f);
+            return true;
+        }
+        (void)uv_timer_stop(&vm->linger);
+        vm->lingering = false;
+        admit(stay);
+        return true;
+    }
+    if (vm->lingering) {
+        /* Nobody reads any more. The same client wants something else: it will not come back. Others wait for the linger. */
+        if (strcmp(stay->identity, vm->identity) == 0)
+            vm_end_session(vm);
+        return false;
+    }
+    (void)failure_set(&f, -EBUSY, "VM '%s' is in session %s of another client or with another checkpoint name ('%s'); try again when it has ended", vm->name,
+                      session_id(vm->session), session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "none");
+    refuse(stay, &f);
+    return true;
+}
+
+static bool pump_stays(struct vm *vm)
+{
+    for (struct vm_stay *stay = vm->stays; stay; stay = stay->next) {
+        if (stay->state == STAY_WAITING && meet_session(vm, stay))
+            return true;
+    }
+    return false;
+}
+
+/* QEMU 7.2 with an iothread aborts when an NBD client disconnects, and on blockdev-add of the filters under load. */
+static bool refuse_iothreads(struct vm *vm)
+{
+    struct failure f = {0};
+
+    if (!vm->narrow || !vm->has_iothreads)
+        return false;
+    (void)failure_set(&f, -ENOTSUP, "VM '%s' uses iothreads, and QEMU %s aborts when such a disk is exported; QEMU 8.0 or later is needed", vm->name,
+                      vm->qemu_version);
+    vm_refuse_waiting(vm, &f);
+    return true;
+}
+
+void vm_pump(struct vm *vm)
+{
+    if (vm->stopping || vm->state != VM_READY)
+        return;
+    vm_ask_if_waiting(vm);
+    if (vm->session) {
+        while (vm->session && pump_stays(vm))
+            ;
+        return;
+    }
+    if (vm->starting || vm->asking || !first_in_state(vm, STAY_WAITING))
+        return;
+    if (!vm->tested) {
+        vm_test(vm);
+        return;
+    }
+    if (refuse_iothreads(vm))
+        return;
+    vm->starting = vm_query_start(vm, &vm->start_query, on_start_disks, vm) == 0;
+}
+
+static void on_kick(uv_timer_t *t)
+{
+    vm_pump(container_of(t, struct vm, kick));
+}
+
+/* Callbacks come from the loop, never from inside vm_enter() or vm_leave(). */
+static void vm_pump_later(struct vm *vm)
+{
+    (void)uv_timer_start(&vm->kick, on_kick, 0, 0);
+}
+
+int vm_enter(struct vm *vm, struct vm_stay *stay)
+{
+    if (vm->stopping)
+        return -ESHUTDOWN;
+    if (vm->state == VM_LOST)
+        return -ENOTCONN;
+    if (vm->nstays >= VM_STAYS_MAX || stay->nsince > VM_SINCE_MAX)
+        return -E2BIG;
+    add_stay(vm, stay);
+    vm_pump_later(vm);
+    return 0;
+}
+
+static void on_linger(uv_timer_t *t)
+{
+    struct vm *vm = container_of(t, struct vm, linger);
+
+    if (vm->session)
+        vm_end_session(vm);
+}
+
+static bool anybody_waits(const struct vm *vm)
+{
+    for (const struct vm_stay *stay = vm->stays; stay; stay = stay->next) {
+        if (stay->state == STAY_WAITING && wants_session(vm, stay))
+            return true;
+    }
+    return false;
+}
+
+void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
+{
+    struct vm *vm = stay->vm;
+    bool was_in;
+
+    if (!vm)
+        return;
+    was_in = stay->state == STAY_IN || stay->state == STAY_LOST;
+    if (stay->state == STAY_ASKING)
+        session_ask_forget(&stay->ask);
+    if (was_in) {
+        struct vm_pull *p = pull_of(vm, stay->disk, /* make= */ false);
+
+        assert(p && p->nopen);
+        p->read_failed |= read_failed || stay->state == STAY_LOST;
+        if (--p->nopen == 0)
+            p->well = said_disc;
+    }
+    remove_stay(stay);
+    if (!vm->session || vm->ending || any_inside(vm))
+        return;
+    if (session_status(vm->session) == SESSION_UP) {
+        vm->lingering = true;
+        (void)uv_timer_start(&vm->linger, on_linger, vm->linger_ms, 0);
+        vm_pump_later(vm);
+    } else if (!anybody_waits(vm)) {
+        vm_end_session(vm); /* it was never told that the session is up: it has nothing to come back to */
+    }
+}
+
+struct source *vm_stay_source(struct vm_stay *stay)
+{
+    return stay->vm && stay->vm->session ? session_source(stay->vm->session, stay->disk) : NULL;
+}
+
+const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
+{
+    return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
+}
+
+const char *vm_stay_session(const struct vm_stay *stay)
+{
+    return stay->vm && stay->vm->session ? session_id(stay->vm->session) : "-";
+}
+
+struct json_object *vm_session_to_json(struct vm *vm)
+{
+    struct session *s = vm->session;
+    struct json_object *o;
+
+    if (!s)
+        return NULL;
+    o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step", session_step(s),
+                         "identity", vm->identity, NULL);
+    (void)json_object_object_add(o, "checkpoint", session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
+    (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
+    (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
+    (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
+    (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
+    (void)json_object_object_add(o, "failure", vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
+    (void)json_object_object_add(o, "pulls", kept_to_json(vm));
+    return o;
+}
