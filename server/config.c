@@ -112,25 +112,27 @@ static struct config_vm *find_vm(struct server_config *c, const char *name)
     return NULL;
 }
 
-static int add_vm(struct server_config *c, const char *name, struct config_vm **ret_vm, struct failure *f)
+/* NULL: failed. */
+static struct config_vm *add_vm(struct server_config *c, const char *name, struct failure *f)
 {
     struct config_vm *vms;
-    int r;
 
-    r = check_name("VM's name", name, f);
-    if (r < 0)
-        return r;
-    if (c->nvms == CONFIG_VMS_MAX)
-        return failure_set(f, -EINVAL, "more than %u VMs", CONFIG_VMS_MAX);
+    if (check_name("VM's name", name, f) < 0)
+        return NULL;
+    if (c->nvms == CONFIG_VMS_MAX) {
+        (void)failure_set(f, -EINVAL, "more than %u VMs", CONFIG_VMS_MAX);
+        return NULL;
+    }
     vms = reallocarray(c->vms, c->nvms + 1, sizeof *vms);
-    if (!vms)
-        return failure_set(f, -ENOMEM, "out of memory");
-    c->vms = vms;
-    vms[c->nvms] = (struct config_vm){.name = strdup(name)};
-    if (!vms[c->nvms].name)
-        return failure_set(f, -ENOMEM, "out of memory");
-    *ret_vm = &vms[c->nvms++];
-    return 0;
+    if (vms) {
+        c->vms = vms;
+        vms[c->nvms] = (struct config_vm){.name = strdup(name)};
+    }
+    if (!vms || !vms[c->nvms].name) {
+        (void)failure_set(f, -ENOMEM, "out of memory");
+        return NULL;
+    }
+    return &vms[c->nvms++];
 }
 
 static int set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f)
@@ -138,7 +140,6 @@ static int set_vm(struct server_config *c, const char *value, bool by_flag, stru
     _cleanup_free_ char *name = NULL;
     const char *equals = strchr(value, '=');
     struct config_vm *vm;
-    int r;
 
     if (!equals)
         return failure_set(f, -EINVAL, "\"%s\" is not NAME=QMP_SOCKET", value);
@@ -148,11 +149,10 @@ static int set_vm(struct server_config *c, const char *value, bool by_flag, stru
     vm = find_vm(c, name);
     if (vm && (!by_flag || vm->by_flag))
         return failure_set(f, -EINVAL, "the VM \"%s\" is there twice", name);
-    if (!vm) {
-        r = add_vm(c, name, &vm, f);
-        if (r < 0)
-            return r;
-    }
+    if (!vm)
+        vm = add_vm(c, name, f);
+    if (!vm)
+        return f->err;
     vm->by_flag = by_flag;
     return set_path(&vm->qmp, equals + 1, f);
 }
@@ -436,7 +436,6 @@ static int begin_section(struct reader *r, const char *line)
     _cleanup_free_ char *name = NULL;
     const char *end = strrchr(line, ']'), *open, *close;
     struct config_vm *vm;
-    int err;
 
     r->in_server = false;
     r->vm = 0;
@@ -458,10 +457,9 @@ static int begin_section(struct reader *r, const char *line)
         return failure_set(&r->failure, -ENOMEM, "out of memory");
     if (find_vm(r->c, name))
         return failure_set(&r->failure, -EINVAL, "the VM \"%s\" is there twice", name);
-    err = add_vm(r->c, name, &vm, &r->failure);
-    if (err < 0)
-        return err;
-    vm->in_section = true;
+    vm = add_vm(r->c, name, &r->failure);
+    if (!vm)
+        return r->failure.err;
     vm->line = r->place.line;
     r->vm = r->c->nvms;
     return 0;

@@ -31,9 +31,9 @@
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
 #define CONFIG_VMS_MAX 4096u
 #define CONFIG_LISTENERS_MAX 64u
-#define CONFIG_DISKS_MAX 1024u           /* names in one VM's disks=, and disk.NAME= lines */
-#define CONFIG_NAME_MAX 128u             /* bytes of a VM's or a disk's name; export names end at 4096 (spec) */
-#define CONFIG_SECONDS_MAX (7u * 86400u) /* of any --…-timeout and of --linger */
+#define CONFIG_DISKS_MAX 1024u     /* names in one VM's disks=, and disk.NAME= lines */
+#define CONFIG_NAME_MAX 128u       /* bytes of a VM's or a disk's name; export names end at 4096 (spec) */
+#define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
 #define CONFIG_CONNECTIONS_MAX 65536u
 
 /* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
@@ -89,7 +89,7 @@ struct config_vm {
     struct config_rename *renames; /* owned: disk.NAME= */
     size_t nrenames;
     /* private to the parser: where it was said */
-    bool by_flag, in_section, disks_said;
+    bool by_flag, disks_said;
     unsigned line;
 };
 
@@ -134,6 +134,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
 /* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
  * and CONFIG_STATE where they are used and missing. */
 int config_check(struct server_config *c, struct failure *f);
+
+/* Whether only this machine can reach a TCP address. */
+bool config_is_loopback(const struct sockaddr_storage *a);
 
 void config_free(struct server_config *c); /* NULL is fine */
 

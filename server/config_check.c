@@ -44,7 +44,7 @@ static int make_default_dir(const char *path, mode_t mode, struct failure *f)
     return 0;
 }
 
-static bool is_loopback(const struct sockaddr_storage *a)
+bool config_is_loopback(const struct sockaddr_storage *a)
 {
     if (a->ss_family == AF_INET)
         return (ntohl(((const struct sockaddr_in *)a)->sin_addr.s_addr) >> 24) == IN_LOOPBACKNET;
@@ -80,7 +80,7 @@ static int check_listener(const struct server_config *c, struct config_listener 
         return failure_set(f, -EINVAL, "--listen %s: %s", l->text, gai_strerror(r));
     memcpy(&l->address, found->ai_addr, found->ai_addrlen);
     freeaddrinfo(found);
-    if (!is_loopback(&l->address) && !c->allow_plaintext)
+    if (!config_is_loopback(&l->address) && !c->allow_plaintext)
         return failure_set(f, -EINVAL,
                            "--listen %s would offer disks to the network in clear text; "
                            "listen on loopback, or say --allow-plaintext",

@@ -441,7 +441,7 @@ static void on_tick(uv_timer_t *timer)
 /* Who is it, and from where. */
 static int identify(struct conn *c, char *from, size_t size)
 {
-    struct sockaddr_storage a;
+    struct sockaddr_storage a = {0};
     socklen_t len = sizeof a;
     struct ucred peer;
     socklen_t peer_len = sizeof peer;

@@ -165,7 +165,7 @@ static void on_pull_read(void *arg)
 /* The stay is entered: maps and source stand. */
 static int begin_pull(struct conn *c, struct failure *f)
 {
-    _cleanup_free_ const struct map **maps = calloc(c->ncontexts + 1, sizeof *maps);
+    _cleanup_free_ const struct map **maps = calloc(c->ncontexts + 1, sizeof(struct map *));
     struct pull_config config = {
         .nbd = c->nbd,
         .source = vm_stay_source(&c->stay),

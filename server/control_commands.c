@@ -197,7 +197,8 @@ static void on_deleted(struct vm_delete *op, unsigned nremoved, const struct fai
         control_fail(&d->call, f);
         return;
     }
-    log_info("checkpoint \"%s\" of VM \"%s\" is deleted: %u records", name, vm_name(d->vm), nremoved);
+    log_info("checkpoint \"%s\" of VM \"%s\" is deleted: %u record%s", name, vm_name(d->vm), nremoved,
+             nremoved == 1 ? "" : "s");
     o = json_object_new_object();
     json_object_object_add(o, "removed", json_object_new_uint64(nremoved));
     control_return(&d->call, o);

@@ -214,7 +214,7 @@ static int begin(uv_loop_t *loop, int fd, const char *path, listen_cb cb, void *
 int listen_open_unix(uv_loop_t *loop, const char *path, listen_cb cb, void *arg, struct listener **ret_listener,
                      struct failure *f)
 {
-    int fd, r;
+    int fd = -1, r;
 
     r = open_unix(path, &fd, f);
     return r < 0 ? r : begin(loop, fd, path, cb, arg, ret_listener, f);

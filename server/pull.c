@@ -297,7 +297,7 @@ int pull_init(struct pull *p, const struct pull_config *config)
 {
     *p = (struct pull){.c = *config, .user.on_room = on_room};
     p->c.contexts = NULL;
-    p->maps = calloc(config->ncontexts + 1, sizeof *p->maps);
+    p->maps = calloc(config->ncontexts + 1, sizeof(struct map *));
     if (!p->maps)
         return -ENOMEM;
     for (size_t i = 0; i < config->ncontexts; i++)

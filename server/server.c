@@ -116,9 +116,18 @@ static int open_passed(struct server *s, const struct config_listener *config, s
         return failure_set(f, -EINVAL, "--listen fd: more than %u sockets were passed", CONFIG_LISTENERS_MAX);
     for (int i = 0; i < n; i++) {
         int fd = SD_LISTEN_FDS_START + i;
+        struct sockaddr_storage address = {0};
+        socklen_t len = sizeof address;
 
         if (sd_is_socket(fd, AF_UNSPEC, SOCK_STREAM, /* listening= */ 1) <= 0)
             return failure_set(f, -EINVAL, "--listen fd: descriptor %d is not a listening stream socket", fd);
+        if (getsockname(fd, (struct sockaddr *)&address, &len) < 0)
+            return failure_set(f, -errno, "--listen fd: descriptor %d: %s", fd, strerror(errno));
+        if (address.ss_family != AF_UNIX && !config_is_loopback(&address) && !s->config->allow_plaintext)
+            return failure_set(f, -EINVAL,
+                               "--listen fd: descriptor %d would offer disks to the network in clear text; "
+                               "listen on loopback, or say --allow-plaintext",
+                               fd);
         r = listen_open(s->loop, config, fd, on_client, s, &s->listeners[s->nlisteners], f);
         if (r < 0)
             return r;
@@ -271,7 +280,7 @@ void server_stop(struct server *s, server_stop_cb cb, void *arg)
         on_conns_gone(s);
         return;
     }
-    log_info("waiting for %zu connections", s->conns.nopen);
+    log_info("waiting for %zu connection%s", s->conns.nopen, s->conns.nopen == 1 ? "" : "s");
     (void)failure_set(&why, -ESHUTDOWN, "qpulld ends");
     (void)uv_timer_start(&s->timer, on_drained, SERVER_DRAIN_MS, 0);
     conn_set_fail(&s->conns, &why);

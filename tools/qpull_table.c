@@ -56,6 +56,8 @@ void table_print(const struct table *t)
 {
     size_t widths[TABLE_COLUMNS_MAX];
 
+    if (t->ncolumns == 0)
+        return;
     for (size_t c = 0; c < t->ncolumns; c++) {
         widths[c] = width_of(t->columns[c].title);
         for (size_t i = c; i < t->ncells; i += t->ncolumns)

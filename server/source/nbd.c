@@ -26,13 +26,15 @@ enum source_state {
     SOURCE_CLOSING, /* reads are refused; on_closed() answers what is left and frees */
 };
 
+#define SLOT_FLYING 1 /* slot.err while there is no answer */
+
 /* An upstream request: one piece of one read. */
 struct slot {
     struct nbd_source *owner;
     struct source_read *read; /* borrowed; NULL while the slot is free */
     uint64_t since_ms;        /* upstream_now() of the request */
-    int err;
-    TAILQ_ENTRY(slot) link; /* on one of the three lists */
+    int err;                  /* 0, negative errno, or SLOT_FLYING */
+    TAILQ_ENTRY(slot) link;   /* on one of the three lists */
 };
 
 TAILQ_HEAD(slot_list, slot);
@@ -79,7 +81,7 @@ static int on_landed(void *arg, int *error)
     struct slot *slot = arg;
     struct nbd_source *s = slot->owner;
 
-    if (slot->read && slot->err > 0) {
+    if (slot->read && slot->err == SLOT_FLYING) {
         slot->err = *error ? -EIO : 0;
         TAILQ_REMOVE(&s->flying, slot, link);
         TAILQ_INSERT_TAIL(&s->landed, slot, link);
@@ -87,12 +89,10 @@ static int on_landed(void *arg, int *error)
     return 1;
 }
 
-#define SLOT_FLYING 1 /* slot.err while there is no answer */
-
 /*
- * libnbd has put the bytes where they belong. Requests say "in one chunk" (NBD_CMD_FLAG_DF), which pread_structured alone can
- * say: else QEMU asks for the block status of each request before it reads, to send holes, which our own frozen map
- * knows already.
+ * libnbd has put the bytes where they belong. Requests say "in one chunk" (NBD_CMD_FLAG_DF), which pread_structured
+ * alone can say: else QEMU asks for the block status of each request before it reads, to send holes, which our own
+ * frozen map knows already.
  */
 static int on_chunk(void *user_data, const void *subbuf, size_t count, uint64_t offset, unsigned status, int *error)
 {

@@ -312,9 +312,10 @@ void upstream_kick(struct upstream *u)
 
 void upstream_close(struct upstream *u)
 {
-    /* Polite where it costs nothing: otherwise end of file tells the server as well. */
-    if (u->state == UPSTREAM_UP && nbd_aio_is_ready(u->nbd) && nbd_aio_in_flight(u->nbd) == 0)
-        (void)nbd_aio_disconnect(u->nbd, 0);
+    /*
+     * Without NBD_CMD_DISC: QEMU takes end of file for the same, and nbd_aio_disconnect() of libnbd 1.14.2 reads memory
+     * that it has freed (valgrind).
+     */
     set_state(u, UPSTREAM_CLOSED);
     disconnect(u);
     close_handle((uv_handle_t *)&u->deadline);
