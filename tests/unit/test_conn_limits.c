@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* conn: clients that wait, stall or flood: no client can make us keep more than the limits, or keep others out. */
+#include "conn_world.h"
+
+/* -- clients that hurt --------------------------------------------------------------------------------------------- */
+static void a_silent_client_is_closed_in_time(void **state)
+{
+    struct world *w = *state;
+    struct client *c;
+
+    w->config.handshake_timeout_ms = 100;
+    c = client_connect(w, 0);
+    loop_until(&w->loop, c->eof);
+    c = client_greet(w, 1, STRUCTURED);
+    loop_until(&w->loop, c->eof);
+}
+
+static void the_time_a_session_takes_to_go_up_is_not_the_client_s(void **state)
+{
+    struct world *w = *state;
+    struct client *c = client_greet(w, 0, STRUCTURED);
+    struct bytes b = {0};
+    uint64_t end;
+
+    w->config.handshake_timeout_ms = 100;
+    w->vms[0].hold_entering = true;
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    client_say(c, &b);
+    end = uv_now(&w->loop) + 3 * CONN_TICK_MS;
+    loop_until(&w->loop, uv_now(&w->loop) > end);
+    w->vms[0].hold_entering = false;
+    vm_answer_soon(&w->vms[0]);
+    loop_until(&w->loop, w->vms[0].nentered == 1);
+    assert_false(c->eof);
+}
+
+static void an_idle_client_is_closed_only_where_that_is_wanted(void **state)
+{
+    struct world *w = *state;
+    struct client *c = client_open(w, 0, "web/vda", STRUCTURED);
+    uint64_t end = uv_now(&w->loop) + 3 * CONN_TICK_MS;
+
+    loop_until(&w->loop, uv_now(&w->loop) > end);
+    assert_false(c->eof);
+    w->config.idle_timeout_ms = 100;
+    loop_until(&w->loop, c->eof);
+}
+
+/* 40 clients' worth of data is asked for, nothing is read: memory is the window, others are served, and it ends. */
+static void a_client_that_does_not_read_costs_a_window_and_is_closed(void **state)
+{
+    struct world *w = *state;
+    struct client *stuck = client_open(w, 0, "web/vda", STRUCTURED), *c;
+    struct bytes b = {0};
+
+    client_read(stuck, false);
+    for (unsigned i = 0; i < 640; i++)
+        say_read(&b, i, 1024 * KIB, 7168 * KIB);
+    client_say(stuck, &b);
+    loop_until(&w->loop, w->set.budget.used >= CONN_WINDOW - CONN_PIECE);
+    c = client_open(w, 1, "web/vda", STRUCTURED);
+    say_read(&b, 1, 256 * KIB, 4096);
+    client_say(c, &b);
+    loop_until(&w->loop, c->in.len >= 4096);
+    assert_true(w->set.budget.most <= CONN_WINDOW + CONN_PIECE);
+    w->config.idle_timeout_ms = 700;
+    loop_until(&w->loop, w->vms[0].nleft >= 1);
+    assert_false(w->vms[0].last_disc);
+}
+
+/* Requests that are refused at once have nothing in flight that would hold the client back. */
+static void a_flood_of_refused_requests_is_not_read_on_without_end(void **state)
+{
+    struct world *w = *state;
+    struct client *flood = client_open(w, 0, "web/vda", STRUCTURED);
+    struct bytes b = {0};
+
+    client_read(flood, false);
+    for (unsigned i = 0; i < 200000; i++)
+        say_read(&b, i, UINT64_C(1) << 40, 4096);
+    client_say(flood, &b);
+    loop_turn(&w->loop, 2000);
+    assert_true(uv_stream_get_write_queue_size((uv_stream_t *)&flood->pipe) > 1024 * KIB);
+}
+
+static void with_all_places_taken_the_silent_make_way_and_the_working_do_not(void **state)
+{
+    struct world *w = *state;
+    struct client *silent, *open, *c;
+
+    w->config.max_connections = 2;
+    open = client_open(w, 0, "web/vda", STRUCTURED);
+    silent = client_connect(w, 1);
+    loop_until(&w->loop, w->set.nconns == 2);
+    c = client_open(w, 2, "web/vdb", STRUCTURED);
+    loop_until(&w->loop, silent->eof);
+    assert_false(open->eof || c->eof);
+    c = client_connect(w, 3);
+    loop_until(&w->loop, c->eof);
+    assert_int_equal(c->in.len, 0);
+    assert_false(open->eof);
+    assert_int_equal(w->set.nevicted, 1);
+    assert_int_equal(w->set.nrefused, 1);
+}
+
+/* -- budget -------------------------------------------------------------------------------------------------------- */
+struct taker {
+    struct budget_user user;
+    struct budget *budget;
+    void *held[8];
+    unsigned nheld, nwanted;
+};
+
+static void on_room(struct budget_user *u)
+{
+    struct taker *t = container_of(u, struct taker, user);
+
+    while (t->nheld < t->nwanted && (t->held[t->nheld] = budget_take(t->budget, u, KIB)))
+        t->nheld++;
+}
+
+static void give_one(struct taker *t)
+{
+    t->nwanted = 0;
+    budget_give(t->budget, &t->user, t->held[--t->nheld], KIB);
+}
+
+static void everybody_gets_one_buffer_and_those_who_wait_take_turns(void **state)
+{
+    struct budget b;
+    struct taker t[4] = {{.nwanted = 8}, {.nwanted = 3}, {.nwanted = 3}, {.nwanted = 3}};
+
+    budget_init(&b, 8 * KIB, KIB, 2);
+    for (size_t i = 0; i < ARRAY_SIZE(t); i++) {
+        t[i].budget = &b;
+        t[i].user.on_room = on_room;
+        on_room(&t[i].user);
+        assert_int_equal(t[i].nheld, i == 0 ? 8 : 1); /* the limit is reached, and still one for each */
+    }
+    for (unsigned i = 0; i < 3; i++)
+        give_one(&t[0]); /* down to the limit */
+    for (size_t i = 1; i < ARRAY_SIZE(t); i++) {
+        assert_int_equal(t[i].nheld, 1);
+        give_one(&t[0]);
+        assert_int_equal(t[i].nheld, 2); /* in turn */
+    }
+    budget_forget(&b, &t[1].user);
+    give_one(&t[0]);
+    assert_int_equal(t[1].nheld, 2);
+    assert_int_equal(t[2].nheld, 3);
+    for (size_t i = 0; i < ARRAY_SIZE(t); i++)
+        while (t[i].nheld > 0)
+            give_one(&t[i]);
+    assert_int_equal(b.used, 0);
+    assert_int_equal(budget_spare_bytes(&b), 2 * KIB);
+    budget_done(&b);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, world_set_up, world_tear_down)
+    const struct CMUnitTest tests[] = {
+        TEST(a_silent_client_is_closed_in_time),
+        TEST(the_time_a_session_takes_to_go_up_is_not_the_client_s),
+        TEST(an_idle_client_is_closed_only_where_that_is_wanted),
+        TEST(a_client_that_does_not_read_costs_a_window_and_is_closed),
+        TEST(a_flood_of_refused_requests_is_not_read_on_without_end),
+        TEST(with_all_places_taken_the_silent_make_way_and_the_working_do_not),
+        cmocka_unit_test(everybody_gets_one_buffer_and_those_who_wait_take_turns),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
