@@ -495,7 +495,7 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
         if (!c || (del->disk && strcmp(del->disk, d->name) != 0))
             continue;
         for (size_t l = 0; l < c->nlayers; l++)
-            calls_add(&del->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", c->layers[l], "name", c->name, NULL), QMP_NO_FD, 0,
+            calls_add(&del->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, 0,
                       on_removed);
     }
     if (f) {
