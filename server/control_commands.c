@@ -3,6 +3,8 @@
 #include "control_internal.h"
 #include "vm.h"
 
+#include "backup/names.h"
+
 #include <errno.h>
 #include <stdio.h>
 
@@ -179,49 +181,66 @@ static void query_checkpoints(struct control_call *call, struct json_object *arg
 }
 
 /* -- what changes something ---------------------------------------------------------------------------------------- */
-struct deletion {
+struct change {
     struct control_call call;
-    struct vm_delete op;
-    char *name; /* owned: for the log */
+    struct vm_change op;
+    char *name;       /* owned: for the log */
+    const char *verb; /* "create", "delete" */
     struct vm *vm;
 };
 
-static void on_deleted(struct vm_delete *op, unsigned nremoved, const struct failure *f)
+static void on_changed(struct vm_change *op, unsigned n, const struct failure *f)
 {
-    struct deletion *d = container_of(op, struct deletion, op);
-    _cleanup_free_ char *name = TAKE_PTR(d->name);
+    struct change *c = op->arg;
+    _cleanup_free_ char *name = TAKE_PTR(c->name);
     struct json_object *o;
 
     if (f) {
-        log_warning("deleting checkpoint \"%s\" of VM \"%s\" failed: %s", name, vm_name(d->vm), f->text);
-        control_fail(&d->call, f);
+        log_warning("VM %s: cannot %s checkpoint \"%s\": %s", vm_name(c->vm), c->verb, name, f->text);
+        control_fail(&c->call, f);
         return;
     }
-    log_info("checkpoint \"%s\" of VM \"%s\" is deleted: %u record%s", name, vm_name(d->vm), nremoved,
-             nremoved == 1 ? "" : "s");
+    log_info("VM %s: %s checkpoint \"%s\": %u record%s", vm_name(c->vm), c->verb, name, n, n == 1 ? "" : "s");
     o = json_object_new_object();
-    json_object_object_add(o, "removed", json_object_new_uint64(nremoved));
-    control_return(&d->call, o);
+    json_object_object_add(o, "records", json_object_new_uint64(n));
+    control_return(&c->call, o);
 }
 
-/* Goes on to its end although the client may leave: half a deletion is worse. */
-static void checkpoint_delete(struct control_call *call, struct json_object *args)
+/* Goes on to its end although the client may leave: half a change is worse. */
+static void change_start(struct control_call *call, struct json_object *args, const char *verb,
+                         int (*start)(struct vm *, struct vm_change *, const char *, const char *const *, size_t))
 {
-    struct deletion *d = container_of(call, struct deletion, call);
-    const char *name = string_of(args, "name");
+    struct change *c = container_of(call, struct change, call);
+    const char *name = string_of(args, "name"), *disk = string_of(args, "disk");
     struct vm *vm = vm_of(call, args);
     int r;
 
     if (!vm)
         return;
-    d->vm = vm;
-    d->name = strdup(name);
-    r = d->name ? vm_delete_start(vm, &d->op, name, string_of(args, "disk"), on_deleted, d) : -ENOMEM;
+    c->vm = vm;
+    c->verb = verb;
+    c->name = strdup(name);
+    c->op = (struct vm_change){.cb = on_changed, .arg = c};
+    r = c->name ? start(vm, &c->op, name, &disk, disk ? 1 : 0) : -ENOMEM;
     if (r < 0) {
-        free(TAKE_PTR(d->name));
-        control_error(call, CONTROL_GENERIC, "Checkpoint \"%s\" of VM \"%s\" cannot be deleted now: %s", name,
-                      vm_name(vm), strerror(-r));
+        free(TAKE_PTR(c->name));
+        control_error(call, CONTROL_GENERIC, "Cannot %s checkpoint \"%s\" of VM \"%s\" now: %s", verb, name, vm_name(vm), strerror(-r));
     }
+}
+
+static void checkpoint_create(struct control_call *call, struct json_object *args)
+{
+    struct failure f = {0};
+
+    if (name_check(string_of(args, "name"), &f) < 0)
+        control_fail(call, &f);
+    else
+        change_start(call, args, "create", vm_create_start);
+}
+
+static void checkpoint_delete(struct control_call *call, struct json_object *args)
+{
+    change_start(call, args, "delete", vm_delete_start);
 }
 
 const struct control_command control_commands[] = {
@@ -237,10 +256,15 @@ const struct control_command control_commands[] = {
      .size = sizeof(struct ask),
      .run = query_checkpoints,
      .forget = ask_forget},
+    {.name = "checkpoint-create",
+     .required = {"vm", "name"},
+     .optional = {"disk"},
+     .size = sizeof(struct change),
+     .run = checkpoint_create},
     {.name = "checkpoint-delete",
      .required = {"vm", "name"},
      .optional = {"disk"},
-     .size = sizeof(struct deletion),
+     .size = sizeof(struct change),
      .run = checkpoint_delete},
 };
 const size_t control_ncommands = ARRAY_SIZE(control_commands);

@@ -53,15 +53,21 @@ int vm_query_start(struct vm *vm, struct vm_query *q, void (*cb)(struct vm_query
                    void *arg);
 void vm_query_forget(struct vm_query *q); /* no callback any more; also if not under way (zeroed) */
 
-/* Removes one checkpoint's record from one disk (NULL: from all). "Not there" is success. */
-struct vm_delete {
-    void (*cb)(struct vm_delete *d, unsigned nremoved, const struct failure *f);
+/*
+ * A change to the checkpoints outside of a session: answered once, later, unless forgotten (the change itself goes on). The caller sets
+ * cb and arg. n: bitmaps made or removed.
+ */
+struct vm_change {
+    void (*cb)(struct vm_change *change, unsigned n, const struct failure *f);
     void *arg;
     void *private; /* NULL when not under way */
 };
-int vm_delete_start(struct vm *vm, struct vm_delete *d, const char *checkpoint, const char *disk,
-                    void (*cb)(struct vm_delete *, unsigned, const struct failure *), void *arg);
-void vm_delete_forget(struct vm_delete *d); /* no callback any more; the deletion goes on. Also if not under way (zeroed) */
+void vm_change_forget(struct vm_change *change); /* also if not under way (zeroed) */
+
+/* No disks: all that can. All records begin at one instant. The name must have passed name_check(). */
+int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks);
+/* No disks: all. "Not there" is success. */
+int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks);
 
 /*
  * A stay: one NBD connection's part in a session. Enter starts a session or joins the live one (same identity, same

@@ -95,6 +95,7 @@ enum exit_status run_vms(const struct args *args);
 enum exit_status run_disks(const struct args *args);
 enum exit_status run_status(const struct args *args);
 enum exit_status run_checkpoint_list(const struct args *args);
+enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* qpull_checkpoint: checkpoint list, checkpoint delete. */
+/* qpull_checkpoint: checkpoint list, create, delete. */
 #include "qpull.h"
 
 #include <inttypes.h>
@@ -46,23 +46,32 @@ enum exit_status run_checkpoint_list(const struct args *args)
     return status;
 }
 
-enum exit_status run_checkpoint_delete(const struct args *args)
+static enum exit_status change(const struct args *args, const char *command, const char *done)
 {
     struct json_object *answer = NULL;
     struct daemon *d = NULL;
     enum exit_status status = daemon_open(args->control, &d);
 
     if (status == EXIT_DONE)
-        status = daemon_ask(d, &answer, "checkpoint-delete", "vm", args->words[0], "name", args->words[1], "disk",
-                            args->disk, NULL);
+        status = daemon_ask(d, &answer, command, "vm", args->words[0], "name", args->words[1], "disk", args->disk, NULL);
     if (status == EXIT_DONE && (args->given & OPTION_JSON)) {
         print_json(answer);
     } else if (status == EXIT_DONE) {
-        uint64_t n = answer_number(answer, "removed");
-        printf("checkpoint \"%s\" of VM \"%s\": %" PRIu64 " record%s removed\n", args->words[1], args->words[0], n,
-               n == 1 ? "" : "s");
+        uint64_t n = answer_number(answer, "records");
+        printf("checkpoint \"%s\" of VM \"%s\": %" PRIu64 " record%s %s\n", args->words[1], args->words[0], n,
+               n == 1 ? "" : "s", done);
     }
     json_object_put(answer);
     daemon_close(d);
     return status;
+}
+
+enum exit_status run_checkpoint_create(const struct args *args)
+{
+    return change(args, "checkpoint-create", "begun");
+}
+
+enum exit_status run_checkpoint_delete(const struct args *args)
+{
+    return change(args, "checkpoint-delete", "removed");
 }

@@ -132,6 +132,8 @@ static struct json_object *find_bitmap(struct json_object *named_node, const cha
     return NULL;
 }
 
+#define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
+
 static enum reason judge_bitmap(struct json_object *b)
 {
     if (qmp_get_bool(b, "inconsistent"))
@@ -143,41 +145,53 @@ static enum reason judge_bitmap(struct json_object *b)
 
 static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct json_object *bitmap)
 {
-    char **layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
+    struct layer *layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
+    enum reason reason = judge_bitmap(bitmap);
 
     if (!layers)
         return -ENOMEM;
     c->layers = layers;
-    if (!(c->layers[c->nlayers] = strdup(node)))
+    layers += c->nlayers;
+    layers->merge = reason == REASON_NONE;
+    if (!(layers->node = strdup(node)))
         return -ENOMEM;
     c->nlayers++;
+    c->reason = reason; /* the deepest one's counts: for those above it their allocation can stand in */
     c->dirty += (uint64_t)qmp_get_int(bitmap, "count");
     c->granularity = MAX(c->granularity, (uint64_t)qmp_get_int(bitmap, "granularity"));
-    if (c->reason == REASON_NONE)
-        c->reason = judge_bitmap(bitmap);
     return 0;
 }
 
 /*
- * Walks the layers from the top for one name. The record is whole when the layers that have it are the top and, without
- * a gap, those below it; a name that only a lower layer has misses all that was written since the upper one was made.
+ * Walks the layers from the top for one name. Every layer that has a whole record is part of the answer. A layer above such a one
+ * that has none was made by an external snapshot without the bitmap, or lost it in an unclean stop: its allocation stands in.
  */
 static int judge_checkpoint(struct json_object *named, struct json_object *graph, const char *top, struct checkpoint *c)
 {
     const char *node = top;
-    bool gap = false;
+    uint64_t missing = 0;
+    bool too_deep = false, gap = false;
 
     for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
         struct json_object *bitmap = find_bitmap(find_named(named, node), c->name);
         int r;
 
-        if (bitmap && gap)
-            c->reason = REASON_GAP;
-        if (bitmap && (r = checkpoint_add_layer(c, node, bitmap)) < 0)
-            return r;
-        gap |= !bitmap;
+        if (bitmap) {
+            c->allocation_layers = missing;
+            gap = too_deep;
+            if ((r = checkpoint_add_layer(c, node, bitmap)) < 0)
+                return r;
+        }
+        if (!bitmap || !c->layers[c->nlayers - 1].merge) {
+            if (depth < ALLOCATION_LAYERS_MAX)
+                missing |= UINT64_C(1) << depth;
+            else
+                too_deep = true;
+        }
         node = see_through(named, graph, graph_child(graph, node, "backing"));
     }
+    if (c->reason == REASON_NONE && gap)
+        c->reason = REASON_GAP;
     c->dirty = MIN(c->dirty, INT64_MAX);
     return 0;
 }
@@ -305,7 +319,7 @@ static void disk_done(struct disk *d)
 {
     for (size_t i = 0; i < d->ncheckpoints; i++) {
         for (size_t k = 0; k < d->checkpoints[i].nlayers; k++)
-            free(d->checkpoints[i].layers[k]);
+            free(d->checkpoints[i].layers[k].node);
         free(d->checkpoints[i].layers);
         free(d->checkpoints[i].name);
     }
@@ -400,7 +414,8 @@ static int copy_checkpoint(struct checkpoint *to, const struct checkpoint *from)
     if (!to->name || !to->layers)
         return -ENOMEM;
     for (; to->nlayers < from->nlayers; to->nlayers++) {
-        if (!(to->layers[to->nlayers] = strdup(from->layers[to->nlayers])))
+        to->layers[to->nlayers].merge = from->layers[to->nlayers].merge;
+        if (!(to->layers[to->nlayers].node = strdup(from->layers[to->nlayers].node)))
             return -ENOMEM;
     }
     return 0;

@@ -16,7 +16,7 @@ enum reason {
     REASON_NONE, /* usable */
     REASON_NO_SUCH_CHECKPOINT,
     REASON_INCONSISTENT, /* unclean stop of QEMU */
-    REASON_GAP,          /* a layer of the image without the record */
+    REASON_GAP,          /* a layer of the image without the record, and nothing to fill it in from */
     REASON_RESIZED,
     REASON_NOT_TRACKED, /* the format keeps no bitmaps */
     REASON_BUSY,        /* in use by another operation, or not recording */
@@ -25,13 +25,24 @@ const char *reason_name(enum reason r); /* "NONE" for usable */
 /* One sentence for people. */
 const char *reason_text(enum reason r);
 
+/* A node that holds a bitmap of a checkpoint's name. */
+struct layer {
+    char *node; /* owned */
+    bool merge; /* its record is whole; else its allocation stands in for it, or nothing can */
+};
+
 struct checkpoint {
     char *name; /* owned */
     enum reason reason;
     uint64_t granularity; /* bytes */
-    uint64_t dirty;       /* bytes changed since, upper bound */
+    uint64_t dirty;       /* bytes changed since, upper bound; of the bitmaps alone */
     size_t nlayers;
-    char **layers; /* owned: nodes that hold a bitmap of this name, top first; the whole record only if usable */
+    struct layer *layers; /* owned: top first */
+    /*
+     * Bit k: the layer at depth k (0: the top) has no usable bitmap of this name while a deeper one has. Whatever was written
+     * since that layer came is allocated in it, so the record is filled in from its allocation.
+     */
+    uint64_t allocation_layers;
 };
 
 struct disk {

@@ -13,12 +13,13 @@
 #define DIRTY_CONTEXT "qemu:dirty-bitmap:"
 #define ALLOCATION_CONTEXT "base:allocation"
 #define DEPTH_CONTEXT "qemu:allocation-depth"
+#define DIRTY 1u    /* the one bit of a qemu:dirty-bitmap context */
 #define DEPTH_TOP 1 /* allocated in the top layer (QEMU, docs/interop/nbd.txt) */
 
 struct map_job {
     struct session *session; /* borrowed */
     unsigned disk;
-    char *context; /* owned: as clients know it */
+    char *context; /* owned: as clients know it; NULL: the disk's layers */
     struct source_nbd_map *reading;
 };
 
@@ -28,7 +29,9 @@ static void on_map(void *arg, struct map *map, const struct failure *f)
     struct session *s = job->session;
     struct failure mine = {0};
 
-    if (!f && session_add_map(s, job->disk, job->context, map) < 0) {
+    if (!f && !job->context) {
+        s->disks[job->disk].layers = map;
+    } else if (!f && session_add_map(s, job->disk, job->context, map) < 0) {
         (void)failure_set(&mine, -ENOMEM, "out of memory for a map");
         f = &mine;
     }
@@ -37,18 +40,19 @@ static void on_map(void *arg, struct map *map, const struct failure *f)
     session_one_done(s, f);
 }
 
+/* context: NULL for the layers of the live disk. */
 static void start_map(struct session *s, unsigned disk, const char *context, const char *upstream)
 {
     struct map_job *job = calloc(1, sizeof(*job));
     char export[NAMES_SIZE];
     struct source_nbd_config config = {
         .socket_path = s->rig.server_address,
-        .export_name = names_make(export, s->rig.id, NAMES_EXPORT, disk),
+        .export_name = names_make(export, s->rig.id, context ? NAMES_EXPORT : NAMES_LAYER, disk),
         .timeout_ms = s->rig.timeout_ms,
     };
     int r = -ENOMEM;
 
-    if (job && (job->context = strdup(context))) {
+    if (job && (!context || (job->context = strdup(context)))) {
         job->session = s;
         job->disk = disk;
         r = source_nbd_map(s->rig.loop, &config, upstream, on_map, job, &job->reading);
@@ -57,7 +61,7 @@ static void start_map(struct session *s, unsigned disk, const char *context, con
         s->npending++;
         return;
     }
-    (void)failure_set(&s->step_failure, r, "cannot read the map '%s': %s", context, strerror(-r));
+    (void)failure_set(&s->step_failure, r, "cannot read the map '%s': %s", upstream, strerror(-r));
     if (job)
         free(job->context);
     free(job);
@@ -70,6 +74,8 @@ int step_read_maps(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         start_map(s, i, ALLOCATION_CONTEXT, ALLOCATION_CONTEXT);
         start_map(s, i, DEPTH_CONTEXT, DEPTH_CONTEXT);
+        if (session_needs_allocation(s, i))
+            start_map(s, i, NULL, DEPTH_CONTEXT);
         for (unsigned k = 0; k < s->nsince; k++) {
             _cleanup_free_ char *context = NULL;
             char name[NAMES_SIZE], upstream[sizeof(DIRTY_CONTEXT) + NAMES_SIZE];
@@ -83,6 +89,57 @@ int step_read_maps(struct seq *q, struct failure *f)
         }
     }
     return s->npending ? 0 : failure_copy(f, &s->step_failure);
+}
+
+/* -- records that upper layers have not ---------------------------------------------------------------------------- */
+
+/* map with all that the layers of these depths have allocated called dirty, too. */
+static int fill_in(const struct map *map, const struct map *layers, uint64_t depths, struct map **ret_map)
+{
+    struct map *mask = NULL;
+    int r = map_pick(layers, depths, &mask);
+
+    if (r == 0)
+        r = map_overlay(map, mask, DIRTY, ret_map);
+    map_free(mask);
+    return r;
+}
+
+/*
+ * After an external snapshot that did not re-create the bitmaps, the overlay's allocation is what changed since. It is asked of the live
+ * disk after the freeze: what the guest writes meanwhile can only add to it.
+ */
+static int fill_in_since(struct session *s, unsigned disk, const struct checkpoint *c, const char *context)
+{
+    const struct map *map = session_map(s, s->disks[disk].disk->name, context);
+    struct map *filled = NULL;
+    int r;
+
+    if (!c->allocation_layers)
+        return 0;
+    r = fill_in(map, s->disks[disk].layers, c->allocation_layers, &filled);
+    return r < 0 ? r : session_add_map(s, disk, context, filled);
+}
+
+int step_fill_in(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        for (unsigned k = 0; k < s->nsince; k++) {
+            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
+            _cleanup_free_ char *context = NULL;
+            int r;
+
+            if (!c)
+                continue;
+            if (asprintf(&context, DIRTY_CONTEXT "%s", s->since[k]) < 0)
+                return -ENOMEM;
+            if ((r = fill_in_since(s, i, c, context)) < 0)
+                return r;
+        }
+    }
+    return SEQ_DONE;
 }
 
 /* -- one more map -------------------------------------------------------------------------------------------------- */
@@ -109,9 +166,10 @@ static int late_merge_up(struct seq *q, struct failure *f)
 
         qmp_action_bitmap_add(args, target, c ? c->granularity : 0, false, true);
         for (size_t l = 0; c && l < c->nlayers; l++) {
-            struct qmp_bitmap source = {c->layers[l], c->name};
+            struct qmp_bitmap source = {c->layers[l].node, c->name};
 
-            qmp_action_bitmap_merge(args, target, &source, 1);
+            if (c->layers[l].merge)
+                qmp_action_bitmap_merge(args, target, &source, 1);
         }
     } else {
         struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, a->disk), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
@@ -189,7 +247,8 @@ static void on_late_end(struct seq *q, const struct failure *problems)
     if (!f.err && !map)
         (void)failure_set(&f, -ECANCELED, "the session ends");
     if (!f.err && a->since) {
-        if (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 || session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0)
+        if (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 || session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0 ||
+            fill_in_since(s, a->disk, session_usable_since(s, a->disk, a->since), context) < 0)
             (void)failure_set(&f, -ENOMEM, "out of memory for a map");
     } else if (!f.err) {
         s->late_map = TAKE_PTR(map); /* the correction's: it takes it in its callback */

@@ -24,6 +24,7 @@ enum names_kind {
     NAMES_ACCESS,  /* snapshot-access node: the frozen view */
     NAMES_BASE,    /* self-test only: a small disk of our own */
     NAMES_EXPORT,  /* block export id, and its NBD name */
+    NAMES_LAYER,   /* export of the live disk, for what its layers have allocated */
     NAMES_LATE,    /* export and bitmap of a map that is read while the session is up */
     NAMES_SINCE,   /* bitmap: what changed since one checkpoint */
     NAMES_WRITTEN, /* bitmap on the cbw node: what the guest wrote since the freeze */

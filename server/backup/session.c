@@ -48,6 +48,7 @@ static void session_free(struct session *s)
             map_free(d->maps[k].map);
         }
         free(d->maps);
+        map_free(d->layers);
         free(d->keep_node);
         if (d->scratch_fd >= 0)
             (void)close(d->scratch_fd);

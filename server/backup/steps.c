@@ -263,9 +263,10 @@ static int records_up(struct seq *q, struct failure *f)
             struct qmp_bitmap target = {names_make(pre, s->rig.id, NAMES_PRE, i), names_make(since, s->rig.id, NAMES_SINCE, k)};
 
             for (size_t l = 0; c && l < c->nlayers; l++) {
-                struct qmp_bitmap source = {c->layers[l], c->name};
+                struct qmp_bitmap source = {c->layers[l].node, c->name};
 
-                qmp_action_bitmap_merge(args, target, &source, 1);
+                if (c->layers[l].merge)
+                    qmp_action_bitmap_merge(args, target, &source, 1);
             }
         }
     }
@@ -345,6 +346,17 @@ static int access_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
+bool session_needs_allocation(const struct session *s, unsigned disk)
+{
+    const struct disk *d = s->disks[disk].disk;
+
+    for (size_t i = 0; i < d->ncheckpoints; i++) {
+        if (d->checkpoints[i].reason == REASON_NONE && d->checkpoints[i].allocation_layers)
+            return true;
+    }
+    return false;
+}
+
 /* -- the private exports ------------------------------------------------------------------------------------------- */
 
 static int exports_up(struct seq *q, struct failure *f)
@@ -368,6 +380,11 @@ static int exports_up(struct seq *q, struct failure *f)
             }
         }
         calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, access, export, false, bitmaps, n), QMP_NO_FD, i, NULL);
+        if (!session_needs_allocation(s, i))
+            continue;
+        names_make(export, s->rig.id, NAMES_LAYER, i);
+        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, s->disks[i].disk->top, export, false, NULL, 0), QMP_NO_FD, i,
+                  NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -437,6 +454,7 @@ const struct seq_step session_steps[] = {
     {"add exports", exports_up, rig_no_exports, NULL},
     {"open sources", sources_up, step_close_sources, step_probe_and_close},
     {"read maps", step_read_maps, NULL, NULL},
+    {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},
     {"keep checkpoint", NULL, rig_no_bitmaps, step_keep},
 };

@@ -28,6 +28,7 @@ struct session_disk {
     char *keep_node; /* owned: where the checkpoint's bitmap is made */
     struct source *source;
     struct source_nbd_open *opening;
+    struct map *layers; /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
     size_t nmaps;
     struct named_map *maps; /* owned */
     /* the probe before a checkpoint is kept */
@@ -86,12 +87,15 @@ extern const unsigned session_nsteps;
 
 /* Whether that disk's record since session->since[k] can carry an incremental. */
 const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since);
+/* Whether some usable checkpoint of that disk has to be filled in from what upper layers have allocated. */
+bool session_needs_allocation(const struct session *s, unsigned disk);
 /* A step's waits on sources and maps: one ends. */
 void session_one_done(struct session *s, const struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
 
 /* maps.c */
 int step_read_maps(struct seq *q, struct failure *f);
+int step_fill_in(struct seq *q, struct failure *f);
 int step_correct_maps(struct seq *q, struct failure *f);
 void session_late_next(struct session *s);
 void session_late_cancel(struct session *s);

@@ -189,3 +189,19 @@ int map_overlay(const struct map *m, const struct map *mask, uint64_t value, str
     *ret_map = TAKE_PTR(merged);
     return 0;
 }
+
+int map_pick(const struct map *m, uint64_t numbers, struct map **ret_map)
+{
+    _cleanup_(map_freep) struct map *picked = NULL;
+    int r = map_new(&picked);
+
+    for (size_t i = 0; r == 0 && picked->length < m->length; i++) {
+        uint64_t number = m->flags[i];
+
+        r = map_append(picked, map_run_end(m, i) - picked->length, number >= 1 && number <= 64 && (numbers >> (number - 1)) & 1);
+    }
+    if (r < 0)
+        return r;
+    *ret_map = TAKE_PTR(picked);
+    return 0;
+}
