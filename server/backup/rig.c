@@ -22,7 +22,8 @@ int rig_init(struct rig *r, const struct rig_config *config, const struct seq_st
     r->timeout_ms = config->timeout_ms;
     r->server_socket = config->server_socket;
     r->server_dir = config->server_dir;
-    (void)snprintf(r->server_address, sizeof(r->server_address), "/proc/self/fd/%d/%s", config->server_dir, config->server_socket);
+    (void)snprintf(r->server_address, sizeof(r->server_address), "/proc/self/fd/%d/%s", config->server_dir,
+                   config->server_socket);
     r->listen_fd = -1;
     r->only_export = r->only_bitmap = NAMES_NKINDS;
     calls_init(&r->calls, r->qmp, r->timeout_ms);
@@ -184,6 +185,49 @@ int rig_no_scratch_nodes(struct seq *s, struct failure *f)
     return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
+/* -- the freeze, undone -------------------------------------------------------------------------------------------- */
+
+/*
+ * As long as a cut node stands on a cbw node, the cbw node has a parent and lets nobody else write to the disk: the
+ * device could not go back to it ("Permission conflict on node"). So the cut nodes go back first, all in one step.
+ */
+static void on_thaw_looked_up(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct json_object *args;
+    struct failure next = {0};
+    bool any = false;
+
+    if (f) {
+        step_done(r, f);
+        return;
+    }
+    args = qmp_args_reopen();
+    for (unsigned i = 0; i < r->ndisks; i++) {
+        char cut[NAMES_SIZE];
+        const char *child = graph_child(r->answers[2], names_make(cut, r->id, NAMES_CUT, i), "file");
+        const char *below = child ? graph_first_foreign(r->answers[2], child) : NULL;
+        enum names_kind kind;
+
+        if (!below || !is_mine(r, child, &kind) || kind != NAMES_CBW)
+            continue;
+        qmp_args_reopen_raw(args, cut, below);
+        any = true;
+    }
+    if (!any) {
+        json_object_put(args);
+        step_done(r, NULL);
+        return;
+    }
+    calls_add(&r->calls, "blockdev-reopen", args, QMP_NO_FD, 0, NULL);
+    go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+}
+
+int rig_thaw(struct seq *s, struct failure *f)
+{
+    return rig_ask_graph(rig_of_seq(s), on_thaw_looked_up, f);
+}
+
 /* -- devices ------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -212,7 +256,8 @@ static void on_detach_looked_up(struct calls *c, const struct failure *f)
             continue;
         path = qdev_to_qom_path(qdev);
         if (!below || !path) {
-            (void)failure_set(&r->calls.failure, -ENXIO, "device '%s' stands on '%s', and below that is no node to go back to", qdev, root);
+            (void)failure_set(&r->calls.failure, -ENXIO,
+                              "device '%s' stands on '%s', and below that is no node to go back to", qdev, root);
             continue;
         }
         calls_add(&r->calls, "qom-set", qmp_args_qom_set_drive(path, below), QMP_NO_FD, 0, NULL);
@@ -290,8 +335,13 @@ static void on_exports_listed(struct calls *c, const struct failure *f)
         if (!is_mine(r, id, &kind) || (r->only_export != NAMES_NKINDS && kind != r->only_export))
             continue;
         nleft++;
-        if (!qmp_get_bool(e, "shutting-down"))
-            calls_add(&r->calls, "block-export-del", qmp_args_export_del(id), QMP_NO_FD, 0, NULL);
+        if (qmp_get_bool(e, "shutting-down"))
+            continue;
+        if (r->first.err) { /* it was asked to go, and refused */
+            exports_gone(r, &r->first);
+            return;
+        }
+        calls_add(&r->calls, "block-export-del", qmp_args_export_del(id), QMP_NO_FD, 0, NULL);
     }
     if (nleft == 0) {
         exports_gone(r, NULL);
@@ -365,17 +415,19 @@ static void on_bitmaps(struct calls *c, const struct failure *f)
     struct failure next = {0};
 
     for (size_t i = 0; !f && i < qmp_array_length(r->answers[1]); i++) {
-        struct json_object *node = json_object_array_get_idx(r->answers[1], i), *bitmaps = qmp_get(node, "dirty-bitmaps");
+        struct json_object *node = json_object_array_get_idx(r->answers[1], i),
+                           *bitmaps = qmp_get(node, "dirty-bitmaps");
         const char *node_name = qmp_get_string(node, "node-name");
 
         for (size_t k = 0; k < qmp_array_length(bitmaps); k++) {
             const char *name = qmp_get_string(json_object_array_get_idx(bitmaps, k), "name");
             enum names_kind kind;
 
-            if (!is_mine(r, name, &kind) || (r->only_bitmap == NAMES_NKINDS ? names_is_ours(node_name) : kind != r->only_bitmap))
+            if (!is_mine(r, name, &kind) ||
+                (r->only_bitmap == NAMES_NKINDS ? names_is_ours(node_name) : kind != r->only_bitmap))
                 continue;
-            calls_add(&r->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", node_name, "name", name, NULL), QMP_NO_FD, 0,
-                      NULL);
+            calls_add(&r->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", node_name, "name", name, NULL),
+                      QMP_NO_FD, 0, NULL);
         }
     }
     if (f)

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * rig: what we build in a QEMU, and how each kind of thing is made absent again. A session, the self-test and the sweep each embed one;
- * they differ in the table of steps they walk, and share these step functions, most of them undo functions.
+ * rig: what we build in a QEMU, and how each kind of thing is made absent again. A session, the self-test and the sweep
+ * each embed one; they differ in the table of steps they walk, and share these step functions, most of them undo
+ * functions.
  *
- * Everything is found by name (backup/names): "make it absent" deletes first and looks only when QEMU refuses, so that an
- * object that was never there, or went by itself, is no failure. Loop thread only.
+ * Everything is found by name (backup/names): "make it absent" deletes first and looks only when QEMU refuses, so that
+ * an object that was never there, or went by itself, is no failure. Loop thread only.
  */
 #ifndef QPULL_BACKUP_RIG_H
 #define QPULL_BACKUP_RIG_H
@@ -24,13 +25,18 @@ struct rig {
     unsigned ndisks; /* names are numbered from 0 to ndisks - 1 */
     unsigned timeout_ms;
     /*
-     * The NBD server in QEMU listens on a socket that we made and passed by fd. Its file is also the durable note that a server
-     * is ours: whoever is let in through it talks to a QEMU that holds our socket (rig_server_down).
+     * The NBD server in QEMU listens on a socket that we made and passed by fd. Its file is also the durable note that
+     * a server is ours: whoever is let in through it talks to a QEMU that holds our socket (rig_server_down).
      */
     const char *server_socket; /* borrowed: file name in server_dir */
     int server_dir;            /* borrowed: O_PATH descriptor, keeps the address short enough for sun_path */
     char server_address[108];
-    enum { SERVER_ABSENT, SERVER_UNKNOWN, SERVER_OURS } server;
+    enum {
+        SERVER_ABSENT,
+        SERVER_PASSED,
+        SERVER_UNKNOWN,
+        SERVER_OURS
+    } server;      /* PASSED: not started, but QEMU may hold our socket */
     int listen_fd; /* until QEMU has it */
     /* Narrows two undo functions to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
     enum names_kind only_export, only_bitmap;
@@ -72,8 +78,8 @@ static inline struct rig *rig_of_calls(struct calls *c)
 }
 
 /*
- * Asks QEMU for query-block, query-named-block-nodes and x-debug-query-block-graph at once; on success r->answers holds them until the
- * next step function or rig_done(). Returns as calls_wait() does.
+ * Asks QEMU for query-block, query-named-block-nodes and x-debug-query-block-graph at once; on success r->answers holds
+ * them until the next step function or rig_done(). Returns as calls_wait() does.
  */
 int rig_ask_graph(struct rig *r, calls_done_cb done, struct failure *f);
 void rig_drop_answers(struct rig *r);
@@ -84,16 +90,18 @@ int rig_wait(struct rig *r, struct failure *f);
 void rig_step_done(struct calls *c, const struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
-int rig_no_exports(struct seq *s, struct failure *f);       /* waits until QEMU says they are gone */
-int rig_no_access(struct seq *s, struct failure *f);        /* snapshot-access nodes */
-int rig_detach(struct seq *s, struct failure *f);           /* no device has a node of ours as its root */
-int rig_no_passthroughs(struct seq *s, struct failure *f);  /* cut and pre nodes */
+int rig_no_exports(struct seq *s, struct failure *f);      /* waits until QEMU says they are gone */
+int rig_no_access(struct seq *s, struct failure *f);       /* snapshot-access nodes */
+int rig_thaw(struct seq *s, struct failure *f);            /* no cut node stands on a cbw node */
+int rig_detach(struct seq *s, struct failure *f);          /* no device has a node of ours as its root */
+int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes */
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
 int rig_no_fds(struct seq *s, struct failure *f);
 int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours that are left on any node */
 
-/* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into r->work_failure. */
+/* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into
+ * r->work_failure. */
 int rig_work(struct rig *r, void (*work)(struct rig *r), void (*after)(struct rig *r), struct failure *f);
 
 /* -- the NBD server ------------------------------------------------------------------------------------------------ */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The NBD server inside QEMU, as a rig's step: one for each process of QEMU, so it is started for a session and stopped after it. A
- * server of somebody else makes the step fail and is left alone.
+ * The NBD server inside QEMU, as a rig's step: one for each process of QEMU, so it is started for a session and stopped
+ * after it. A server of somebody else makes the step fail and is left alone.
  */
 #include "backup/rig.h"
 #include "qmp/commands.h"
@@ -32,12 +32,14 @@ static void make_listener(struct rig *r)
     if (err == 0) {
         fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         (void)unlinkat(r->server_dir, r->server_socket, 0);
-        /* fchmod() before bind() sets the mode that the file is born with. 128: all connections of many disks are made at once. */
+        /* fchmod() before bind() sets the mode that the file is born with. 128: all connections of many disks are made
+         * at once. */
         if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(fd, 128) < 0)
             err = -errno;
     }
     if (err < 0) {
-        (void)failure_set(&r->work_failure, err, "cannot make the socket '%s' in the state directory: %s", r->server_socket, strerror(-err));
+        (void)failure_set(&r->work_failure, err, "cannot make the socket '%s' in the state directory: %s",
+                          r->server_socket, strerror(-err));
         if (fd >= 0)
             (void)close(fd);
         return;
@@ -58,11 +60,12 @@ static void on_start_done(struct calls *c, const struct failure *f)
 
     (void)close(r->listen_fd);
     r->listen_fd = -1;
-    if (f && f->err == -EREMOTEIO)
-        r->server = SERVER_UNKNOWN; /* refused, but the descriptor may still be in QEMU's hands */
+    if (f && f->err == -EREMOTEIO && r->server != SERVER_OURS)
+        r->server = SERVER_PASSED; /* refused: whatever server runs is not ours */
     if (f && strstr(f->text, "already running")) {
         (void)failure_set(&worded, -EBUSY,
-                          "the NBD server of this QEMU is in use by somebody else, and QEMU has only one; stop it (nbd-server-stop) or try again later");
+                          "the NBD server of this QEMU is in use by somebody else, and QEMU has only one; stop it "
+                          "(nbd-server-stop) or try again later");
         f = &worded;
     }
     seq_done(&r->seq, f);
@@ -130,10 +133,15 @@ static void on_fd_closed(struct calls *c, const struct failure *f)
         seq_done(&r->seq, f);
         return;
     }
-    if (r->server == SERVER_UNKNOWN && !is_held(r)) {
+    if (!is_held(r)) {
         r->server = SERVER_ABSENT;
         (void)unlinkat(r->server_dir, r->server_socket, 0);
         seq_done(&r->seq, NULL);
+        return;
+    }
+    if (r->server == SERVER_PASSED) {
+        (void)failure_set(&next, -EBUSY, "QEMU has not closed our socket%s%s", f ? ": " : "", f ? f->text : "");
+        seq_done(&r->seq, &next);
         return;
     }
     calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
@@ -153,6 +161,7 @@ int rig_server_down(struct seq *s, struct failure *f)
         calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
         return calls_wait(&r->calls, on_stopped, f);
     }
-    calls_add(&r->calls, "closefd", qmp_args_strings("fdname", names_make(name, r->id, NAMES_SERVER, 0), NULL), QMP_NO_FD, 0, NULL);
+    calls_add(&r->calls, "closefd", qmp_args_strings("fdname", names_make(name, r->id, NAMES_SERVER, 0), NULL),
+              QMP_NO_FD, 0, NULL);
     return calls_wait(&r->calls, on_fd_closed, f);
 }

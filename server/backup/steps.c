@@ -92,7 +92,8 @@ static void after_scratch(struct rig *r)
         return;
     }
     for (unsigned i = 0; i < r->ndisks; i++)
-        calls_add(&r->calls, "add-fd", qmp_args_add_fd(names_make(name, r->id, NAMES_SCRATCH, i)), s->disks[i].scratch_fd, i, on_fd_added);
+        calls_add(&r->calls, "add-fd", qmp_args_add_fd(names_make(name, r->id, NAMES_SCRATCH, i)),
+                  s->disks[i].scratch_fd, i, on_fd_added);
     result = rig_wait(r, &f);
     if (result != 0)
         seq_done(&r->seq, &f);
@@ -110,7 +111,8 @@ static int scratch_nodes_up(struct seq *q, struct failure *f)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(name, s->rig.id, NAMES_SCRATCH, i);
-        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i,
+                  NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -118,8 +120,8 @@ static int scratch_nodes_up(struct seq *q, struct failure *f)
 /* -- the filters --------------------------------------------------------------------------------------------------- */
 
 /*
- * The cbw node carries a bitmap of what the guest writes from the cut on: the provisional checkpoint, and on QEMU 7.0-7.2 the
- * correction of the allocation map. It needs the copy granularity for the latter.
+ * The cbw node carries a bitmap of what the guest writes from the cut on: the provisional checkpoint, and on
+ * QEMU 7.0-7.2 the correction of the allocation map. It needs the copy granularity for the latter.
  */
 static int cbw_up(struct seq *q, struct failure *f)
 {
@@ -127,13 +129,15 @@ static int cbw_up(struct seq *q, struct failure *f)
     char cbw[NAMES_SIZE], scratch[NAMES_SIZE], written[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        struct qmp_bitmap b = {names_make(cbw, s->rig.id, NAMES_CBW, i), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+        struct qmp_bitmap b = {names_make(cbw, s->rig.id, NAMES_CBW, i),
+                               names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
 
         names_make(scratch, s->rig.id, NAMES_SCRATCH, i);
-        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node, scratch, s->cbw_timeout_s),
-                  QMP_NO_FD, i, NULL);
-        calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, s->narrow_reads ? COPY_CLUSTER : 0, false, false),
-                  QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "blockdev-add",
+                  qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node, scratch, s->cbw_timeout_s), QMP_NO_FD, i,
+                  NULL);
+        calls_add(&s->rig.calls, "block-dirty-bitmap-add",
+                  qmp_args_bitmap_add(b, s->narrow_reads ? COPY_CLUSTER : 0, false, false), QMP_NO_FD, i, NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -171,7 +175,8 @@ static int on_roots(struct calls *c, unsigned index, struct json_object *ret, st
         const char *root = root_of_device(ret, d->qdev);
 
         if (!root || strcmp(root, d->node) != 0)
-            return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name, root ? root : "none", d->node);
+            return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name,
+                               root ? root : "none", d->node);
     }
     return 0;
 }
@@ -183,19 +188,21 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         const struct disk *d = s->disks[i].disk;
-        uint64_t disk = size_of_node(ret, d->node), scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
+        uint64_t disk = size_of_node(ret, d->node),
+                 scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
 
         if (disk != d->size || scratch < disk)
-            return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again", d->name,
-                               (unsigned long long)disk, (unsigned long long)scratch);
+            return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again",
+                               d->name, (unsigned long long)disk, (unsigned long long)scratch);
     }
     return 0;
 }
 
 /*
- * A scratch file smaller than its disk is accepted by QEMU, and then a guest's write aborts it (all versions). From the moment
- * that the cbw node stands on the disk nobody can resize it any more, so here is the place to compare. Likewise a snapshot that somebody
- * takes now goes in between our filter and the disk; one taken before that left our filter on what is now a backing image.
+ * A scratch file smaller than its disk is accepted by QEMU, and then a guest's write aborts it (all versions). From the
+ * moment that the cbw node stands on the disk nobody can resize it any more, so here is the place to compare. Likewise
+ * a snapshot that somebody takes now goes in between our filter and the disk; one taken before that left our filter on
+ * what is now a backing image.
  */
 static int check_up(struct seq *q, struct failure *f)
 {
@@ -207,9 +214,9 @@ static int check_up(struct seq *q, struct failure *f)
 }
 
 /*
- * Two raw nodes for each disk: "cut", whose file child the freeze replaces, and below it "pre", which only writes from before the freeze
- * go through. A recording bitmap on pre, with the checkpoint's record merged into it, is therefore exact at the instant of the
- * freeze, although the guest's CPUs never stop.
+ * Two raw nodes for each disk: "cut", whose file child the freeze replaces, and below it "pre", which only writes from
+ * before the freeze go through. A recording bitmap on pre, with the checkpoint's record merged into it, is therefore
+ * exact at the instant of the freeze, although the guest's CPUs never stop.
  */
 static int passthroughs_up(struct seq *q, struct failure *f)
 {
@@ -219,14 +226,16 @@ static int passthroughs_up(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(pre, s->rig.id, NAMES_PRE, i);
         names_make(cut, s->rig.id, NAMES_CUT, i);
-        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(pre, s->disks[i].disk->node), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(pre, s->disks[i].disk->node), QMP_NO_FD, i,
+                  NULL);
         calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(cut, pre), QMP_NO_FD, i, NULL);
         for (unsigned k = 0; k < s->nsince; k++) {
             const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
             struct qmp_bitmap b = {pre, names_make(since, s->rig.id, NAMES_SINCE, k)};
 
             if (c)
-                calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, c->granularity, false, false), QMP_NO_FD, i, NULL);
+                calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, c->granularity, false, false),
+                          QMP_NO_FD, i, NULL);
         }
     }
     return rig_wait(&s->rig, f);
@@ -238,7 +247,8 @@ static void set_drives(struct session *s, enum names_kind kind)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(name, s->rig.id, kind, i);
-        calls_add(&s->rig.calls, "qom-set", qmp_args_qom_set_drive(s->disks[i].disk->qom_path, name), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "qom-set", qmp_args_qom_set_drive(s->disks[i].disk->qom_path, name), QMP_NO_FD, i,
+                  NULL);
     }
 }
 
@@ -260,7 +270,8 @@ static int records_up(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         for (unsigned k = 0; k < s->nsince; k++) {
             const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
-            struct qmp_bitmap target = {names_make(pre, s->rig.id, NAMES_PRE, i), names_make(since, s->rig.id, NAMES_SINCE, k)};
+            struct qmp_bitmap target = {names_make(pre, s->rig.id, NAMES_PRE, i),
+                                        names_make(since, s->rig.id, NAMES_SINCE, k)};
 
             for (size_t l = 0; c && l < c->nlayers; l++) {
                 struct qmp_bitmap source = {c->layers[l].node, c->name};
@@ -310,8 +321,8 @@ static int settle_up(struct seq *q, struct failure *f)
 
     set_drives(s, NAMES_CBW);
     for (unsigned i = 0; i < s->rig.ndisks; i++)
-        calls_add(&s->rig.calls, "blockdev-del", qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i,
-                  NULL);
+        calls_add(&s->rig.calls, "blockdev-del",
+                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
     return rig_wait(&s->rig, f);
 }
 
@@ -327,10 +338,12 @@ static int access_up(struct seq *q, struct failure *f)
         names_make(access, s->rig.id, NAMES_ACCESS, i);
         names_make(pre, s->rig.id, NAMES_PRE, i);
         calls_add(&s->rig.calls, "blockdev-add",
-                  qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, i)), QMP_NO_FD, i, NULL);
+                  qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, i)), QMP_NO_FD, i,
+                  NULL);
         for (unsigned k = 0; k < s->nsince; k++) {
             const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
-            struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)}, source = {pre, target.name};
+            struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
+                              source = {pre, target.name};
 
             if (!c)
                 continue;
@@ -379,12 +392,13 @@ static int exports_up(struct seq *q, struct failure *f)
                 n++;
             }
         }
-        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, access, export, false, bitmaps, n), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, access, export, false, bitmaps, n),
+                  QMP_NO_FD, i, NULL);
         if (!session_needs_allocation(s, i))
             continue;
         names_make(export, s->rig.id, NAMES_LAYER, i);
-        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, s->disks[i].disk->top, export, false, NULL, 0), QMP_NO_FD, i,
-                  NULL);
+        calls_add(&s->rig.calls, "block-export-add",
+                  qmp_args_export_add(export, s->disks[i].disk->top, export, false, NULL, 0), QMP_NO_FD, i, NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -394,12 +408,8 @@ static int exports_up(struct seq *q, struct failure *f)
 static void on_source_lost(void *arg, const struct failure *why)
 {
     struct session_disk *d = arg;
-    struct failure f = {0};
 
-    d->lost = true;
-    d->keep = false;
-    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", d->disk->name, why->text);
-    session_fail(d->session, &f);
+    session_lost(d->session, d->disk->name, why->text);
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
@@ -423,7 +433,8 @@ static int sources_up(struct seq *q, struct failure *f)
             .cluster = s->narrow_reads ? COPY_CLUSTER : 0,
             .timeout_ms = s->rig.timeout_ms,
         };
-        int r = source_nbd_open(s->rig.loop, &config, on_source_lost, on_source_open, &s->disks[i], &s->disks[i].opening);
+        int r =
+            source_nbd_open(s->rig.loop, &config, on_source_lost, on_source_open, &s->disks[i], &s->disks[i].opening);
 
         if (r < 0)
             (void)failure_set(&s->step_failure, r, "cannot connect to QEMU's export '%s': %s", export, strerror(-r));
@@ -436,8 +447,9 @@ static int sources_up(struct seq *q, struct failure *f)
 /* -- the table ----------------------------------------------------------------------------------------------------- */
 
 /*
- * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in QEMU. Our own
- * NBD connections close before anything else is taken down: a client that QEMU waits for while it drains freezes the guest.
+ * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
+ * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
+ * freezes the guest.
  */
 const struct seq_step session_steps[] = {
     {"pass scratch files", scratch_up, rig_no_fds, NULL},
@@ -447,7 +459,7 @@ const struct seq_step session_steps[] = {
     {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
     {"copy records", records_up, NULL, NULL},
-    {"freeze", freeze_up, NULL, NULL},
+    {"freeze", freeze_up, rig_thaw, NULL},
     {"settle", settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},

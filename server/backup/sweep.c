@@ -11,8 +11,8 @@
 
 struct sweep {
     struct sweep_config config;
-    struct rig rig;      /* of the id under way */
-    struct calls calls;  /* of the search */
+    struct rig rig;     /* of the id under way */
+    struct calls calls; /* of the search */
     sweep_cb cb;
     void *arg;
     struct {
@@ -29,6 +29,7 @@ static const struct seq_step steps[] = {
     {"copy-before-write", NULL, rig_no_cbw, NULL},
     {"pass-throughs", NULL, rig_no_passthroughs, NULL},
     {"devices", NULL, rig_detach, NULL},
+    {"freeze", NULL, rig_thaw, NULL},
     {"snapshot-access", NULL, rig_no_access, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
