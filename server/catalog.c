@@ -234,7 +234,7 @@ static int ask_vms(struct catalog_ask *a, struct vm **vms, size_t nvms, query_fn
             a->nqueries++;
         else
             (void)failure_set(&a->failure, r, "VM \"%s\" cannot be asked for its disks: %s", vm_name(vms[i]),
-                              strerror(-r));
+                              r == -ENOMEM ? "out of memory" : vm_trouble(vms[i]));
     }
     a->npending = a->nqueries;
     return 0;

@@ -159,7 +159,11 @@ static int keep_contexts(struct conn *c, const struct nbd_ask *ask)
 
 static void on_pull_read(void *arg)
 {
-    conn_settle(arg);
+    struct conn *c = arg;
+
+    if (c->pull.lost && c->stay_state == STAY_ENTERED)
+        vm_stay_lost(&c->stay);
+    conn_settle(c);
 }
 
 /* The stay is entered: maps and source stand. */

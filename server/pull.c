@@ -158,7 +158,7 @@ static void piece_arrived(struct piece *piece, int err)
 
     if (!job->request || err) {
         if (err && !job->err) { /* the rest need not be read any more */
-            job->err = err;
+            job->err = err == -ENOMEM ? err : -EIO;
             job->at = job->end;
             if (p->unstarted == job)
                 p->unstarted = job->next;
@@ -182,6 +182,7 @@ static void on_source_read(struct source_read *read, int err)
 
     p->nreading--;
     piece->job->nreading--;
+    p->lost = p->lost || err == -ESTALE;
     p->pumping = true; /* what comes back from nbd now must not free the job at hand */
     piece_arrived(piece, err);
     p->pumping = false;

@@ -35,6 +35,7 @@ struct pull {
     size_t window;           /* bytes being read or sent */
     uint64_t nbytes;         /* payload handed to nbd */
     bool read_failed;        /* a READ was answered with an error */
+    bool lost;               /* the source says that the frozen disk is gone */
     /* private */
     struct budget_user user;
     struct pull_job *first, *last; /* owned: READs not finally answered, or with reads in flight, in order */

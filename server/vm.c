@@ -12,10 +12,8 @@
 #include <unistd.h>
 
 static const char *const state_names[] = {
-    [VM_LOST] = "not connected",
-    [VM_SWEEPING] = "sweeping",
-    [VM_READY] = "ready",
-    [VM_TESTING] = "testing",
+    [VM_CONNECTING] = "connecting", [VM_LOST] = "not connected", [VM_SWEEPING] = "sweeping",
+    [VM_READY] = "ready",           [VM_TESTING] = "testing",
 };
 
 /* -- life ---------------------------------------------------------------------------------------------------------- */
@@ -75,6 +73,20 @@ static void on_lost(void *arg, const struct failure *why);
 
 static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost = on_lost};
 
+/*
+ * QEMU up to 9.x closes the descriptors of a removed fdset only while the guest runs: what a session left of them in a
+ * paused one, and with it the scratch files' space, goes when the guest goes on and the set is removed once more.
+ */
+static void on_resumed(struct qmp_watch *watch, const char *event, struct json_object *data)
+{
+    struct vm *vm = container_of(watch, struct vm, resumed);
+
+    if (vm->session || vm->starting || vm->state != VM_READY)
+        vm->sweep_wanted = true;
+    else if (!vm->stopping)
+        vm_sweep(vm);
+}
+
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
@@ -97,6 +109,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     }
     (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
     calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
+    qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
     (void)uv_timer_init(loop, &vm->linger);
     (void)uv_timer_init(loop, &vm->kick);
     *ret_vm = vm;
@@ -109,6 +122,11 @@ void vm_start(struct vm *vm)
 
     if (r < 0)
         log_error("VM %s: cannot begin to connect to '%s': %s", vm->name, vm->qmp_path, strerror(-r));
+}
+
+const char *vm_trouble(const struct vm *vm)
+{
+    return vm->stopping ? "qpulld is shutting down" : vm->lost.text;
 }
 
 const char *vm_name(const struct vm *vm)
@@ -199,7 +217,7 @@ static void on_lost(void *arg, const struct failure *why)
         log_warning("VM %s: no QMP connection: %s", vm->name, why->text);
     vm->lost = *why;
     vm->tested = false;
-    if (vm->state == VM_READY)
+    if (vm->state == VM_READY || vm->state == VM_CONNECTING)
         vm->state = VM_LOST;
     if (vm->session) {
         struct failure f = {0};
@@ -231,7 +249,8 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
     if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)
-        log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions, nsessions == 1 ? "" : "s");
+        log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions,
+                    nsessions == 1 ? "" : "s");
     settle(vm);
 }
 
@@ -247,6 +266,7 @@ void vm_sweep(struct vm *vm)
     };
 
     vm->state = VM_SWEEPING;
+    vm->sweep_wanted = false;
     if (sweep_start(&config, on_swept, vm, &f) < 0)
         on_swept(vm, 0, &f);
 }
@@ -266,7 +286,8 @@ static void on_tested(void *arg, bool narrow, const struct failure *f, const str
         vm->tested = true;
         vm->narrow = narrow;
         log_info("VM %s: QEMU %s %s", vm->name, vm->qemu_version,
-                 narrow ? "returns live bytes for reads across clusters (known of 7.0-7.2): reads are kept inside 64 KiB clusters"
+                 narrow ? "returns live bytes for reads across clusters (known of 7.0-7.2): reads are kept inside 64 "
+                          "KiB clusters"
                         : "reads frozen bytes right");
     }
     settle(vm);
@@ -361,7 +382,8 @@ static void on_answers(struct calls *c, const struct failure *f)
     struct disk_list *list = NULL;
     struct failure mine = {0};
 
-    if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 || apply_config(vm, list) < 0)) {
+    if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 ||
+               apply_config(vm, list) < 0)) {
         (void)failure_set(&mine, -ENOMEM, "out of memory");
         f = &mine;
     }
@@ -450,8 +472,9 @@ void vm_query_forget(struct vm_query *q)
 
 struct json_object *vm_to_json(struct vm *vm)
 {
-    struct json_object *o = qmp_args_strings("name", vm->name, "qmp", vm->qmp_path, "state", state_names[vm->state], NULL);
-    bool connected = vm->state != VM_LOST;
+    struct json_object *o =
+        qmp_args_strings("name", vm->name, "qmp", vm->qmp_path, "state", state_names[vm->state], NULL);
+    bool connected = vm->state > VM_LOST;
 
     (void)json_object_object_add(o, "connected", json_object_new_boolean(connected));
     (void)json_object_object_add(o, "qemu", connected ? json_object_new_string(vm->qemu_version) : NULL);
@@ -481,7 +504,8 @@ struct json_object *disk_list_to_json(const struct disk_list *disks, const char 
 
     for (size_t i = 0; i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
-        struct json_object *o = qmp_args_strings("vm", vm, "name", d->name, "node", d->node, "format", d->format, "qdev", d->qdev, NULL);
+        struct json_object *o =
+            qmp_args_strings("vm", vm, "name", d->name, "node", d->node, "format", d->format, "qdev", d->qdev, NULL);
         struct json_object *checkpoints = json_object_new_array();
 
         (void)json_object_object_add(o, "size", json_object_new_int64((int64_t)d->size));

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * vm: one QEMU process: its QMP connection, its disks, at most one live session, and who takes part in it. This is where the rules
- * about joining, lingering, and ending well live. It does not know NBD.
+ * vm: one QEMU process: its QMP connection, its disks, at most one live session, and who takes part in it. This is
+ * where the rules about joining, lingering, and ending well live. It does not know NBD.
  *
  * Loop thread only. Counted: vm_get()/vm_put(); the server holds one count, a session going down another.
  */
@@ -14,33 +14,39 @@ struct vm;
 struct server_config;
 
 struct vm_config {
-    const char *name;        /* copied, as all strings here */
+    const char *name; /* copied, as all strings here */
     const char *qmp_path;
     const char *const *only; /* disks= of the config file: qdev ids or node names; none: all */
     size_t nonly;
     /* disk.NAME=: another name for a qdev id or node */
-    const struct vm_rename { const char *name, *target; } *renames;
+    const struct vm_rename {
+        const char *name, *target;
+    } * renames;
     size_t nrenames;
     const char *scratch_dir;
     const char *state_dir; /* exists */
     unsigned linger_ms;
 };
 
-#define VM_NAME_MAX 64          /* bytes: the name is part of a socket's file name */
+#define VM_NAME_MAX 64           /* bytes: the name is part of a socket's file name */
 #define VM_CALL_TIMEOUT_MS 30000 /* one QMP command; QEMU answers in ms unless it drains */
-/* A guest's write waits for its copy to scratch at most this long, then the snapshot is given up (QEMU: cbw-timeout). */
+/* A guest's write waits for its copy to scratch at most this long, then the snapshot is given up (QEMU: cbw-timeout).
+ */
 #define VM_CBW_TIMEOUT_S 20
-#define VM_STAYS_MAX 4096    /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64      /* dirty maps of one session */
+#define VM_STAYS_MAX 4096 /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64   /* dirty maps of one session */
 
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);
 void vm_start(struct vm *vm); /* connects to QMP, and again when QEMU comes back */
 /* Ends the session, then the connection; cb is the last touch of the caller's count. */
 void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg);
 const char *vm_name(const struct vm *vm);
+/* Why vm_query_start() and vm_enter() refuse, in words. */
+const char *vm_trouble(const struct vm *vm);
 
 /*
- * Fresh disks and checkpoints, asked of QEMU; freezes nothing. The embedded operation is answered once, later, unless forgotten.
+ * Fresh disks and checkpoints, asked of QEMU; freezes nothing. The embedded operation is answered once, later, unless
+ * forgotten.
  */
 struct vm_query {
     void (*cb)(struct vm_query *q, const struct disk_list *disks /* borrowed */, const struct failure *f);
@@ -49,13 +55,13 @@ struct vm_query {
     struct vm *vm;
     struct vm_query *next, *prev;
 };
-int vm_query_start(struct vm *vm, struct vm_query *q, void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *),
-                   void *arg);
+int vm_query_start(struct vm *vm, struct vm_query *q,
+                   void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *), void *arg);
 void vm_query_forget(struct vm_query *q); /* no callback any more; also if not under way (zeroed) */
 
 /*
- * A change to the checkpoints outside of a session: answered once, later, unless forgotten (the change itself goes on). The caller sets
- * cb and arg. n: bitmaps made or removed.
+ * A change to the checkpoints outside of a session: answered once, later, unless forgotten (the change itself goes on).
+ * The caller sets cb and arg. n: bitmaps made or removed.
  */
 struct vm_change {
     void (*cb)(struct vm_change *change, unsigned n, const struct failure *f);
@@ -65,45 +71,57 @@ struct vm_change {
 void vm_change_forget(struct vm_change *change); /* also if not under way (zeroed) */
 
 /* No disks: all that can. All records begin at one instant. The name must have passed name_check(). */
-int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks);
+int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
+                    size_t ndisks);
 /* No disks: all. "Not there" is success. */
-int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks);
+int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
+                    size_t ndisks);
 
 /*
  * A stay: one NBD connection's part in a session. Enter starts a session or joins the live one (same identity, same
  * checkpoint name); a session that only lingers makes way for a different wish of the same identity.
  */
 struct vm_stay {
-    const char *identity;      /* borrowed until vm_leave() or a failed on_entered: who the client is, e.g. "uid:0", "ip:192.0.2.7" */
-    const char *disk;          /* likewise: disk name */
-    const char *checkpoint;    /* likewise: NAME or NULL */
-    const char *const *since;  /* likewise: checkpoint names of the negotiated qemu:dirty-bitmap contexts */
+    const char *identity;     /* borrowed until vm_leave() or a failed on_entered: who the client is, e.g. "uid:0",
+                                 "ip:192.0.2.7" */
+    const char *disk;         /* likewise: disk name */
+    const char *checkpoint;   /* likewise: NAME or NULL */
+    const char *const *since; /* likewise: checkpoint names of the negotiated qemu:dirty-bitmap contexts */
     size_t nsince;
-    /* f NULL: entered; source and maps may be used until on_lost or vm_leave(). Comes once, later, unless vm_leave() comes before. */
+    /* f NULL: entered; source and maps may be used until on_lost or vm_leave(). Comes once, later, unless vm_leave()
+     * comes before. */
     void (*on_entered)(struct vm_stay *stay, const struct failure *f);
-    /* After a successful on_entered, at most once: the session is lost. Answer what is in flight, hang up, vm_leave(). */
+    /* After a successful on_entered, at most once: the session is lost. Answer what is in flight, hang up, vm_leave().
+     */
     void (*on_lost)(struct vm_stay *stay, const struct failure *why);
     void *arg;
     /* private */
     struct vm *vm; /* NULL: not in any list */
     struct vm_stay *next, *prev;
     enum { STAY_OUT, STAY_WAITING, STAY_ASKING, STAY_IN, STAY_LOST } state; /* LOST: on_lost was said */
-    size_t nasked; /* of since, how many maps are there */
+    size_t nasked;                                                          /* of since, how many maps are there */
     struct session_ask ask;
 };
 
 /* The stay is zeroed but for the caller's fields. Negative: no callback comes, there is nothing to leave. */
 int vm_enter(struct vm *vm, struct vm_stay *stay);
-/* Ends the stay at once, whatever it waits for; no callback comes after. Nothing happens if it is not in (zeroed, or on_entered failed). Reads in flight on the source must have been answered. */
+/* Ends the stay at once, whatever it waits for; no callback comes after. Nothing happens if it is not in (zeroed, or
+ * on_entered failed). Reads in flight on the source must have been answered. */
 void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed);
+
+/* The stay's source says that the frozen disk is gone (-ESTALE): on_lost comes, later, to all stays. Any number of
+ * times. */
+void vm_stay_lost(struct vm_stay *stay);
 
 struct source *vm_stay_source(struct vm_stay *stay);
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context);
 const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the log */
 
 /* For the control socket; the caller owns the answer. */
-struct json_object *vm_to_json(struct vm *vm);                /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null} */
-struct json_object *vm_session_to_json(struct vm *vm);        /* NULL: no session. {"id", "vm", "status", "step", "checkpoint", "identity", "frozen-at", "disks": [...], …} */
+struct json_object *
+vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null} */
+struct json_object *vm_session_to_json(struct vm *vm); /* NULL: no session. {"id", "vm", "status", "step", "checkpoint",
+                                                          "identity", "frozen-at", "disks": [...], …} */
 struct json_object *disk_list_to_json(const struct disk_list *disks, const char *vm);
 
 #endif

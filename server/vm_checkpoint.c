@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Checkpoints outside of a session: made, and removed. The bitmaps in QEMU are the checkpoints; what is asked here is asked of QEMU.
+ * Checkpoints outside of a session: made, and removed. The bitmaps in QEMU are the checkpoints; what is asked here is
+ * asked of QEMU.
  */
 #include "vm_internal.h"
 
@@ -128,13 +129,14 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
         const struct checkpoint *c = is_meant(w, d) ? disk_checkpoint(d, w->name) : NULL;
 
         for (size_t l = 0; c && l < c->nlayers; l++)
-            calls_add(&w->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, 1,
-                      on_one_done);
+            calls_add(&w->calls, "block-dirty-bitmap-remove",
+                      qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, 1, on_one_done);
     }
     send_all(w);
 }
 
-int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks)
+int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
+                    size_t ndisks)
 {
     return start(vm, change, checkpoint, disks, ndisks, on_delete_disks);
 }
@@ -144,10 +146,13 @@ int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpo
 static int check_create(const struct work *w, const struct disk *d, struct failure *f)
 {
     if (!d->tracked)
-        return failure_set(f, -ENOTSUP, "disk '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps", d->name,
-                           reason_name(REASON_NOT_TRACKED), d->format);
+        return failure_set(
+            f, -ENOTSUP,
+            "disk '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps", d->name,
+            reason_name(REASON_NOT_TRACKED), d->format);
     if (disk_checkpoint(d, w->name))
-        return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it", w->name, d->name);
+        return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it",
+                           w->name, d->name);
     return 0;
 }
 
@@ -176,7 +181,8 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
         }
     }
     if (!mine.err && n == 0)
-        (void)failure_set(&mine, -ENOTSUP, "no disk can keep a checkpoint: only qcow2 images (version 3) store bitmaps");
+        (void)failure_set(&mine, -ENOTSUP,
+                          "no disk can keep a checkpoint: only qcow2 images (version 3) store bitmaps");
     if (mine.err) {
         json_object_put(args);
         work_end(w, &mine);
@@ -186,7 +192,8 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
     send_all(w);
 }
 
-int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks, size_t ndisks)
+int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
+                    size_t ndisks)
 {
     return start(vm, change, checkpoint, disks, ndisks, on_create_disks);
 }

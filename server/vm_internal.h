@@ -12,10 +12,11 @@
 
 /* How far we are with this QEMU. Sessions start, and questions are put, in READY only; until then they wait. */
 enum vm_state {
-    VM_LOST,     /* no QMP connection; everything that waits is refused */
-    VM_SWEEPING, /* connected; leftovers of a dead daemon are being undone */
-    VM_READY,    /* -> TESTING at the first session */
-    VM_TESTING,  /* the self-test for the snapshot-access bug runs */
+    VM_CONNECTING, /* the first attempt is under way: a client that comes with the daemon's start waits for it */
+    VM_LOST,       /* no QMP connection; everything that waits is refused */
+    VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone */
+    VM_READY,      /* -> TESTING at the first session */
+    VM_TESTING,    /* the self-test for the snapshot-access bug runs */
 };
 
 /* How a disk's pull stands: kept from the first connection that opens it to the end of the session. */
@@ -41,6 +42,8 @@ struct vm {
     enum vm_state state;
     char qemu_version[64];
     struct failure lost; /* why there is no connection */
+    struct qmp_watch resumed;
+    bool sweep_wanted; /* the guest went on while a session stood or went down */
     bool stopping;
     void (*on_stopped)(void *arg);
     void *stop_arg;
@@ -59,10 +62,10 @@ struct vm {
     struct session *session;
     struct vm_stay *stays;
     size_t nstays;
-    char *identity;  /* owned: whose session it is */
-    bool starting;   /* disks are being asked for it */
+    char *identity; /* owned: whose session it is */
+    bool starting;  /* disks are being asked for it */
     struct vm_query start_query;
-    bool ending;     /* session_stop() was said */
+    bool ending;                    /* session_stop() was said */
     struct failure session_failure; /* why it failed */
     struct vm_pull *pulls;          /* owned */
     size_t npulls;
@@ -72,7 +75,7 @@ struct vm {
 };
 
 /* vm_session.c */
-void vm_pump(struct vm *vm);                                       /* whatever can go on, goes on */
+void vm_pump(struct vm *vm);                                      /* whatever can go on, goes on */
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
 void vm_session_done(struct vm *vm); /* frees what is left of one */

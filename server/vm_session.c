@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Who takes part in which session. A stay waits until the VM is ready, the self-test is done and the session it wants is up; the
- * one place where anything goes on is vm_pump(), called whenever something changed.
+ * Who takes part in which session. A stay waits until the VM is ready, the self-test is done and the session it wants
+ * is up; the one place where anything goes on is vm_pump(), called whenever something changed.
  */
 #include "log.h"
 #include "vm_internal.h"
@@ -141,8 +141,8 @@ static void on_up(void *arg)
     struct vm *vm = arg;
 
     log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s", vm->name, session_id(vm->session),
-             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s", session_setup_ms(vm->session),
-             session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
+             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
+             session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
              session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
     vm_pump(vm);
 }
@@ -185,7 +185,8 @@ static struct json_object *kept_to_json(const struct vm *vm)
         struct json_object *o = qmp_args_strings("disk", p->disk, NULL);
 
         (void)json_object_object_add(o, "connections", json_object_new_int64(p->nopen));
-        (void)json_object_object_add(o, "ended-well", json_object_new_boolean(p->nopen == 0 && p->well && !p->read_failed));
+        (void)json_object_object_add(o, "ended-well",
+                                     json_object_new_boolean(p->nopen == 0 && p->well && !p->read_failed));
         (void)json_object_array_add(list, o);
     }
     return list;
@@ -205,7 +206,7 @@ static void on_down(void *arg, const struct failure *problems)
     vm->last = last;
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
-    if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->state == VM_LOST) && !vm->stopping)
+    if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) && !vm->stopping)
         vm_sweep(vm);
     vm_pump(vm);
     vm_stop_if_idle(vm);
@@ -253,7 +254,8 @@ static size_t collect_since(const struct vm *vm, const struct vm_stay *first, co
     return n;
 }
 
-/* Whether a checkpoint of this name can be made on the disk that the client opens: better said now than found out later. */
+/* Whether a checkpoint of this name can be made on the disk that the client opens: better said now than found out
+ * later. */
 static int check_stay(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f)
 {
     const struct disk *d = disk_list_find(disks, stay->disk);
@@ -261,8 +263,11 @@ static int check_stay(const struct vm *vm, const struct vm_stay *stay, const str
     if (!d)
         return failure_set(f, -ENOENT, "VM '%s' has no disk '%s'", vm->name, stay->disk);
     if (stay->checkpoint && !d->tracked)
-        return failure_set(f, -ENOTSUP, "disk '%s' of VM '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps; open '%s/%s' without '@%s'",
-                           d->name, vm->name, reason_name(REASON_NOT_TRACKED), d->format, vm->name, d->name, stay->checkpoint);
+        return failure_set(f, -ENOTSUP,
+                           "disk '%s' of VM '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 "
+                           "stores bitmaps; open '%s/%s' without '@%s'",
+                           d->name, vm->name, reason_name(REASON_NOT_TRACKED), d->format, vm->name, d->name,
+                           stay->checkpoint);
     return 0;
 }
 
@@ -340,8 +345,8 @@ static void admit(struct vm_stay *stay)
             stay->state = STAY_ASKING;
             return;
         }
-        (void)failure_set(&f, r, "no incremental of disk '%s' of VM '%s' since '%s': %s", stay->disk, vm->name, stay->since[stay->nasked],
-                          why_not(vm, stay));
+        (void)failure_set(&f, r, "no incremental of disk '%s' of VM '%s' since '%s': %s", stay->disk, vm->name,
+                          stay->since[stay->nasked], why_not(vm, stay));
         refuse(stay, &f);
         return;
     }
@@ -379,7 +384,8 @@ static bool meet_session(struct vm *vm, struct vm_stay *stay)
         if (session_status(vm->session) != SESSION_UP || vm->session_failure.err)
             return false;
         if (!disk_list_find(session_disks(vm->session), stay->disk)) {
-            (void)failure_set(&f, -ENOENT, "VM '%s' had no disk '%s' when session %s was frozen", vm->name, stay->disk, session_id(vm->session));
+            (void)failure_set(&f, -ENOENT, "VM '%s' had no disk '%s' when session %s was frozen", vm->name, stay->disk,
+                              session_id(vm->session));
             refuse(stay, &f);
             return true;
         }
@@ -389,13 +395,17 @@ static bool meet_session(struct vm *vm, struct vm_stay *stay)
         return true;
     }
     if (vm->lingering) {
-        /* Nobody reads any more. The same client wants something else: it will not come back. Others wait for the linger. */
+        /* Nobody reads any more. The same client wants something else: it will not come back. Others wait for the
+         * linger. */
         if (strcmp(stay->identity, vm->identity) == 0)
             vm_end_session(vm);
         return false;
     }
-    (void)failure_set(&f, -EBUSY, "VM '%s' is in session %s of another client or with another checkpoint name ('%s'); try again when it has ended", vm->name,
-                      session_id(vm->session), session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "none");
+    (void)failure_set(&f, -EBUSY,
+                      "VM '%s' is in session %s of another client or with another checkpoint name ('%s'); try again "
+                      "when it has ended",
+                      vm->name, session_id(vm->session),
+                      session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "none");
     refuse(stay, &f);
     return true;
 }
@@ -416,8 +426,10 @@ static bool refuse_iothreads(struct vm *vm)
 
     if (!vm->narrow || !vm->has_iothreads)
         return false;
-    (void)failure_set(&f, -ENOTSUP, "VM '%s' uses iothreads, and QEMU %s aborts when such a disk is exported; QEMU 8.0 or later is needed", vm->name,
-                      vm->qemu_version);
+    (void)failure_set(
+        &f, -ENOTSUP,
+        "VM '%s' uses iothreads, and QEMU %s aborts when such a disk is exported; QEMU 8.0 or later is needed",
+        vm->name, vm->qemu_version);
     vm_refuse_waiting(vm, &f);
     return true;
 }
@@ -514,6 +526,15 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
     }
 }
 
+/* QEMU tells of a broken snapshot in no other way than by the errors of reads. */
+void vm_stay_lost(struct vm_stay *stay)
+{
+    struct vm *vm = stay->vm;
+
+    if (vm && vm->session && !vm->ending && stay->state == STAY_IN)
+        session_lost(vm->session, stay->disk, "the scratch space is full or too slow, and QEMU gave the snapshot up");
+}
+
 struct source *vm_stay_source(struct vm_stay *stay)
 {
     return stay->vm && stay->vm->session ? session_source(stay->vm->session, stay->disk) : NULL;
@@ -536,14 +557,16 @@ struct json_object *vm_session_to_json(struct vm *vm)
 
     if (!s)
         return NULL;
-    o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step", session_step(s),
-                         "identity", vm->identity, NULL);
-    (void)json_object_object_add(o, "checkpoint", session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
+    o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step",
+                         session_step(s), "identity", vm->identity, NULL);
+    (void)json_object_object_add(o, "checkpoint",
+                                 session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
-    (void)json_object_object_add(o, "failure", vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
+    (void)json_object_object_add(o, "failure",
+                                 vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
     (void)json_object_object_add(o, "pulls", kept_to_json(vm));
     return o;
 }

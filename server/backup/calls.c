@@ -62,7 +62,8 @@ static const char *object_of(struct json_object *args)
     return "";
 }
 
-void calls_add(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index, calls_ret_cb on_ret)
+void calls_add(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index,
+               calls_ret_cb on_ret)
 {
     struct slot *slot = calloc(1, sizeof(*slot));
     struct failure f = {0};

@@ -13,7 +13,8 @@ static const struct {
 } reasons[] = {
     [REASON_NONE] = {"NONE", "usable"},
     [REASON_NO_SUCH_CHECKPOINT] = {"NO_SUCH_CHECKPOINT", "no bitmap of that name on this disk"},
-    [REASON_INCONSISTENT] = {"INCONSISTENT", "QEMU stopped uncleanly, the record has holes; delete it and start from a full backup"},
+    [REASON_INCONSISTENT] = {"INCONSISTENT",
+                             "QEMU stopped uncleanly, the record has holes; delete it and start from a full backup"},
     [REASON_GAP] = {"GAP", "a layer of the image has no record of that name, changes in it are not known"},
     [REASON_RESIZED] = {"RESIZED", "the disk has another size than when the record began"},
     [REASON_NOT_TRACKED] = {"NOT_TRACKED", "the image format keeps no bitmaps"},
@@ -163,8 +164,9 @@ static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct j
 }
 
 /*
- * Walks the layers from the top for one name. Every layer that has a whole record is part of the answer. A layer above such a one
- * that has none was made by an external snapshot without the bitmap, or lost it in an unclean stop: its allocation stands in.
+ * Walks the layers from the top for one name. Every layer that has a whole record is part of the answer. A layer above
+ * such a one that has none was made by an external snapshot without the bitmap, or lost it in an unclean stop: its
+ * allocation stands in.
  */
 static int judge_checkpoint(struct json_object *named, struct json_object *graph, const char *top, struct checkpoint *c)
 {
@@ -250,7 +252,8 @@ static int find_checkpoints(struct json_object *named, struct json_object *graph
 
 /* -- disks --------------------------------------------------------------------------------------------------------- */
 
-/* "/machine/peripheral/vda/virtio-backend" is known to its user as vda; a nameless device's path says nothing to anybody. */
+/* "/machine/peripheral/vda/virtio-backend" is known to its user as vda; a nameless device's path says nothing to
+ * anybody. */
 static char *name_of_qdev(const char *qdev)
 {
     static const char prefix[] = "/machine/peripheral/";
@@ -288,8 +291,8 @@ static bool keeps_bitmaps(struct json_object *named_node)
     return type && strcmp(type, "qcow2") == 0 && compat && strcmp(compat, "0.10") != 0;
 }
 
-static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph, struct disk_list *l,
-                      struct disk *d)
+static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph,
+                      struct disk_list *l, struct disk *d)
 {
     struct json_object *inserted = qmp_get(entry, "inserted"), *top_node;
     const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
@@ -358,7 +361,8 @@ static bool takes_part(struct json_object *entry)
 {
     struct json_object *inserted = qmp_get(entry, "inserted");
 
-    return inserted && qmp_get_string(entry, "qdev") && qmp_get_string(inserted, "node-name") && !qmp_get_bool(inserted, "ro");
+    return inserted && qmp_get_string(entry, "qdev") && qmp_get_string(inserted, "node-name") &&
+           !qmp_get_bool(inserted, "ro");
 }
 
 int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,

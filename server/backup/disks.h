@@ -39,8 +39,8 @@ struct checkpoint {
     size_t nlayers;
     struct layer *layers; /* owned: top first */
     /*
-     * Bit k: the layer at depth k (0: the top) has no usable bitmap of this name while a deeper one has. Whatever was written
-     * since that layer came is allocated in it, so the record is filled in from its allocation.
+     * Bit k: the layer at depth k (0: the top) has no usable bitmap of this name while a deeper one has. Whatever was
+     * written since that layer came is allocated in it, so the record is filled in from its allocation.
      */
     uint64_t allocation_layers;
 };
@@ -65,8 +65,9 @@ struct disk_list {
 };
 
 /*
- * Reads the three answers (borrowed). Writable devices with a medium count; names are unique ("vda", else the node name is added).
- * Nodes of ours (backup/names) are seen through: a disk under a session is shown with its own node. -EPROTO, -ENOMEM.
+ * Reads the three answers (borrowed). Writable devices with a medium count; names are unique ("vda", else the node name
+ * is added). Nodes of ours (backup/names) are seen through: a disk under a session is shown with its own node. -EPROTO,
+ * -ENOMEM.
  */
 int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,
                     struct disk_list **ret_list, struct failure *f);

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The good end of a session: a last look whether the frozen view still stands, and the provisional checkpoint becomes a real one.
+ * The good end of a session: a last look whether the frozen view still stands, and the provisional checkpoint becomes a
+ * real one.
  *
- * Until then the checkpoint is no more than the bitmap "written" on our own cbw node, so whatever dies on the way leaves
- * nothing that could be taken for a checkpoint. Making it, per disk (docs/decisions/0003-provisional-checkpoints.md):
+ * Until then the checkpoint is no more than the bitmap "written" on our own cbw node, so whatever dies on the way
+ * leaves nothing that could be taken for a checkpoint. Making it, per disk
+ * (docs/decisions/0003-provisional-checkpoints.md):
  *   1. add a transient recording bitmap on the disk: from now on it sees every write that ends there;
- *   2. in a transaction, which begins by draining, merge "written" into it: writes that ended on the disk before 1 have ended
- *      on the cbw node by then;
- *   3. in one transaction add the checkpoint's own bitmap, merge, and remove the transient one: both stand on one node, where QEMU
- *      marks all bitmaps under one lock, so nothing falls between.
+ *   2. in a transaction, which begins by draining, merge "written" into it: writes that ended on the disk before 1 have
+ * ended on the cbw node by then;
+ *   3. in one transaction add the checkpoint's own bitmap, merge, and remove the transient one: both stand on one node,
+ * where QEMU marks all bitmaps under one lock, so nothing falls between.
  */
 #include "backup/steps.h"
 #include "qmp/commands.h"
@@ -42,7 +44,8 @@ int step_close_sources(struct seq *q, struct failure *f)
 static void drop(struct session *s, struct session_disk *d, const char *why)
 {
     d->keep = d->keepable = false;
-    (void)failure_set(&s->problems, -EIO, "checkpoint '%s' of disk '%s' is not kept: %s", s->checkpoint, d->disk->name, why);
+    (void)failure_set(&s->problems, -EIO, "checkpoint '%s' of disk '%s' is not kept: %s", s->checkpoint, d->disk->name,
+                      why);
 }
 
 static void after_probe(struct session *s)
@@ -65,8 +68,8 @@ static void on_probe(struct source_read *r, int err)
 }
 
 /*
- * A broken snapshot has neither event nor counter in QEMU: reads of it fail, that is all. And a graph is changed only after
- * our own connections are closed.
+ * A broken snapshot has neither event nor counter in QEMU: reads of it fail, that is all. And a graph is changed only
+ * after our own connections are closed.
  */
 int step_probe_and_close(struct seq *q, struct failure *f)
 {
@@ -149,9 +152,11 @@ static void start_merge(struct session *s, unsigned i)
     struct json_object *args = qmp_args_transaction();
     char temporary[NAMES_SIZE], cbw[NAMES_SIZE], written[NAMES_SIZE];
     struct qmp_bitmap merged = {d->keep_node, names_make(temporary, s->rig.id, NAMES_KEEP, 0)};
-    struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, i), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+    struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, i),
+                                names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
 
-    calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(merged, 0, false, false), QMP_NO_FD, i, NULL);
+    calls_add(&s->rig.calls, "block-dirty-bitmap-add", qmp_args_bitmap_add(merged, 0, false, false), QMP_NO_FD, i,
+              NULL);
     qmp_action_bitmap_merge(args, merged, &source, 1);
     calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, i, on_made);
 }
@@ -189,7 +194,10 @@ static void on_graph(struct calls *c, const struct failure *f)
         if (d->keep_node)
             start_merge(s, i);
         else
-            drop(s, d, f ? f->text : disk ? "its image keeps no bitmaps, or has one of that name by now" : "the device is gone");
+            drop(s, d,
+                 f      ? f->text
+                 : disk ? "its image keeps no bitmaps, or has one of that name by now"
+                        : "the device is gone");
     }
     disk_list_free(now);
     memset(&next, 0, sizeof(next));

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The frozen maps of a session: read once when it goes up, one more when somebody asks later, and corrected where QEMU's own answer
- * cannot be trusted. Block status of a frozen node is not frozen in QEMU (untouched areas are asked of the live node), so
- * nothing is asked twice.
+ * The frozen maps of a session: read once when it goes up, one more when somebody asks later, and corrected where
+ * QEMU's own answer cannot be trusted. Block status of a frozen node is not frozen in QEMU (untouched areas are asked
+ * of the live node), so nothing is asked twice.
  */
 #include "backup/steps.h"
 #include "qmp/commands.h"
@@ -13,7 +13,9 @@
 #define DIRTY_CONTEXT "qemu:dirty-bitmap:"
 #define ALLOCATION_CONTEXT "base:allocation"
 #define DEPTH_CONTEXT "qemu:allocation-depth"
-#define DIRTY 1u    /* the one bit of a qemu:dirty-bitmap context */
+#define DIRTY 1u      /* the one bit of a qemu:dirty-bitmap context */
+#define STATE_HOLE 1u /* of base:allocation, alone: not NBD_STATE_ZERO too (NBD protocol) */
+#define DEPTH_BELOW 2
 #define DEPTH_TOP 1 /* allocated in the top layer (QEMU, docs/interop/nbd.txt) */
 
 struct map_job {
@@ -106,8 +108,8 @@ static int fill_in(const struct map *map, const struct map *layers, uint64_t dep
 }
 
 /*
- * After an external snapshot that did not re-create the bitmaps, the overlay's allocation is what changed since. It is asked of the live
- * disk after the freeze: what the guest writes meanwhile can only add to it.
+ * After an external snapshot that did not re-create the bitmaps, the overlay's allocation is what changed since. It is
+ * asked of the live disk after the freeze: what the guest writes meanwhile can only add to it.
  */
 static int fill_in_since(struct session *s, unsigned disk, const struct checkpoint *c, const char *context)
 {
@@ -145,8 +147,8 @@ int step_fill_in(struct seq *q, struct failure *f)
 /* -- one more map -------------------------------------------------------------------------------------------------- */
 
 /*
- * A bitmap cannot join an export that stands, so a second export of the same frozen node carries it for as long as it is
- * read. The walk goes up this little table and down again for each ask.
+ * A bitmap cannot join an export that stands, so a second export of the same frozen node carries it for as long as it
+ * is read. The walk goes up this little table and down again for each ask.
  */
 static struct session *session_of_late(struct seq *q)
 {
@@ -157,9 +159,11 @@ static int late_merge_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
     const struct session_ask *a = s->asks;
-    struct json_object *args = qmp_args_transaction(); /* it drains: writes in flight are in the record before it is read */
+    struct json_object *args =
+        qmp_args_transaction(); /* it drains: writes in flight are in the record before it is read */
     char access[NAMES_SIZE], late[NAMES_SIZE], cbw[NAMES_SIZE], written[NAMES_SIZE];
-    struct qmp_bitmap target = {names_make(access, s->rig.id, NAMES_ACCESS, a->disk), names_make(late, s->rig.id, NAMES_LATE, 0)};
+    struct qmp_bitmap target = {names_make(access, s->rig.id, NAMES_ACCESS, a->disk),
+                                names_make(late, s->rig.id, NAMES_LATE, 0)};
 
     if (a->since) {
         const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
@@ -172,7 +176,8 @@ static int late_merge_up(struct seq *q, struct failure *f)
                 qmp_action_bitmap_merge(args, target, &source, 1);
         }
     } else {
-        struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, a->disk), names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+        struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, a->disk),
+                                    names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
 
         qmp_action_bitmap_add(args, target, COPY_CLUSTER, false, true);
         qmp_action_bitmap_merge(args, target, &source, 1);
@@ -185,9 +190,11 @@ static int late_export_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
     char access[NAMES_SIZE], late[NAMES_SIZE];
-    struct qmp_bitmap b = {names_make(access, s->rig.id, NAMES_ACCESS, s->asks->disk), names_make(late, s->rig.id, NAMES_LATE, 0)};
+    struct qmp_bitmap b = {names_make(access, s->rig.id, NAMES_ACCESS, s->asks->disk),
+                           names_make(late, s->rig.id, NAMES_LATE, 0)};
 
-    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, access, late, false, &b, 1), QMP_NO_FD, 0, NULL);
+    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, access, late, false, &b, 1), QMP_NO_FD, 0,
+              NULL);
     return rig_wait(&s->late, f);
 }
 
@@ -247,7 +254,8 @@ static void on_late_end(struct seq *q, const struct failure *problems)
     if (!f.err && !map)
         (void)failure_set(&f, -ECANCELED, "the session ends");
     if (!f.err && a->since) {
-        if (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 || session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0 ||
+        if (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 ||
+            session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0 ||
             fill_in_since(s, a->disk, session_usable_since(s, a->disk, a->since), context) < 0)
             (void)failure_set(&f, -ENOMEM, "out of memory for a map");
     } else if (!f.err) {
@@ -370,13 +378,32 @@ void session_late_cancel(struct session *s)
 
 /* -- correcting the allocation map --------------------------------------------------------------------------------- */
 
-static int overlay(struct session *s, unsigned disk, const char *context, uint64_t value)
+static int overlay(struct session *s, unsigned disk, const char *context, const struct map *mask, uint64_t value)
 {
     const struct map *map = session_map(s, s->disks[disk].disk->name, context);
     struct map *corrected = NULL;
-    int r = map_overlay(map, s->late_map, value, &corrected);
+    int r = map_overlay(map, mask, value, &corrected);
 
     return r < 0 ? r : session_add_map(s, disk, context, corrected);
+}
+
+/*
+ * snapshot-access asks the top layer alone (QEMU 7.2 to 10.0): what a backing file holds comes as a hole that is not
+ * said to be zero. That is no hole, and its depth is "below", without saying how far.
+ */
+static int tell_backing(struct session *s, unsigned disk)
+{
+    const struct map *allocation = session_map(s, s->disks[disk].disk->name, ALLOCATION_CONTEXT);
+    struct map *below = NULL;
+    int r = map_pick(allocation, UINT64_C(1) << (STATE_HOLE - 1), &below);
+
+    if (r == 0 && map_count(below, 1)) {
+        r = overlay(s, disk, ALLOCATION_CONTEXT, below, 0);
+        if (r == 0)
+            r = overlay(s, disk, DEPTH_CONTEXT, below, DEPTH_BELOW);
+    }
+    map_free(below);
+    return r;
 }
 
 static void on_written(struct session_ask *a, const struct failure *f)
@@ -386,9 +413,9 @@ static void on_written(struct session_ask *a, const struct failure *f)
     int r = 0;
 
     if (!f) {
-        r = overlay(s, s->correcting, ALLOCATION_CONTEXT, 0);
+        r = overlay(s, s->correcting, ALLOCATION_CONTEXT, s->late_map, 0);
         if (r == 0)
-            r = overlay(s, s->correcting, DEPTH_CONTEXT, DEPTH_TOP);
+            r = overlay(s, s->correcting, DEPTH_CONTEXT, s->late_map, DEPTH_TOP);
     }
     if (r < 0) {
         (void)failure_set(&mine, r, "cannot correct the allocation map: %s", strerror(-r));
@@ -404,13 +431,20 @@ static void on_written(struct session_ask *a, const struct failure *f)
 }
 
 /*
- * On QEMU 7.0-7.2 block status, like reads, takes the live disk's word in ranges that cross from a copied into an uncopied
- * cluster. What the guest wrote since the freeze is known from the bitmap on the cbw node: there the map says "data".
+ * On QEMU 7.0-7.2 block status, like reads, takes the live disk's word in ranges that cross from a copied into an
+ * uncopied cluster. What the guest wrote since the freeze is known from the bitmap on the cbw node: there the map says
+ * "data".
  */
 int step_correct_maps(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        int r = tell_backing(s, i);
+
+        if (r < 0)
+            return failure_set(f, r, "cannot correct the allocation map: %s", strerror(-r));
+    }
     if (!s->narrow_reads)
         return SEQ_DONE;
     memset(&s->written, 0, sizeof(s->written));

@@ -8,9 +8,10 @@
 #include <time.h>
 
 static const char *const kinds[] = {
-    [NAMES_SCRATCH] = "scratch", [NAMES_CBW] = "cbw",       [NAMES_PRE] = "pre",   [NAMES_CUT] = "cut",
-    [NAMES_ACCESS] = "access",   [NAMES_BASE] = "base",     [NAMES_EXPORT] = "export", [NAMES_LATE] = "late",
-    [NAMES_LAYER] = "layer", [NAMES_SINCE] = "since",     [NAMES_WRITTEN] = "written", [NAMES_KEEP] = "keep", [NAMES_SERVER] = "server",
+    [NAMES_SCRATCH] = "scratch", [NAMES_CBW] = "cbw",     [NAMES_PRE] = "pre",         [NAMES_CUT] = "cut",
+    [NAMES_ACCESS] = "access",   [NAMES_BASE] = "base",   [NAMES_EXPORT] = "export",   [NAMES_LATE] = "late",
+    [NAMES_LAYER] = "layer",     [NAMES_SINCE] = "since", [NAMES_WRITTEN] = "written", [NAMES_KEEP] = "keep",
+    [NAMES_SERVER] = "server",
 };
 static_assert(ARRAY_SIZE(kinds) == NAMES_NKINDS, "every kind has a name");
 
@@ -25,7 +26,8 @@ void names_new_id(char id[NAMES_ID_SIZE])
     uint32_t r = 0;
 
     if (getrandom(&r, sizeof(r), GRND_NONBLOCK) != sizeof(r))
-        r = (uint32_t)(uintptr_t)id ^ (uint32_t)clock(); /* early boot; uniqueness within one QEMU is all that is asked */
+        r = (uint32_t)(uintptr_t)id ^
+            (uint32_t)clock(); /* early boot; uniqueness within one QEMU is all that is asked */
     (void)snprintf(id, NAMES_ID_SIZE, "%08x", r);
 }
 
@@ -68,12 +70,14 @@ int name_check(const char *name, struct failure *f)
     if (len == 0)
         return failure_set(f, -EINVAL, "a checkpoint needs a name after '@'");
     if (len > NAMES_CHECKPOINT_MAX)
-        return failure_set(f, -EINVAL, "the checkpoint's name has %zu bytes, at most %d are allowed", len, NAMES_CHECKPOINT_MAX);
+        return failure_set(f, -EINVAL, "the checkpoint's name has %zu bytes, at most %d are allowed", len,
+                           NAMES_CHECKPOINT_MAX);
     for (size_t i = 0; i < len; i++) {
         unsigned char c = (unsigned char)name[i];
 
         if (c < 0x20 || c == 0x7f || c == '/' || c == '@')
-            return failure_set(f, -EINVAL, "a checkpoint's name has no '/', '@' or control characters (byte %zu is 0x%02x)", i, c);
+            return failure_set(f, -EINVAL,
+                               "a checkpoint's name has no '/', '@' or control characters (byte %zu is 0x%02x)", i, c);
     }
     if (names_is_ours(name))
         return failure_set(f, -EINVAL, "names that begin with '" NAMES_PREFIX "' are kept for temporary objects");

@@ -11,9 +11,9 @@
 #include <stdbool.h>
 
 #define NAMES_PREFIX "qpull-"
-#define NAMES_ID_SIZE 9   /* eight hex digits and the NUL */
-#define NAMES_SIZE 32     /* QEMU: a node name is at most 31 bytes (block.c, bdrv_assign_node_name) */
-#define NAMES_MAX_DISKS 999 /* what the longest name still has room for, and a bound for what a sweep believes */
+#define NAMES_ID_SIZE 9          /* eight hex digits and the NUL */
+#define NAMES_SIZE 32            /* QEMU: a node name is at most 31 bytes (block.c, bdrv_assign_node_name) */
+#define NAMES_MAX_DISKS 999      /* what the longest name still has room for, and a bound for what a sweep believes */
 #define NAMES_CHECKPOINT_MAX 255 /* bytes; qcow2 allows 1023, NBD 4096 with the prefix of the context */
 
 enum names_kind {
@@ -42,7 +42,8 @@ bool names_is_ours(const char *name); /* NULL: no */
 /* Takes such a name apart; false when it is not ours to the letter. */
 bool names_parse(const char *name, char id[NAMES_ID_SIZE], enum names_kind *ret_kind, unsigned *ret_n);
 
-/* A checkpoint's name as users may choose it: 1 to 255 bytes of UTF-8-safe text without '/', '@', control characters, and not ours. */
+/* A checkpoint's name as users may choose it: 1 to 255 bytes of UTF-8-safe text without '/', '@', control characters,
+ * and not ours. */
 int name_check(const char *name, struct failure *f);
 
 #endif

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * selftest: finds out whether a QEMU has the bug of 7.0-7.2 that returns live bytes through snapshot-access (mended in 8.0). Not by
- * its version, which says nothing about back-ports: by a tiny graph of our own in that QEMU, 128 KiB over memory files. One
- * cluster is overwritten through the copy-before-write node, then one read crosses from it into the next.
+ * selftest: finds out whether a QEMU has the bug of 7.0-7.2 that returns live bytes through snapshot-access (mended
+ * in 8.0). Not by its version, which says nothing about back-ports: by a tiny graph of our own in that QEMU, 128 KiB
+ * over memory files. One cluster is overwritten through the copy-before-write node, then one read crosses from it into
+ * the next.
  *
  * Loop thread only.
  */
@@ -23,8 +24,8 @@ struct selftest_config {
 };
 
 /*
- * f NULL: narrow says whether reads must stay inside a cluster. Else nothing is known. problems->err != 0: something of the
- * test is left in QEMU. Comes once, later; everything of the test is gone by then.
+ * f NULL: narrow says whether reads must stay inside a cluster. Else nothing is known. problems->err != 0: something of
+ * the test is left in QEMU. Comes once, later; everything of the test is gone by then.
  */
 typedef void (*selftest_cb)(void *arg, bool narrow, const struct failure *f, const struct failure *problems);
 /* config is borrowed for the call, what it points to until cb. */

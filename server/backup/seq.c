@@ -6,7 +6,8 @@
 #include <stdio.h>
 
 static const char *const phase_names[] = {
-    [SEQ_IDLE] = "IDLE", [SEQ_UP] = "UP", [SEQ_TOP] = "TOP", [SEQ_COMMIT] = "COMMIT", [SEQ_DOWN] = "DOWN", [SEQ_END] = "END",
+    [SEQ_IDLE] = "IDLE",     [SEQ_UP] = "UP",     [SEQ_TOP] = "TOP",
+    [SEQ_COMMIT] = "COMMIT", [SEQ_DOWN] = "DOWN", [SEQ_END] = "END",
 };
 static_assert(ARRAY_SIZE(phase_names) == SEQ_END + 1, "every phase has a name");
 
@@ -61,7 +62,8 @@ static void on_timer(uv_timer_t *t)
     walk(container_of(t, struct seq, timer));
 }
 
-/* Owners are never called from inside their own calls, and the walk never runs inside itself: it begins from the loop. */
+/* Owners are never called from inside their own calls, and the walk never runs inside itself: it begins from the loop.
+ */
 static void walk_later(struct seq *s, unsigned ms)
 {
     (void)uv_timer_start(&s->timer, on_timer, ms, 0); /* fails for a closing handle only; that comes at the end */
@@ -237,8 +239,8 @@ void seq_stop(struct seq *s, bool commit)
 void seq_describe(const struct seq *s, char *buf, size_t size)
 {
     (void)snprintf(buf, size, "%u/%u %s", MIN(s->at + 1, s->nsteps), s->nsteps,
-                   s->phase == SEQ_TOP      ? "up"
-                   : s->phase == SEQ_END    ? "ended"
-                   : s->at < s->nsteps      ? s->steps[s->at].name
-                                            : "");
+                   s->phase == SEQ_TOP   ? "up"
+                   : s->phase == SEQ_END ? "ended"
+                   : s->at < s->nsteps   ? s->steps[s->at].name
+                                         : "");
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * seq: walks a table of steps up, and down again: for roll-back, for ordinary teardown, for a stop in mid-set-up and (from
- * the far end) for what a dead daemon left. It knows nothing of what the steps do.
+ * seq: walks a table of steps up, and down again: for roll-back, for ordinary teardown, for a stop in mid-set-up and
+ * (from the far end) for what a dead daemon left. It knows nothing of what the steps do.
  *
  *            +-- a step fails, or stop --------------------+
  *            |                                             v
@@ -34,9 +34,10 @@ typedef int (*seq_step_fn)(struct seq *s, struct failure *f);
 
 struct seq_step {
     const char *name;
-    seq_step_fn up;     /* make it so; NULL: nothing to do */
-    seq_step_fn down;   /* make it absent; NULL: nothing to do */
-    seq_step_fn commit; /* the pull ended well: runs before the way down, from the first row to the last; NULL: nothing to do */
+    seq_step_fn up;   /* make it so; NULL: nothing to do */
+    seq_step_fn down; /* make it absent; NULL: nothing to do */
+    seq_step_fn
+        commit; /* the pull ended well: runs before the way down, from the first row to the last; NULL: nothing to do */
 };
 
 enum seq_phase { SEQ_IDLE, SEQ_UP, SEQ_TOP, SEQ_COMMIT, SEQ_DOWN, SEQ_END };
@@ -55,7 +56,7 @@ struct seq {
     unsigned nsteps;
     const struct seq_ops *ops;
     enum seq_phase phase;
-    unsigned at; /* the step under way; at TOP: nsteps */
+    unsigned at;  /* the step under way; at TOP: nsteps */
     bool waiting; /* a step function runs */
     bool stopping, committing;
     unsigned ntries;

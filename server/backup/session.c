@@ -161,11 +161,14 @@ static int check(const struct session_config *c, struct failure *f)
         if (d->size == 0)
             return failure_set(f, -ENODEV, "disk '%s' of VM '%s' has no size", d->name, c->vm);
         if (c->checkpoint && disk_checkpoint(d, c->checkpoint))
-            return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s' of VM '%s'; choose another name, or delete it", c->checkpoint,
-                               d->name, c->vm);
+            return failure_set(
+                f, -EEXIST, "checkpoint '%s' exists already on disk '%s' of VM '%s'; choose another name, or delete it",
+                c->checkpoint, d->name, c->vm);
     }
     if (c->checkpoint && ntracked == 0)
-        return failure_set(f, -ENOTSUP, "no disk of VM '%s' can keep a checkpoint: only qcow2 images (version 3) store bitmaps", c->vm);
+        return failure_set(f, -ENOTSUP,
+                           "no disk of VM '%s' can keep a checkpoint: only qcow2 images (version 3) store bitmaps",
+                           c->vm);
     return 0;
 }
 
@@ -198,8 +201,8 @@ static int fill(struct session *s, const struct session_config *c)
     return 0;
 }
 
-int session_start(const struct session_config *config, const struct session_ops *ops, void *arg, struct session **ret_session,
-                  struct failure *f)
+int session_start(const struct session_config *config, const struct session_ops *ops, void *arg,
+                  struct session **ret_session, struct failure *f)
 {
     struct session *s;
     char id[NAMES_ID_SIZE];
@@ -271,6 +274,19 @@ static struct session_disk *find_disk(const struct session *s, const char *name)
             return &s->disks[i];
     }
     return NULL;
+}
+
+void session_lost(struct session *s, const char *disk, const char *why)
+{
+    struct session_disk *d = find_disk(s, disk);
+    struct failure f = {0};
+
+    if (!d)
+        return;
+    d->lost = true;
+    d->keep = false;
+    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", disk, why);
+    session_fail(s, &f);
 }
 
 void session_keep(struct session *s, const char *disk)

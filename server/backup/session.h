@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * session: one frozen instant of a VM's disks. Goes up by the step table (backup/steps), gives each disk a source and its frozen
- * maps, goes down the same table backwards. It knows no client: who may join, how long to linger and what "ended well"
- * means for a connection is the VM's business (server/vm).
+ * session: one frozen instant of a VM's disks. Goes up by the step table (backup/steps), gives each disk a source and
+ * its frozen maps, goes down the same table backwards. It knows no client: who may join, how long to linger and what
+ * "ended well" means for a connection is the VM's business (server/vm).
  *
  * Loop thread only. Owned by the VM until session_stop(), then by itself: on_down is the last touch.
  */
@@ -25,11 +25,12 @@ struct session_ops {
     /* All disks are frozen, sources and maps stand. Comes at most once, never after session_stop(). */
     void (*on_up)(void *arg);
     /*
-     * The frozen view is lost (set-up failed, QEMU gone, snapshot broken). Reads answer -EIO from now on. The owner lets its
-     * clients go and calls session_stop(); at most once, never after it.
+     * The frozen view is lost (set-up failed, QEMU gone, snapshot broken). Reads answer -EIO from now on. The owner
+     * lets its clients go and calls session_stop(); at most once, never after it.
      */
     void (*on_failed)(void *arg, const struct failure *why);
-    /* Everything is undone as far as it can be; the session is freed when this returns. problems->err != 0: something may be left in QEMU, the sentence names it. */
+    /* Everything is undone as far as it can be; the session is freed when this returns. problems->err != 0: something
+     * may be left in QEMU, the sentence names it. */
     void (*on_down)(void *arg, const struct failure *problems);
     /* A state change or a step for the log: "GOING_UP -> UP", "step 7/12 \"add export\": …". At debug level. */
     void (*on_trace)(void *arg, const char *text);
@@ -44,20 +45,22 @@ struct session_config {
     const char *const *since;      /* checkpoints whose dirty maps are wanted, for all disks that have them */
     size_t nsince;
     const char *scratch_dir;
-    int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
+    int state_dir;     /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
-int session_start(const struct session_config *config, const struct session_ops *ops, void *arg, struct session **ret_session,
-                  struct failure *f);
+int session_start(const struct session_config *config, const struct session_ops *ops, void *arg,
+                  struct session **ret_session, struct failure *f);
 
 /* At any time, and twice. Waits for the call in flight, then walks back. */
 void session_stop(struct session *s);
 /* QEMU's monitor is lost, or the owner gives the session up: on_failed comes, later, unless it has failed already. */
 void session_fail(struct session *s, const struct failure *why);
+/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. */
+void session_lost(struct session *s, const char *disk, const char *why);
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
 
@@ -78,8 +81,8 @@ struct source *session_source(struct session *s, const char *disk);
 const struct map *session_map(struct session *s, const char *disk, const char *context);
 
 /*
- * While up: reads one more dirty map, as it is now (a superset of the frozen truth). Where the disk has no usable record of that name
- * the callback says -ENOENT. Asks queue up; session_stop() answers them with -ECANCELED.
+ * While up: reads one more dirty map, as it is now (a superset of the frozen truth). Where the disk has no usable
+ * record of that name the callback says -ENOENT. Asks queue up; session_stop() answers them with -ECANCELED.
  */
 struct session_ask {
     /* private */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, maps.c and keep.c include this.
- * The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo makes its things absent.
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, maps.c and keep.c
+ * include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo makes its
+ * things absent.
  */
 #ifndef QPULL_BACKUP_STEPS_H
 #define QPULL_BACKUP_STEPS_H
@@ -10,7 +11,8 @@
 #include "backup/session.h"
 #include "source/nbd.h"
 
-/* The copy granularity of a copy-before-write node over a raw file (QEMU: BLOCK_COPY_CLUSTER_SIZE_DEFAULT, block/block-copy.c). */
+/* The copy granularity of a copy-before-write node over a raw file (QEMU: BLOCK_COPY_CLUSTER_SIZE_DEFAULT,
+ * block/block-copy.c). */
 #define COPY_CLUSTER 65536u
 
 struct named_map {
@@ -22,9 +24,9 @@ struct session_disk {
     const struct disk *disk; /* borrowed from the session's list */
     int scratch_fd;          /* -1: none */
     int64_t fdset_id;
-    bool lost;     /* its frozen view can no longer be read */
-    bool keep;     /* its part of the checkpoint is to be kept */
-    bool keepable; /* keep.c: the first half of keeping went well */
+    bool lost;       /* its frozen view can no longer be read */
+    bool keep;       /* its part of the checkpoint is to be kept */
+    bool keepable;   /* keep.c: the first half of keeping went well */
     char *keep_node; /* owned: where the checkpoint's bitmap is made */
     struct source *source;
     struct source_nbd_open *opening;
@@ -65,7 +67,7 @@ struct session {
     char **since; /* owned */
     bool narrow_reads;
     unsigned cbw_timeout_s;
-    unsigned npending;        /* opens, maps, closes of the step under way */
+    unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;

@@ -82,7 +82,7 @@ static int on_landed(void *arg, int *error)
     struct nbd_source *s = slot->owner;
 
     if (slot->read && slot->err == SLOT_FLYING) {
-        slot->err = *error ? -EIO : 0;
+        slot->err = *error == EINVAL ? -ESTALE : *error ? -EIO : 0;
         TAILQ_REMOVE(&s->flying, slot, link);
         TAILQ_INSERT_TAIL(&s->landed, slot, link);
     }
