@@ -24,7 +24,8 @@ struct json_object *qmp_args_add_fd(const char *opaque);
 struct json_object *qmp_args_remove_fd(int64_t fdset_id);
 
 struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id);
-struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target, unsigned timeout_s);
+struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
+                                              unsigned timeout_s);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
 /* {"options": []}; entries are added by qmp_args_reopen_raw(). */
@@ -34,8 +35,10 @@ struct json_object *qmp_args_qom_set_drive(const char *path, const char *node);
 
 /* {"actions": []}; entries are added by the qmp_action_* functions below. */
 struct json_object *qmp_args_transaction(void);
-void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
-void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources);
+void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64_t granularity, bool persistent,
+                           bool disabled);
+void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources,
+                             size_t nsources);
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
 struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
 

@@ -59,7 +59,7 @@
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
-#define LISTEN_BACKLOG 128
+#define LISTEN_BACKLOG 4096 /* the system cuts it to net.core.somaxconn; where it is full, clients of a unix socket fail at once (EAGAIN) */
 #define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
 #define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
 

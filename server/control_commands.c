@@ -224,7 +224,8 @@ static void change_start(struct control_call *call, struct json_object *args, co
     r = c->name ? start(vm, &c->op, name, &disk, disk ? 1 : 0) : -ENOMEM;
     if (r < 0) {
         free(TAKE_PTR(c->name));
-        control_error(call, CONTROL_GENERIC, "Cannot %s checkpoint \"%s\" of VM \"%s\" now: %s", verb, name, vm_name(vm), strerror(-r));
+        control_error(call, CONTROL_GENERIC, "Cannot %s checkpoint \"%s\" of VM \"%s\" now: %s", verb, name,
+                      vm_name(vm), strerror(-r));
     }
 }
 

@@ -53,7 +53,8 @@ static enum exit_status change(const struct args *args, const char *command, con
     enum exit_status status = daemon_open(args->control, &d);
 
     if (status == EXIT_DONE)
-        status = daemon_ask(d, &answer, command, "vm", args->words[0], "name", args->words[1], "disk", args->disk, NULL);
+        status =
+            daemon_ask(d, &answer, command, "vm", args->words[0], "name", args->words[1], "disk", args->disk, NULL);
     if (status == EXIT_DONE && (args->given & OPTION_JSON)) {
         print_json(answer);
     } else if (status == EXIT_DONE) {

@@ -108,6 +108,16 @@ const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
                                                               : NULL;
 }
 
+void vm_stay_lost(struct vm_stay *stay)
+{
+    stay->vm->ntold_lost++;
+}
+
+const char *vm_trouble(const struct vm *vm)
+{
+    return "not connected";
+}
+
 const char *vm_stay_session(const struct vm_stay *stay)
 {
     return "s1";

@@ -45,7 +45,7 @@ struct vm {
     bool hold_entering;
     struct failure refusal; /* of entering */
     /* what it saw */
-    unsigned nentered, nleft;
+    unsigned nentered, nleft, ntold_lost;
     bool last_disc, last_failed;
     char since[64], checkpoint[64], disk[64], identity[64];
 };
