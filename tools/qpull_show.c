@@ -203,6 +203,21 @@ static void print_connections(struct json_object *connections)
     table_done(&t);
 }
 
+/* Why the sessions before these did not end as their clients wished. */
+static void print_past(struct json_object *vms)
+{
+    for (size_t i = 0; vms && i < json_object_array_length(vms); i++) {
+        struct json_object *vm = json_object_array_get_idx(vms, i), *last = NULL;
+        const char *why;
+
+        if (!json_object_object_get_ex(vm, "last-session", &last) || !last)
+            continue;
+        why = answer_text(last, "failure") ? answer_text(last, "failure") : answer_text(last, "problems");
+        if (why)
+            printf("\nlast session of VM %s, %s: %s\n", or_dash(answer_text(vm, "name")), or_dash(answer_text(last, "id")), why);
+    }
+}
+
 static void print_status(struct json_object *both)
 {
     struct json_object *status = json_object_object_get(both, "status"), *sessions = answer_array(both, "sessions");
@@ -210,18 +225,22 @@ static void print_status(struct json_object *both)
     print_summary(status);
     if (sessions)
         print_sessions(sessions);
+    print_past(answer_array(both, "vms"));
     print_connections(answer_array(status, "connections"));
 }
 
 static enum exit_status show_status(const struct args *args, struct daemon *d)
 {
-    struct json_object *both = json_object_new_object(), *status = NULL, *sessions = NULL;
+    struct json_object *both = json_object_new_object(), *status = NULL, *sessions = NULL, *vms = NULL;
     enum exit_status result = daemon_ask(d, &status, "query-status", NULL);
 
     if (result == EXIT_DONE)
         result = daemon_ask(d, &sessions, "query-sessions", NULL);
+    if (result == EXIT_DONE)
+        result = daemon_ask(d, &vms, "query-vms", NULL);
     json_object_object_add(both, "status", status);
     json_object_object_add(both, "sessions", sessions);
+    json_object_object_add(both, "vms", vms);
     if (result == EXIT_DONE && (args->given & OPTION_JSON))
         print_json(both);
     else if (result == EXIT_DONE)
