@@ -469,7 +469,8 @@ class Qpulld:
 
     def tcp_port(self):
         """The port that --listen tcp:127.0.0.1:0 got."""
-        return int(re.search(r'127\.0\.0\.1:([1-9]\d*)', self.log()).group(1))
+        found = wait_until(lambda: re.search(r'127\.0\.0\.1:([1-9]\d*)', self.log()), 10, 'the port in the log')
+        return int(found.group(1))
 
     def tcp_uri(self, export):
         import urllib.parse
@@ -493,6 +494,11 @@ class Qpulld:
     def vm(self, name='vm'):
         """What the daemon says about one VM."""
         return next(v for v in self.ask('query-vms') if v['name'] == name)
+
+    def files_left(self):
+        """What sessions must not leave in the folders. Notes about checkpoints and sessions are meant to stay."""
+        kept = ('checkpoints', 'history')
+        return os.listdir(self.scratch) + [f for f in os.listdir(self.state) if not f.startswith(kept)]
 
     def wait_idle(self, timeout=30, name='vm'):
         """No session is left of that VM, and it is ready for the next."""
@@ -600,7 +606,7 @@ class Case(unittest.TestCase):
         """QEMU is as it was, and there is no file or descriptor of a session anywhere."""
         self.assertEqual(guest.state(), before)
         self.assertEqual(guest.deleted_fds(), [])
-        self.assertEqual(os.listdir(daemon.scratch) + os.listdir(daemon.state), [])
+        self.assertEqual(daemon.files_left(), [])
 
     def assertModel(self, disk_model, data, what='the data'):
         n, first = disk_model.compare(data)

@@ -1,0 +1,82 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A mistake in the flags or in the file: exit status 2, one sentence that says where and what; nothing is made."""
+import os
+
+import harness
+
+
+class Mistakes(harness.Case):
+    @classmethod
+    def setUpClass(cls):
+        harness.bin_dir()
+
+    def start(self, *flags):
+        done = harness.run([f'{harness.bin_dir()}/qpulld', *flags], check=False, timeout=20)
+        return done.returncode, done.stderr
+
+    def base(self):
+        return (f'--control={self.folder}/control', f'--listen=unix:{self.folder}/nbd', f'--scratch={self.folder}',
+                f'--state={self.folder}')
+
+    def mistake(self, words, *flags):
+        before = sorted(os.listdir(self.folder))
+        status, text = self.start(*flags)
+        self.assertEqual(status, 2, (flags, text))
+        self.assertRegex(text, words, flags)
+        self.assertEqual(text.count('\n'), 1, text)
+        self.assertEqual(sorted(os.listdir(self.folder)), before)
+
+    def test_flags(self):
+        for words, *flags in (('--nonsense', '--nonsense'), ('--vm: .*NAME=QMP_SOCKET', '--vm=x'),
+                              ('--vm: .*"/"', '--vm=a/b=/x'), ('--vm: .*empty', '--vm==/x'),
+                              ('twice', '--vm=a=/x', '--vm=a=/y'),
+                              ('--linger: "soon"', '--linger=soon'), ('--linger', '--linger=-1'),
+                              ('--max-connections', '--max-connections=0'), ('--log: "loud"', '--log=loud'),
+                              ('--listen: "udp:1"', '--listen=udp:1'), ('no port', '--listen=tcp:127.0.0.1'),
+                              ('port', '--listen=tcp:127.0.0.1:70000'), ('wants a value', '--scratch'),
+                              ('"stray"', 'stray'), ('--handshake-timeout', '--handshake-timeout=0')):
+            self.mistake(words, *flags)
+
+    def test_paths(self):
+        for words, flag in (('scratch directory /nowhere/at/all', '--scratch=/nowhere/at/all'),
+                            ('state directory /nowhere/at/all', '--state=/nowhere/at/all'),
+                            ('control socket /nowhere/at', '--control=/nowhere/at/all'),
+                            ('pidfile /nowhere/at', '--pidfile=/nowhere/at/all'),
+                            ('listener /nowhere/at', '--listen=unix:/nowhere/at/all'),
+                            ('longer than', f'--listen=unix:/tmp/{"x" * 120}'),
+                            ('is not a socket', '--vm=x=/etc/passwd')):
+            name = flag.split('=')[0]
+            self.mistake(words, *(f for f in self.base() if not f.startswith(f'{name}=')), flag)
+
+    def test_clear_text_beyond_loopback_is_refused(self):
+        for address in ('tcp:0.0.0.0:0', 'tcp:[::]:0'):
+            flags = [f for f in self.base() if not f.startswith('--listen')]
+            self.mistake('clear text.*--allow-plaintext', *flags, f'--listen={address}')
+
+    def test_the_file_is_named_with_its_line(self):
+        path = f'{self.folder}/conf'
+        for number, words, text in ((3, 'unknown key "lingr"', '[server]\n# comment\nlingr=5\n'),
+                                    (2, '"linger".*"soon"', '[server]\nlinger=soon\n'),
+                                    (1, 'before any section', 'linger=5\n'),
+                                    (2, 'unknown section', '\n[servr]\nlinger=5\n'),
+                                    (3, 'unknown key "qpm"', '\n[vm "a"]\nqpm=/x\n'),
+                                    (4, 'twice', '[vm "a"]\nqmp=/x\n\n[vm "a"]\n'),
+                                    (1, 'has no "qmp"', '[vm "a"]\ndisks=vda\n'),
+                                    (2, 'neither a section nor', '[server]\nwhat\n'),
+                                    (3, 'twice', '[server]\nlinger=1\nlinger=2\n'),
+                                    (2, 'disk', '[vm "a"]\ndisks=\nqmp=/x\n'),
+                                    (2, 'longer', '[server]\nscratch=' + 'x' * 10000 + '\n'),
+                                    (2, 'config', '[server]\nconfig=/x\n')):
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write(text)
+            self.mistake(f'{path}:{number}: .*{words}', f'--config={path}', *self.base())
+        self.mistake(f'{self.folder}/missing: ', f'--config={self.folder}/missing')
+
+    def test_help_and_version_help_in_any_case(self):
+        self.assertEqual(self.start('--version')[0], 0)
+        self.assertEqual(self.start('--config=/nowhere', '--help')[0], 0)
+
+
+if __name__ == '__main__':
+    harness.main()
