@@ -32,7 +32,7 @@
 #define CONFIG_VMS_MAX 4096u
 #define CONFIG_LISTENERS_MAX 64u
 #define CONFIG_DISKS_MAX 1024u     /* names in one VM's disks=, and disk.NAME= lines */
-#define CONFIG_NAME_MAX 128u       /* bytes of a VM's or a disk's name; export names end at 4096 (spec) */
+#define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
 #define CONFIG_CONNECTIONS_MAX 65536u
 
@@ -58,8 +58,17 @@
 #define BUDGET_TOTAL (64u << 20) /* bytes; each connection has one piece besides, so that none starves */
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
+/* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
+#define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
+#define VM_CBW_TIMEOUT_S 20u /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
+                              */
+#define VM_STAYS_MAX 4096u   /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64u     /* dirty maps of one session */
+
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
-#define LISTEN_BACKLOG 4096 /* the system cuts it to net.core.somaxconn; where it is full, clients of a unix socket fail at once (EAGAIN) */
+#define LISTEN_BACKLOG                                                                                                 \
+    4096 /* the system cuts it to net.core.somaxconn; where it is full, clients of a unix socket fail at once (EAGAIN) \
+          */
 #define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
 #define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
 

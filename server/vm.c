@@ -96,7 +96,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
         return -ENOMEM;
     vm->loop = loop;
     vm->state_dir = -1;
-    r = strlen(config->name) > VM_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
+    r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {
         vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
         r = vm->state_dir < 0 ? -errno : 0;

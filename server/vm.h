@@ -28,14 +28,6 @@ struct vm_config {
     unsigned linger_ms;
 };
 
-#define VM_NAME_MAX 64           /* bytes: the name is part of a socket's file name */
-#define VM_CALL_TIMEOUT_MS 30000 /* one QMP command; QEMU answers in ms unless it drains */
-/* A guest's write waits for its copy to scratch at most this long, then the snapshot is given up (QEMU: cbw-timeout).
- */
-#define VM_CBW_TIMEOUT_S 20
-#define VM_STAYS_MAX 4096 /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64   /* dirty maps of one session */
-
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);
 void vm_start(struct vm *vm); /* connects to QMP, and again when QEMU comes back */
 /* Ends the session, then the connection; cb is the last touch of the caller's count. */

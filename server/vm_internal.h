@@ -5,6 +5,7 @@
 #ifndef QPULL_VM_INTERNAL_H
 #define QPULL_VM_INTERNAL_H
 
+#include "config.h"
 #include "qmp/commands.h"
 #include "vm.h"
 
