@@ -260,6 +260,49 @@ static int insert_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
+static const struct disk *same_device(const struct disk_list *l, const struct disk *d)
+{
+    for (size_t i = 0; i < l->ndisks; i++) {
+        if (strcmp(l->disks[i].qom_path, d->qom_path) == 0)
+            return &l->disks[i];
+    }
+    return NULL;
+}
+
+static void on_layers(struct calls *c, const struct failure *f)
+{
+    struct session *s = session_of_calls(c);
+    struct rig *r = &s->rig;
+    struct disk_list *now = NULL;
+    struct failure mine = {0};
+
+    if (f)
+        (void)failure_copy(&mine, f);
+    else
+        (void)disk_list_parse(r->answers[0], r->answers[1], r->answers[2], &now, &mine);
+    rig_drop_answers(r);
+    for (unsigned i = 0; now && i < r->ndisks; i++) {
+        const struct disk *was = s->disks[i].disk, *is = same_device(now, was);
+
+        if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0)
+            (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
+                              was->name, is ? is->top : "none", was->top);
+    }
+    disk_list_free(now);
+    seq_done(&r->seq, &mine);
+}
+
+/*
+ * From "insert" on every write goes through pre, which records it whatever layer it ends in. A snapshot that somebody
+ * took before that has a layer whose record nobody asked for: writes that went there past pre would be missing.
+ */
+static int layers_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    return s->nsince ? rig_ask_graph(&s->rig, on_layers, f) : SEQ_DONE;
+}
+
 /* The record of every layer of the image that has it, into the recording bitmap on pre. */
 static int records_up(struct seq *q, struct failure *f)
 {
@@ -458,6 +501,7 @@ const struct seq_step session_steps[] = {
     {"compare disks", check_up, NULL, NULL},
     {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
+    {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
     {"freeze", freeze_up, rig_thaw, NULL},
     {"settle", settle_up, NULL, NULL},
