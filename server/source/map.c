@@ -198,7 +198,8 @@ int map_pick(const struct map *m, uint64_t numbers, struct map **ret_map)
     for (size_t i = 0; r == 0 && picked->length < m->length; i++) {
         uint64_t number = m->flags[i];
 
-        r = map_append(picked, map_run_end(m, i) - picked->length, number >= 1 && number <= 64 && (numbers >> (number - 1)) & 1);
+        r = map_append(picked, map_run_end(m, i) - picked->length,
+                       number >= 1 && number <= 64 && (numbers >> (number - 1)) & 1);
     }
     if (r < 0)
         return r;

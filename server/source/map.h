@@ -39,7 +39,8 @@ size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct
  */
 int map_overlay(const struct map *m, const struct map *mask, uint64_t value, struct map **ret_map);
 
-/* A new map that says 1 where m's flags, taken as a number from 1 to 64, are one of `numbers` (bit 0: the number 1), else 0. */
+/* A new map that says 1 where m's flags, taken as a number from 1 to 64, are one of `numbers` (bit 0: the number 1),
+ * else 0. */
 int map_pick(const struct map *m, uint64_t numbers, struct map **ret_map);
 
 #endif

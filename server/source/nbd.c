@@ -26,14 +26,18 @@ enum source_state {
     SOURCE_CLOSING, /* reads are refused; on_closed() answers what is left and frees */
 };
 
-#define SLOT_FLYING 1 /* slot.err while there is no answer */
+/* slot.err where there is no answer */
+#define SLOT_IDLE 1   /* none is expected */
+#define SLOT_FLYING 2 /* none has come */
 
 /* An upstream request: one piece of one read. */
 struct slot {
     struct nbd_source *owner;
-    struct source_read *read; /* borrowed; NULL while the slot is free */
+    struct source_read *read; /* borrowed while the slot is not idle */
     uint64_t since_ms;        /* upstream_now() of the request */
-    int err;                  /* 0, negative errno, or SLOT_FLYING */
+    uint64_t next;            /* where in the disk the next byte of the answer belongs … */
+    uint64_t end;             /* … and where the last one does not any more */
+    int err;                  /* 0, negative errno, SLOT_IDLE or SLOT_FLYING */
     TAILQ_ENTRY(slot) link;   /* on one of the three lists */
 };
 
@@ -81,8 +85,11 @@ static int on_landed(void *arg, int *error)
     struct slot *slot = arg;
     struct nbd_source *s = slot->owner;
 
-    if (slot->read && slot->err == SLOT_FLYING) {
-        slot->err = *error == EINVAL ? -ESTALE : *error ? -EIO : 0;
+    if (slot->err == SLOT_FLYING) {
+        if (*error == EINVAL)
+            slot->err = -ESTALE; /* a broken snapshot's answer, see source.h */
+        else
+            slot->err = *error || slot->next != slot->end ? -EIO : 0;
         TAILQ_REMOVE(&s->flying, slot, link);
         TAILQ_INSERT_TAIL(&s->landed, slot, link);
     }
@@ -90,12 +97,18 @@ static int on_landed(void *arg, int *error)
 }
 
 /*
- * libnbd has put the bytes where they belong. Requests say "in one chunk" (NBD_CMD_FLAG_DF), which pread_structured
- * alone can say: else QEMU asks for the block status of each request before it reads, to send holes, which our own
- * frozen map knows already.
+ * libnbd has put these bytes where they belong; it does not see to it that all come (1.14). A hole in the answer would
+ * hand on whatever the buffer held before, so they must come without one, in order as QEMU sends them.
+ *
+ * Requests say "in one chunk" (NBD_CMD_FLAG_DF), which pread_structured alone can say: else QEMU asks for the block
+ * status of each request before it reads, to send holes, which our own frozen map knows already.
  */
-static int on_chunk(void *user_data, const void *subbuf, size_t count, uint64_t offset, unsigned status, int *error)
+static int on_chunk(void *arg, const void *bytes, size_t count, uint64_t offset, unsigned status, int *error)
 {
+    struct slot *slot = arg;
+
+    if (status != LIBNBD_READ_ERROR && offset == slot->next)
+        slot->next += count;
     return 0;
 }
 
@@ -105,13 +118,15 @@ static void ask_piece(struct nbd_source *s, struct source_read *r)
     uint64_t offset = r->offset + r->issued;
     size_t length = MIN(r->length - r->issued, s->piece - (size_t)(offset & (s->piece - 1)));
     nbd_completion_callback done = {.callback = on_landed, .user_data = slot};
-    nbd_chunk_callback chunk = {.callback = on_chunk};
+    nbd_chunk_callback chunk = {.callback = on_chunk, .user_data = slot};
     char *buffer = (char *)r->buffer + r->issued;
     int error = EIO;
 
     TAILQ_REMOVE(&s->idle, slot, link);
     TAILQ_INSERT_TAIL(&s->flying, slot, link);
     slot->read = r;
+    slot->next = offset;
+    slot->end = offset + length;
     slot->err = SLOT_FLYING;
     slot->since_ms = upstream_now();
     r->npending++;
@@ -146,7 +161,6 @@ static struct source_read *settle_piece(struct nbd_source *s, struct slot_list *
 
     TAILQ_REMOVE(list, slot, link);
     TAILQ_INSERT_HEAD(&s->idle, slot, link);
-    slot->read = NULL;
     r->npending--;
     if (slot->err < 0 && r->err == 0) {
         r->err = slot->err;
@@ -157,6 +171,7 @@ static struct source_read *settle_piece(struct nbd_source *s, struct slot_list *
             read_list_append(&s->asked, r);
         }
     }
+    slot->err = SLOT_IDLE;
     return r;
 }
 
@@ -321,6 +336,7 @@ int source_nbd_open(uv_loop_t *loop, const struct source_nbd_config *config, sou
     TAILQ_INIT(&s->landed);
     for (size_t i = 0; i < ARRAY_SIZE(s->slots); i++) {
         s->slots[i].owner = s;
+        s->slots[i].err = SLOT_IDLE;
         TAILQ_INSERT_TAIL(&s->idle, &s->slots[i], link);
     }
     r = upstream_start(&s->upstream, loop, &upstream_ops, config, /* context= */ NULL);

@@ -27,7 +27,12 @@ struct source_nbd_config {
     unsigned timeout_ms; /* to connect, and for each reply; 0: 30000 */
 };
 
-/* cb comes exactly once with the source (owned by the receiver) or a failure. config is borrowed for the call. */
+/*
+ * cb comes exactly once with the source (owned by the receiver) or a failure. config is borrowed for the call (a path
+ * through a descriptor must go on standing where the server's backlog is full: then it is tried again). Negative, for
+ * all three functions here: -EINVAL (a path too long for a socket, a cluster that is no power of two), -ENOMEM.
+ * Failures worth telling apart: -ENOENT (no socket, no export, no context), -ECONNREFUSED, -ETIMEDOUT, -ECANCELED.
+ */
 typedef void (*source_nbd_open_cb)(void *arg, struct source *s, const struct failure *f);
 /* Cancel: *ret_open can be given to source_nbd_open_cancel() until cb has come; cb then comes, later, with -ECANCELED.
  */
@@ -39,7 +44,7 @@ void source_nbd_open_cancel(struct source_nbd_open *o);
 /*
  * Reads the whole map of one metadata context over a connection of its own (QEMU's server loses its place when one
  * context of several fails) and closes that connection before cb. The map covers the export's size exactly. A context
- * that the export does not have is -ENOENT.
+ * that the export does not have is -ENOENT, a disk too fragmented to keep a map of it (32 Mi runs) -EFBIG.
  */
 typedef void (*source_nbd_map_cb)(void *arg, struct map *map /* given */, const struct failure *f);
 struct source_nbd_map;

@@ -16,8 +16,8 @@
 struct source;
 struct source_read;
 
-/* err: 0, or negative errno (-ESTALE: the snapshot is lost: QEMU tells it by EINVAL, which is EACCES inside QEMU; -EIO: QEMU failed the read; -ECANCELED: the source is closing).
- * The struct may be reused or freed from within. */
+/* err: 0, or negative errno (-ESTALE: the snapshot is lost: QEMU tells it by EINVAL, which is EACCES inside QEMU; -EIO:
+ * QEMU failed the read; -ECANCELED: the source is closing). The struct may be reused or freed from within. */
 typedef void (*source_read_cb)(struct source_read *r, int err);
 
 struct source_read {

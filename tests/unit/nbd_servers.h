@@ -105,9 +105,14 @@ static inline void server_start(struct server *s, const char *command)
     s->listener = -1;
 }
 
-static inline void server_signal(struct server *s, int signal)
+/* From here on it answers nothing more. */
+static inline void server_stop(struct server *s)
 {
-    assert_int_equal(kill(s->pid, signal), 0);
+    int status;
+
+    assert_int_equal(kill(s->pid, SIGSTOP), 0);
+    assert_int_equal(waitpid(s->pid, &status, WUNTRACED), s->pid); /* all its threads have stopped */
+    assert_true(WIFSTOPPED(status));
 }
 
 static inline void server_kill(struct server *s)

@@ -12,10 +12,12 @@
 #define TICK_MS 5u
 
 /* Not a multiple of any cluster or request size. */
-#define DATA_SIZE ((size_t)(24 << 20) + 3 * 512)
+#define DATA_SIZE (((size_t)10 << 20) + (size_t)3 * 512)
 
 #define NREADS 250
 #define READ_MAX ((size_t)8 << 20)
+
+static unsigned char data[DATA_SIZE];
 
 static unsigned seed; /* replays a failure: QPULL_TEST_SEED=… */
 
@@ -29,7 +31,7 @@ static uint64_t random_below(uint64_t limit)
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
-    return state % limit;
+    return limit > 0 ? state % limit : 0;
 }
 
 /* One source, and what it told us. */
@@ -38,7 +40,7 @@ struct rig {
     uv_loop_t loop;
     uv_timer_t tick; /* UV_RUN_ONCE goes to wait for I/O even after a timer did what we wait for: not for long */
     struct server server;
-    unsigned char *data; /* owned: what the disk holds */
+    const unsigned char *data; /* borrowed: what the disk holds */
     struct source *source;
     bool inside;    /* a call of ours is in progress: no callback may come */
     unsigned nlost; /* on_lost calls */
@@ -110,7 +112,7 @@ static void nbd_open(struct rig *rig)
 
 static void nbd_stall(struct rig *rig)
 {
-    server_signal(&rig->server, SIGSTOP);
+    server_stop(&rig->server);
 }
 
 static void nbd_lose(struct rig *rig)
@@ -166,11 +168,10 @@ static int set_up(void **state)
 
     assert_non_null(rig);
     rig->kind = kind;
-    rig->data = malloc(DATA_SIZE);
+    rig->data = data;
     rig->reads = calloc(NREADS, sizeof(*rig->reads));
     rig->answers = calloc(NREADS, sizeof(*rig->answers));
-    assert_true(rig->data && rig->reads && rig->answers);
-    fill_pattern(rig->data, DATA_SIZE);
+    assert_true(rig->reads && rig->answers);
     loop_init(&rig->loop);
     assert_int_equal(uv_timer_init(&rig->loop, &rig->tick), 0);
     assert_int_equal(uv_timer_start(&rig->tick, on_tick, TICK_MS, TICK_MS), 0);
@@ -214,7 +215,6 @@ static int tear_down(void **state)
         free(rig->reads[i].buffer);
     free(rig->reads);
     free(rig->answers);
-    free(rig->data);
     free(rig);
     return 0;
 }
@@ -255,7 +255,7 @@ static int start_read(struct rig *rig, size_t i, uint64_t offset, size_t length)
     memset(r, 0xa5, sizeof(*r));
     r->offset = offset;
     r->length = length;
-    r->buffer = malloc(length);
+    r->buffer = malloc(length + 1); /* length 0 is tried, too */
     r->cb = on_read;
     r->arg = rig;
     assert_non_null(r->buffer);
@@ -393,7 +393,7 @@ static void a_source_is_lost_without_any_read(void **state)
 
 static void close_on_the_third(struct rig *rig, struct source_read *r, int err)
 {
-    if (rig->nanswered == 3)
+    if (rig->nanswered == 3 && rig->source)
         close_source(rig);
 }
 
@@ -408,12 +408,18 @@ static void a_read_callback_may_close_the_source(void **state)
     assert_int_equal(rig->nlost, 0);
 }
 
+static void close_on_the_third_failure(struct rig *rig, struct source_read *r, int err)
+{
+    assert_true(err == -EIO || err == -ECANCELED);
+    close_on_the_third(rig, r, err);
+}
+
 static void a_failed_read_callback_may_close_the_source(void **state)
 {
     struct rig *rig = open_rig(state);
 
     rig->kind->stall(rig);
-    rig->on_answer = close_on_the_third;
+    rig->on_answer = close_on_the_third_failure;
     start_random_reads(rig);
     loop_turn(&rig->loop, 10);
     rig->kind->lose(rig);
@@ -454,6 +460,27 @@ static void a_source_may_be_closed_without_a_callback(void **state)
     assert_each_answered_once(rig);
 }
 
+/* memory alone can be held. */
+static void hold_on_the_third(struct rig *rig, struct source_read *r, int err)
+{
+    if (rig->nanswered == 3)
+        source_memory_hold(rig->source, true);
+}
+
+static void a_held_source_answers_nothing_until_it_is_let_go(void **state)
+{
+    struct rig *rig = open_rig(state);
+
+    rig->on_answer = hold_on_the_third;
+    start_random_reads(rig);
+    loop_turn(&rig->loop, 20);
+    assert_int_equal(rig->nanswered, 3);
+    source_memory_hold(rig->source, false);
+    loop_until(&rig->loop, rig->nanswered == NREADS);
+    assert_each_answered_once(rig);
+    assert_int_equal(rig->nfailed, 0);
+}
+
 #define CONTRACT(kind, label)                                                                                          \
     CONTRACT_TEST(kind, label, random_reads_equal_the_data), CONTRACT_TEST(kind, label, reads_at_the_very_edges_work), \
         CONTRACT_TEST(kind, label, reads_past_the_end_are_refused),                                                    \
@@ -474,6 +501,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         CONTRACT(&memory_kind, "memory"),
+        CONTRACT_TEST(&memory_kind, "memory", a_held_source_answers_nothing_until_it_is_let_go),
         CONTRACT(&qemu_kind, "nbd, qemu-nbd"),
         CONTRACT(&daemon_kind, "nbd, qemu-storage-daemon"),
         CONTRACT(&narrow_kind, "nbd, qemu-nbd, narrow reads"),
@@ -483,5 +511,6 @@ int main(void)
 
     seed = replay ? (unsigned)strtoul(replay, NULL, 0) : (unsigned)time(NULL);
     (void)printf("QPULL_TEST_SEED=%u\n", seed);
+    fill_pattern(data, sizeof(data));
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
