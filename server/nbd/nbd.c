@@ -61,7 +61,7 @@ void nbd_free(struct nbd *n)
     free(n);
 }
 
-void nbd_set_tls(struct nbd *n, enum nbd_tls mode)
+void nbd_offer_tls(struct nbd *n, enum nbd_tls mode)
 {
     assert(n->state == STATE_NEW);
     assert(mode == NBD_TLS_OFF || n->ops->starttls);

@@ -113,7 +113,7 @@ struct nbd_ops {
     void (*hangup)(void *arg, enum nbd_end end, const struct failure *why);
     /*
      * The client's STARTTLS was acknowledged: what is sent from now on, and every byte that nbd_feed() has not taken,
-     * is TLS. Ends with nbd_tls_ready(), or nbd_fail(). May be NULL where nbd_set_tls() is not used.
+     * is TLS. Ends with nbd_tls_ready(), or nbd_fail(). May be NULL where nbd_offer_tls() is not used.
      */
     void (*starttls)(void *arg);
 };
@@ -127,7 +127,7 @@ enum nbd_tls {
 int nbd_new(const struct nbd_ops *ops, void *arg, struct nbd **ret_nbd); /* ops borrowed for life */
 void nbd_free(struct nbd *n);                                            /* NULL is fine; requests die with it */
 
-void nbd_set_tls(struct nbd *n, enum nbd_tls mode); /* before nbd_start(); NBD_TLS_OFF otherwise */
+void nbd_offer_tls(struct nbd *n, enum nbd_tls mode); /* before nbd_start(); NBD_TLS_OFF otherwise */
 
 void nbd_start(struct nbd *n); /* sends the greeting */
 

@@ -391,7 +391,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     f.form = (first >> FORM_SHIFT) & FORM_MASK;
     if (f.form == FORM_NONE) {
         f.later = first & LATER;
-        nbd_set_tls(f.nbd, MIN(first & TLS_MASK, NBD_TLS_REQUIRED));
+        nbd_offer_tls(f.nbd, MIN(first & TLS_MASK, NBD_TLS_REQUIRED));
         nbd_start(f.nbd);
     } else {
         struct fuzz quiet = f;

@@ -11,6 +11,7 @@
 
 /* Generous: valgrind on a loaded machine. A test that waits this long has failed. */
 #define LOOP_DEADLINE_MS 30000
+#define LOOP_TICK_MS 20
 
 void loop_init(uv_loop_t *loop);
 

@@ -296,7 +296,7 @@ static const struct nbd_ops peer_ops = {
 void peer_start(struct peer *p)
 {
     assert_int_equal(nbd_new(&peer_ops, p, &p->nbd), 0);
-    nbd_set_tls(p->nbd, p->tls);
+    nbd_offer_tls(p->nbd, p->tls);
     nbd_start(p->nbd);
 }
 
