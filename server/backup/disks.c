@@ -100,7 +100,7 @@ static struct json_object *find_named(struct json_object *named, const char *nod
 /* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
 static bool is_plain_filter(const char *driver)
 {
-    static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate"};
+    static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", "copy-before-write"};
 
     for (size_t i = 0; driver && i < ARRAY_SIZE(filters); i++) {
         if (strcmp(driver, filters[i]) == 0)
@@ -266,20 +266,15 @@ static char *name_of_qdev(const char *qdev)
     return strndup(id, strcspn(id, "/"));
 }
 
-static char *choose_name(const struct disk_list *l, const char *qdev, const char *drive, const char *node)
+/* For a device without an id: its drive's, else the node's, longer where somebody has that name already. */
+static char *choose_name(const struct disk_list *l, const char *drive, const char *node)
 {
-    char *name = name_of_qdev(qdev), *longer = NULL;
+    const char *name = drive && *drive ? drive : node;
+    char *longer = NULL;
 
-    if (!name && drive && *drive)
-        name = strdup(drive);
-    if (!name)
-        name = strdup(node);
-    if (!name || !disk_list_find(l, name))
-        return name;
-    if (asprintf(&longer, "%s-%s", name, node) < 0)
-        longer = NULL;
-    free(name);
-    return longer;
+    if (!disk_list_find(l, name))
+        return strdup(name);
+    return asprintf(&longer, "%s-%s", name, node) < 0 ? NULL : longer;
 }
 
 /* qcow2 v3 ("compat": "1.1") is the one format in QEMU that stores bitmaps. */
@@ -291,8 +286,7 @@ static bool keeps_bitmaps(struct json_object *named_node)
     return type && strcmp(type, "qcow2") == 0 && compat && strcmp(compat, "0.10") != 0;
 }
 
-static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph,
-                      struct disk_list *l, struct disk *d)
+static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph, struct disk *d)
 {
     struct json_object *inserted = qmp_get(entry, "inserted"), *top_node;
     const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
@@ -305,7 +299,7 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
         top_node = find_named(named, node);
     if (!top_node)
         return -EPROTO;
-    d->name = choose_name(l, qdev, qmp_get_string(entry, "device"), node);
+    d->name = name_of_qdev(qdev);
     d->qdev = strdup(qdev);
     d->qom_path = qdev_to_qom_path(qdev);
     d->node = strdup(node);
@@ -313,7 +307,7 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     d->format = strdup(qmp_get_string(top_node, "drv") ?: "unknown");
     d->size = (uint64_t)qmp_get_int(qmp_get(find_named(named, node), "image"), "virtual-size");
     d->tracked = keeps_bitmaps(top_node);
-    if (!d->name || !d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
+    if (!d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
         return -ENOMEM;
     return find_checkpoints(named, graph, d);
 }
@@ -365,6 +359,24 @@ static bool takes_part(struct json_object *entry)
            !qmp_get_bool(inserted, "ro");
 }
 
+/* Ids of devices come first: a drive that is called as another device's id does not take its name. */
+static int name_the_nameless(struct json_object *query_block, struct disk_list *l)
+{
+    size_t k = 0;
+
+    for (size_t i = 0; i < qmp_array_length(query_block); i++) {
+        struct json_object *entry = json_object_array_get_idx(query_block, i);
+        struct disk *d = &l->disks[k];
+
+        if (!takes_part(entry))
+            continue;
+        k++;
+        if (!d->name && !(d->name = choose_name(l, qmp_get_string(entry, "device"), d->node)))
+            return -ENOMEM;
+    }
+    return 0;
+}
+
 int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,
                     struct disk_list **ret_list, struct failure *f)
 {
@@ -381,12 +393,14 @@ int disk_list_parse(struct json_object *query_block, struct json_object *named_n
             continue;
         if (l->ndisks >= NAMES_MAX_DISKS)
             return failure_set(f, -E2BIG, "more than %d disks", NAMES_MAX_DISKS);
-        r = parse_disk(entry, named_nodes, graph, l, &l->disks[l->ndisks]);
+        r = parse_disk(entry, named_nodes, graph, &l->disks[l->ndisks]);
         l->ndisks++;
         if (r < 0)
             return failure_set(f, r, "QEMU's answer about device '%s' is not understood: its node is in no list",
                                qmp_get_string(entry, "qdev"));
     }
+    if (name_the_nameless(query_block, l) < 0)
+        return failure_set(f, -ENOMEM, "out of memory");
     *ret_list = TAKE_PTR(l);
     return 0;
 }

@@ -109,7 +109,10 @@ static void on_kept(struct calls *c, const struct failure *f)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         if (s->disks[i].keep && !s->disks[i].keepable)
-            drop(s, &s->disks[i], f ? f->text : "QEMU did not make it");
+            drop(s, &s->disks[i],
+                 !f                     ? "QEMU did not make it"
+                 : f->err == -EREMOTEIO ? f->text
+                                        : "QEMU's answer was lost (it may exist, whole, all the same)");
     }
     seq_done(&s->rig.seq, NULL); /* what failed is in problems, by disk */
 }

@@ -86,11 +86,12 @@ int step_read_maps(struct seq *q, struct failure *f)
                 continue;
             (void)snprintf(upstream, sizeof(upstream), DIRTY_CONTEXT "%s", names_make(name, s->rig.id, NAMES_SINCE, k));
             if (asprintf(&context, DIRTY_CONTEXT "%s", s->since[k]) < 0)
-                return -ENOMEM;
-            start_map(s, i, context, upstream);
+                (void)failure_set(&s->step_failure, -ENOMEM, "out of memory");
+            else
+                start_map(s, i, context, upstream);
         }
     }
-    return s->npending ? 0 : failure_copy(f, &s->step_failure);
+    return session_begun(s, f);
 }
 
 /* -- records that upper layers have not ---------------------------------------------------------------------------- */

@@ -63,6 +63,30 @@ bool names_parse(const char *name, char id[NAMES_ID_SIZE], enum names_kind *ret_
     return false;
 }
 
+/* QEMU's JSON parser refuses anything else, and then answers without saying whom (RFC 3629: shortest form, no
+ * surrogates). */
+static bool is_utf8(const char *text)
+{
+    const unsigned char *p = (const unsigned char *)text;
+
+    while (*p) {
+        unsigned n = *p < 0x80                 ? 0
+                     : *p >= 0xc2 && *p < 0xe0 ? 1
+                     : *p >= 0xe0 && *p < 0xf0 ? 2
+                     : *p >= 0xf0 && *p < 0xf5 ? 3
+                                               : 4;
+
+        if (n == 4 || (*p == 0xe0 && p[1] < 0xa0) || (*p == 0xed && p[1] > 0x9f) || (*p == 0xf0 && p[1] < 0x90) ||
+            (*p == 0xf4 && p[1] > 0x8f))
+            return false;
+        for (p++; n; n--, p++) {
+            if ((*p & 0xc0) != 0x80)
+                return false;
+        }
+    }
+    return true;
+}
+
 int name_check(const char *name, struct failure *f)
 {
     size_t len = strlen(name);
@@ -79,6 +103,8 @@ int name_check(const char *name, struct failure *f)
             return failure_set(f, -EINVAL,
                                "a checkpoint's name has no '/', '@' or control characters (byte %zu is 0x%02x)", i, c);
     }
+    if (!is_utf8(name))
+        return failure_set(f, -EINVAL, "a checkpoint's name must be UTF-8");
     if (names_is_ours(name))
         return failure_set(f, -EINVAL, "names that begin with '" NAMES_PREFIX "' are kept for temporary objects");
     return 0;

@@ -27,6 +27,16 @@ void session_one_done(struct session *s, const struct failure *f)
     }
 }
 
+int session_begun(struct session *s, struct failure *f)
+{
+    int r = failure_copy(f, &s->step_failure);
+
+    if (s->npending)
+        return 0; /* those that began tell the failure of the others, too */
+    memset(&s->step_failure, 0, sizeof(s->step_failure));
+    return r < 0 ? r : SEQ_DONE;
+}
+
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map)
 {
     struct session_disk *d = &s->disks[disk];
@@ -484,7 +494,7 @@ static int sources_up(struct seq *q, struct failure *f)
         else
             s->npending++;
     }
-    return s->npending ? 0 : failure_copy(f, &s->step_failure);
+    return session_begun(s, f);
 }
 
 /* -- the table ----------------------------------------------------------------------------------------------------- */

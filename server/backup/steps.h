@@ -93,6 +93,8 @@ const struct checkpoint *session_usable_since(const struct session *s, unsigned 
 bool session_needs_allocation(const struct session *s, unsigned disk);
 /* A step's waits on sources and maps: one ends. */
 void session_one_done(struct session *s, const struct failure *f);
+/* All that a step wanted to start was started, or has left its failure: what the step function returns. */
+int session_begun(struct session *s, struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
 
 /* maps.c */

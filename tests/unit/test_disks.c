@@ -40,7 +40,8 @@ static struct disk_list *parse(const char *situation)
     struct failure f = {0};
 
     assert_non_null(c);
-    if (disk_list_parse(qmp_get(c, "query-block"), qmp_get(c, "query-named-block-nodes"), qmp_get(c, "x-debug-query-block-graph"), &l, &f) < 0)
+    if (disk_list_parse(qmp_get(c, "query-block"), qmp_get(c, "query-named-block-nodes"),
+                        qmp_get(c, "x-debug-query-block-graph"), &l, &f) < 0)
         fail_msg("%s: %s", situation, f.text);
     assert_non_null(l);
     return l;
@@ -58,7 +59,8 @@ static void expect_checkpoint(const struct disk *d, const char *name, enum reaso
         strcat(text, c->layers[i].node);
     }
     if (c->reason != reason || strcmp(text, layers) != 0)
-        fail_msg("checkpoint '%s' is %s on '%s', and not %s on '%s'", name, reason_name(c->reason), text, reason_name(reason), layers);
+        fail_msg("checkpoint '%s' is %s on '%s', and not %s on '%s'", name, reason_name(c->reason), text,
+                 reason_name(reason), layers);
 }
 
 static void a_disk_is_described_as_it_is(void **state)
@@ -323,8 +325,8 @@ static void the_first_disks_are_kept(void **state)
 
 static int parse_text(const char *query_block, const char *named, const char *graph, struct disk_list **ret_list)
 {
-    struct json_object *a = query_block ? json_tokener_parse(query_block) : NULL, *b = named ? json_tokener_parse(named) : NULL,
-                       *c = graph ? json_tokener_parse(graph) : NULL;
+    struct json_object *a = query_block ? json_tokener_parse(query_block) : NULL,
+                       *b = named ? json_tokener_parse(named) : NULL, *c = graph ? json_tokener_parse(graph) : NULL;
     struct failure f = {0};
     int r = disk_list_parse(a, b, c, ret_list, &f);
 
@@ -347,7 +349,8 @@ static void answers_that_make_no_sense_are_refused(void **state)
         assert_null(l);
     }
     /* A node of ours with nothing below it, and one that is its own child. */
-    assert_int_equal(parse_text(DEVICE("qpull-x"), "[{'node-name':'qpull-x','drv':'raw'}]", "{'nodes':[],'edges':[]}", &l), -EPROTO);
+    assert_int_equal(
+        parse_text(DEVICE("qpull-x"), "[{'node-name':'qpull-x','drv':'raw'}]", "{'nodes':[],'edges':[]}", &l), -EPROTO);
     assert_int_equal(parse_text(DEVICE("qpull-x"), "[{'node-name':'qpull-x','drv':'raw'}]",
                                 "{'nodes':[{'name':'qpull-x','type':'block-driver','id':1}],"
                                 "'edges':[{'name':'file','parent':1,'child':1}]}",
@@ -358,7 +361,13 @@ static void answers_that_make_no_sense_are_refused(void **state)
 
 static void answers_without_disks_are_an_empty_list(void **state)
 {
-    static const char *const answers[] = {NULL, "[]", "{}", "[{}]", "[null]", "[{'qdev':'vda'}]", "[{'qdev':'vda','inserted':{}}]",
+    static const char *const answers[] = {NULL,
+                                          "[]",
+                                          "{}",
+                                          "[{}]",
+                                          "[null]",
+                                          "[{'qdev':'vda'}]",
+                                          "[{'qdev':'vda','inserted':{}}]",
                                           "[{'inserted':{'node-name':'d0','ro':false}}]"};
 
     for (size_t i = 0; i < ARRAY_SIZE(answers); i++) {
@@ -374,12 +383,14 @@ static void a_graph_in_circles_ends(void **state)
 {
     struct disk_list *l = NULL;
 
-    assert_int_equal(parse_text(DEVICE("d0"),
-                                "[{'node-name':'d0','drv':'qcow2','dirty-bitmaps':[{'name':'mon','persistent':true,'recording':true}]}]",
-                                "{'nodes':[{'name':'d0','type':'block-driver','id':1}],"
-                                "'edges':[{'name':'backing','parent':1,'child':1}]}",
-                                &l),
-                     0);
+    assert_int_equal(
+        parse_text(
+            DEVICE("d0"),
+            "[{'node-name':'d0','drv':'qcow2','dirty-bitmaps':[{'name':'mon','persistent':true,'recording':true}]}]",
+            "{'nodes':[{'name':'d0','type':'block-driver','id':1}],"
+            "'edges':[{'name':'backing','parent':1,'child':1}]}",
+            &l),
+        0);
     assert_int_equal(l->ndisks, 1);
     assert_int_equal(l->disks[0].ncheckpoints, 1);
     disk_list_free(l);

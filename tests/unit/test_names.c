@@ -55,9 +55,9 @@ static void what_is_not_ours_to_the_letter_is_not_taken_apart(void **state)
         " qpull-0123abcd-cbw0",
         "qpull-0123abcd",
         "qpull-0123abcd-",
-        "qpull-0123abcd-cbw",       /* no number */
+        "qpull-0123abcd-cbw", /* no number */
         "qpull-0123abcd-cbw-1",
-        "qpull-0123abcd-cbw0000",   /* we number up to 999 */
+        "qpull-0123abcd-cbw0000", /* we number up to 999 */
         "qpull-0123abcd-cbw0 ",
         "qpull-0123abcd-cbw0x",
         "qpull-0123abcd-cbwx0",
@@ -112,7 +112,8 @@ static void expect_refused(const char *name, const char *sentence_has)
 
 static void checkpoints_have_names_that_people_choose(void **state)
 {
-    static const char *const good[] = {"a", "monday", "2026-11-20 22:15", "daily.7", "über-Größe", "日本", "qpull", "Qpull-x", "x:y", "#1"};
+    static const char *const good[] = {"a",    "monday", "2026-11-20 22:15", "daily.7", "über-Größe",
+                                       "日本", "qpull",  "Qpull-x",          "x:y",     "#1"};
 
     for (size_t i = 0; i < ARRAY_SIZE(good); i++) {
         struct failure f = {0};
@@ -130,6 +131,11 @@ static void checkpoints_have_no_names_that_cannot_be_said_in_an_export_name(void
     expect_refused("a@b", "0x40");
     expect_refused("a\nb", "0x0a");
     expect_refused("\x01", "0x01");
+    expect_refused("\xff", "UTF-8");
+    expect_refused("a\xc3", "UTF-8");             /* cut short */
+    expect_refused("\xc0\xaf", "UTF-8");          /* '/' in too many bytes */
+    expect_refused("\xed\xa0\x80", "UTF-8");      /* half of a surrogate pair */
+    expect_refused("\xf4\x90\x80\x80", "UTF-8"); /* past the last code point */
     expect_refused("a\x7f", "0x7f");
     expect_refused("qpull-a", "temporary");
     expect_refused("qpull-", "temporary");
