@@ -153,6 +153,7 @@ int main(int argc, char **argv)
 
     log_init(LOG_LEVEL_INFO);
     (void)signal(SIGPIPE, SIG_IGN); /* a client that leaves is told by write(2) */
+    (void)signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of that file, not the end of the daemon */
     if (config_parse(argc, argv, &config, &why) < 0) {
         (void)fprintf(stderr, "qpulld: %s\n", why.text);
         return EXIT_USAGE;

@@ -204,8 +204,10 @@ static void on_ready(void *arg, struct json_object *greeting)
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
     vm->tested = false;
-    if (!vm->session)
+    if (!vm->session && vm->state <= VM_LOST)
         vm_sweep(vm);
+    else
+        vm->sweep_wanted = true; /* what still walks on the old connection ends first */
 }
 
 static void on_lost(void *arg, const struct failure *why)
@@ -231,12 +233,17 @@ static void on_lost(void *arg, const struct failure *why)
     }
 }
 
+/* A sweep or a self-test has ended, perhaps with a connection that came after the one it began with. */
 static void settle(struct vm *vm)
 {
     vm->state = qmp_client_is_ready(vm->qmp) ? VM_READY : VM_LOST;
     if (vm->state == VM_LOST) {
         refuse_questions(vm, &vm->lost);
         vm_refuse_waiting(vm, &vm->lost);
+    } else if (vm->sweep_wanted && !vm->stopping) {
+        vm->tested = false;
+        vm_sweep(vm);
+        return;
     }
     vm_pump(vm);
     vm_stop_if_idle(vm);
