@@ -85,7 +85,8 @@ static inline void server_child(struct server *s, const char *command)
         _exit(127);
     /* Servers complain about us all the time here: that is for people who look for a mistake. */
     if (!getenv("QPULL_TEST_VERBOSE"))
-        (void)freopen("/dev/null", "w", stderr);
+        if (!freopen("/dev/null", "w", stderr))
+            _exit(127);
     if (s->listener == LISTEN_FD)
         (void)fcntl(LISTEN_FD, F_SETFD, 0);
     (void)execl("/bin/sh", "sh", "-c", command, (char *)NULL);
