@@ -186,7 +186,7 @@ class Tour:
 
 def qpull_has(command):
     done = subprocess.run([f'{harness.bin_dir()}/qpull', '--help'], stdout=subprocess.PIPE, text=True, check=False)
-    return command in done.stdout
+    return f'\n  {command} ' in done.stdout  # as a command of its own line, not as a word of a sentence
 
 
 def interrupted(number, frame):
