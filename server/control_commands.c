@@ -137,21 +137,6 @@ static void query_disks(struct control_call *call, struct json_object *args)
     ask_start(call, args, on_disks);
 }
 
-static struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c)
-{
-    struct json_object *o = json_object_new_object();
-
-    json_object_object_add(o, "name", json_object_new_string(c->name));
-    json_object_object_add(o, "disk", json_object_new_string(d->name));
-    json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
-    json_object_object_add(o, "reason", json_object_new_string(reason_name(c->reason)));
-    json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
-    json_object_object_add(o, "granularity", json_object_new_uint64(c->granularity));
-    json_object_object_add(o, "dirty-bytes", json_object_new_uint64(c->dirty));
-    json_object_object_add(o, "layers", json_object_new_uint64(c->nlayers));
-    return o;
-}
-
 static void on_checkpoints(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
 {
     struct ask *a = container_of(q, struct ask, query);

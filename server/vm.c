@@ -492,16 +492,18 @@ struct json_object *vm_to_json(struct vm *vm)
     return o;
 }
 
-static struct json_object *checkpoint_to_json(const struct checkpoint *c)
+struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c)
 {
-    struct json_object *o = qmp_args_strings("name", c->name, "reason", reason_name(c->reason), NULL);
+    struct json_object *o = json_object_new_object();
 
-    (void)json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
-    if (c->reason != REASON_NONE)
-        (void)json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
-    (void)json_object_object_add(o, "granularity", json_object_new_int64((int64_t)c->granularity));
-    (void)json_object_object_add(o, "dirty-bytes", json_object_new_int64((int64_t)c->dirty));
-    (void)json_object_object_add(o, "layers", json_object_new_int64((int64_t)c->nlayers));
+    json_object_object_add(o, "name", json_object_new_string(c->name));
+    json_object_object_add(o, "disk", json_object_new_string(d->name));
+    json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
+    json_object_object_add(o, "reason", json_object_new_string(reason_name(c->reason)));
+    json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
+    json_object_object_add(o, "granularity", json_object_new_uint64(c->granularity));
+    json_object_object_add(o, "dirty-bytes", json_object_new_uint64(c->dirty));
+    json_object_object_add(o, "layers", json_object_new_uint64(c->nlayers));
     return o;
 }
 
@@ -518,7 +520,7 @@ struct json_object *disk_list_to_json(const struct disk_list *disks, const char 
         (void)json_object_object_add(o, "size", json_object_new_int64((int64_t)d->size));
         (void)json_object_object_add(o, "tracked", json_object_new_boolean(d->tracked));
         for (size_t k = 0; k < d->ncheckpoints; k++)
-            (void)json_object_array_add(checkpoints, checkpoint_to_json(&d->checkpoints[k]));
+            (void)json_object_array_add(checkpoints, checkpoint_to_json(d, &d->checkpoints[k]));
         (void)json_object_object_add(o, "checkpoints", checkpoints);
         (void)json_object_array_add(list, o);
     }

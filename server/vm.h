@@ -114,6 +114,7 @@ struct json_object *
 vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null} */
 struct json_object *vm_session_to_json(struct vm *vm); /* NULL: no session. {"id", "vm", "status", "step", "checkpoint",
                                                           "identity", "frozen-at", "disks": [...], …} */
+struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c);
 struct json_object *disk_list_to_json(const struct disk_list *disks, const char *vm);
 
 #endif
