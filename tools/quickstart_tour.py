@@ -152,17 +152,6 @@ class Tour:
         self.wait_end()
         self.qpull('checkpoint', 'list', VM)
 
-    def with_qpull(self):
-        """The same by the tool that keeps chains of backups in a folder."""
-        place = f'{self.folder}/chain'
-        self.say('The same with qpull backup, which keeps a chain of backups in a folder')
-        self.qpull('backup', VM, '--to', place, '--full')
-        self.wait_end()
-        self.qpull('backup', VM, '--to', place)
-        self.wait_end()
-        self.shell('qpull', 'list', place)
-        self.shell('qpull', 'verify', place)
-
     def goodbye(self):
         self.say('Stopping qpulld and looking for traces of it in the guest\'s QEMU')
         for checkpoint in ('full', 'inc1'):
@@ -184,11 +173,6 @@ class Tour:
         self.guest.poweroff()
 
 
-def qpull_has(command):
-    done = subprocess.run([f'{harness.bin_dir()}/qpull', '--help'], stdout=subprocess.PIPE, text=True, check=False)
-    return f'\n  {command} ' in done.stdout  # as a command of its own line, not as a word of a sentence
-
-
 def interrupted(number, frame):
     raise KeyboardInterrupt
 
@@ -203,8 +187,6 @@ def main():
         tour.serve()
         tour.full()
         tour.incremental()
-        if qpull_has('backup'):
-            tour.with_qpull()
         tour.goodbye()
         print(f'\nDone in {time.monotonic() - tour.start:.0f} s. README.md tells what to do with a guest of your own.')
         return 0
