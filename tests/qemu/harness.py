@@ -34,6 +34,8 @@ SANITIZER_WORDS = re.compile(r'(Address|Leak|Thread|UndefinedBehavior)Sanitizer|
 MAX_SOCKET_PATH = 80  # of sockaddr_un's 107, with room for a name
 BUSES = {'virtio-blk': ('virtio_blk',), 'virtio-scsi': ('virtio_scsi', 'sd_mod'), 'nvme': ('nvme',)}
 
+POLLED = re.compile(r'debug: control client \d+: (qmp_capabilities|query-vms)$')  # lines that only wait_idle made
+
 seed = int(os.environ.get('QPULL_TEST_SEED') or random.SystemRandom().randrange(1 << 32))
 rng = random.Random(seed)
 _children = []
@@ -415,8 +417,8 @@ class Bare(Guest):
 
 def _tail(path, length=6000):
     try:
-        with open(path, 'rb') as f:
-            return f.read()[-length:].decode(errors='replace')
+        with open(path, encoding='utf-8', errors='replace') as f:
+            return ''.join(line for line in f if not POLLED.search(line))[-length:]
     except FileNotFoundError:
         return ''
 
@@ -503,9 +505,14 @@ class Qpulld:
     def wait_idle(self, timeout=30, name='vm'):
         """No session is left of that VM, and it is ready for the next."""
         def idle():
+            nonlocal vm
             vm = self.vm(name)
             return vm['session'] is None and vm['state'] == 'ready'
-        wait_until(idle, timeout, 'the end of the session', every=0.05)
+        vm = None
+        try:
+            wait_until(idle, timeout, 'the end of the session', every=0.05)
+        except TimeoutError as e:
+            raise TimeoutError(f'{e}; the daemon says {vm}') from None
 
     def stop(self, timeout=60):
         """SIGTERM; the daemon must tear down, end with status 0, leave no file and have nothing to hide."""

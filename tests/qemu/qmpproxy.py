@@ -17,13 +17,13 @@ class QmpProxy:
     at(n, before=…) or at(n, after=…) arms it: `before` is called when command number n (from 0) has come but QEMU
     does not have it yet, `after` when QEMU has answered it but the client does not know. Only commands that a client
     sends after at() count. A command that `before` returns False for is never sent, the client's connection is closed
-    instead; likewise an answer that `after` returns False for."""
+    instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called."""
 
     def __init__(self, folder, guest, name='proxy'):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
         self.commands = []  # names, since at()
         self.number, self.before, self.after = None, None, None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.qmp_path)
         self.listener.listen(8)
@@ -91,15 +91,14 @@ class QmpProxy:
         with self.lock:
             mine = self.number is not None and len(self.commands) == self.number
             self.commands.append(message.get('execute'))
-            before, after = (self.before, self.after) if mine else (None, None)
-        if before and before() is False:
-            return False
-        qemu.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
-        if not after:
-            return True
-        answer = self._answer(qemu, message.get('id'))
-        if after() is False:
-            return False
+            if mine and self.before and self.before() is False:
+                return False
+            qemu.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
+            if not mine or not self.after:
+                return True
+            answer = self._answer(qemu, message.get('id'))
+            if self.after() is False:
+                return False
         client.sendall(answer)
         return True
 

@@ -100,8 +100,8 @@ class Killed(harness.Case):
                 except AssertionError:  # dead already
                     pass
                 again.wait(0.5)
-                daemon.kill()
                 self.proxy.off()
+                daemon.kill()
             daemon.start()
             daemon.wait_idle()
             state = self.leftovers(daemon)
