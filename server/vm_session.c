@@ -204,6 +204,7 @@ static void on_down(void *arg, const struct failure *problems)
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
     json_object_put(vm->last);
     vm->last = last;
+    vm_notes_of_session(vm);
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) && !vm->stopping)

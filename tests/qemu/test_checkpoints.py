@@ -201,13 +201,15 @@ class Checkpoints(harness.Case):
         guest.start()
         daemon.wait_idle()
         # The one never stored is gone with QEMU; of the other nobody knows what happened since.
-        self.assertEqual(self.checkpoints(daemon), [('old', 'vda', 'INCONSISTENT')])
+        self.assertEqual(self.checkpoints(daemon),
+                         [('old', 'vda', 'INCONSISTENT'), ('young', 'vda', 'NO_SUCH_CHECKPOINT')])
         self.assertEqual(self.offered(daemon), [])
         self.assertRegex(rawnbd.refusal(daemon.socket, 'vm/vda@old'), 'exists already')
         data = nbdpull.pull(daemon.uri('vm/vda@new'))
         self.assertModel(guest.disks['vda'].model, data, 'a full beside the husk')
         daemon.wait_idle()
         self.assertEqual(daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'old'}), {'records': 1})
+        self.assertEqual(daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'young'}), {'records': 0})
         self.assertEqual(self.checkpoints(daemon), [('new', 'vda', 'NONE')])
         guest.quit()
         self.assertNotIn('old', harness.run(['qemu-img', 'info', guest.disks['vda'].path]).stdout)
