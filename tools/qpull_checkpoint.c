@@ -237,13 +237,13 @@ enum exit_status run_checkpoint_can_increment(const struct args *args)
         bool incremental = verdict && strcmp(verdict, "incremental") == 0;
 
         all &= incremental;
-        table_add(&t, "%s", answer_text(v, "disk"));
-        table_add(&t, "%s", verdict);
+        table_add(&t, "%s", answer_text(v, "disk") ? answer_text(v, "disk") : "-");
+        table_add(&t, "%s", verdict ? verdict : "-");
         table_add(&t, "%s", incremental ? size_text(text, answer_number(v, "dirty-bytes")) : "-");
         if (incremental)
             table_add(&t, "-");
         else
-            table_add(&t, "%s: %s", answer_text(v, "reason"), why);
+            table_add(&t, "%s: %s", answer_text(v, "reason") ? answer_text(v, "reason") : "?", why ? why : "?");
     }
     if (status == EXIT_DONE && (args->given & OPTION_JSON))
         print_json(verdicts);
