@@ -113,8 +113,11 @@ static void create(struct control_call *call, struct json_object *args)
         return;
     what.disks = disks;
     r = disks ? vm_create_start(c->vm, &c->op, &what) : -ENOMEM;
+    if (r == -ENOENT)
+        (void)failure_set(&f, r, "VM '%s' has no note of a checkpoint '%s' that could be the parent", vm_name(c->vm),
+                          what.parent);
     if (r < 0)
-        change_refused(call, r, NULL);
+        change_refused(call, r, &f);
 }
 
 static const char *const whats[] = {[VM_DELETE_ITSELF] = "itself",

@@ -71,7 +71,7 @@ struct vm_create {
     const char *const *disks;         /* none: all that can */
     size_t ndisks;
 };
-/* All records begin at one instant. */
+/* All records begin at one instant. -ENOENT: the parent has no note. */
 int vm_create_start(struct vm *vm, struct vm_change *change, const struct vm_create *what);
 
 enum vm_delete {

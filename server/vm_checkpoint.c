@@ -400,9 +400,11 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
 
 int vm_create_start(struct vm *vm, struct vm_change *change, const struct vm_create *what)
 {
-    struct work *w = work_new(vm, change, what->checkpoint, what->disks, what->ndisks);
+    struct work *w;
 
-    if (!w)
+    if (what->parent && *what->parent && !notes_find(vm->notes, what->parent))
+        return -ENOENT;
+    if (!(w = work_new(vm, change, what->checkpoint, what->disks, what->ndisks)))
         return -ENOMEM;
     w->description = what->description ? strdup(what->description) : NULL;
     w->parent = what->parent ? strdup(what->parent) : NULL;

@@ -217,6 +217,32 @@ class Notes(harness.Case):
         self.create(daemon, 'mon')
         self.assertEqual({n for n, e in self.list(daemon).items() if e[1]}, {'mon', 'tue'})
 
+    def test_arguments_of_a_wrong_kind_are_refused_in_words(self):
+        daemon = self.qpulld(self.vm, linger=0)
+        for command, arguments, words in (
+                ('checkpoint-create', {'name': 'a', 'disk': 7}, "'disk', expected: array of strings"),
+                ('checkpoint-create', {'name': 'a', 'disk': ['vda', 7]}, "'disk', expected: array of strings"),
+                ('checkpoint-create', {'name': 7}, "'name', expected: string"),
+                ('checkpoint-create', {'name': 'a', 'colour': 'red'}, "'colour' is unexpected"),
+                ('checkpoint-create', {}, "'name' is missing"),
+                ('checkpoint-create', {'name': 'a', 'disk': ['vdr']}, 'NOT_TRACKED'),
+                ('checkpoint-create', {'name': 'a', 'disk': ['nowhere']}, "no disk 'nowhere'"),
+                ('checkpoint-create', {'name': 'qpull-a'}, 'temporary objects'),
+                ('checkpoint-import', {'document': 'text'}, "'document', expected: object"),
+                ('checkpoint-import', {'document': {}}, '"format" is missing'),
+                ('checkpoint-create', {'name': 'a', 'parent': 'nobody'}, "no note of a checkpoint 'nobody'"),
+                ('checkpoint-adopt', {'name': 'a', 'created-ms': 'now'}, "'created-ms', expected: integer"),
+                ('checkpoint-adopt', {'parent': 'a'}, 'say its name'),
+                ('checkpoint-delete', {'name': 'a', 'what': 'note', 'disk': 'vda'}, 'about all disks'),
+                ('checkpoint-rename-vm', {'from': 'vm'}, "one of qpulld's")):
+            with self.subTest(command=command, arguments=arguments):
+                with self.assertRaisesRegex(harness.QmpError, words):
+                    daemon.ask(command, {'vm': 'vm', **arguments})
+        self.assertEqual(self.list(daemon), {})
+        warned = self.create(daemon, 'a', description='x' * 5000)  # the records are made; the note has no place
+        self.assertRegex(warned['warning'], 'description has 5000 bytes')
+        self.assertEqual(self.list(daemon)['a'][1], False)
+
     def test_a_dry_run_gives_a_verdict_for_each_disk(self):
         daemon = self.qpulld(self.vm, linger=0)
         self.create(daemon, 'mon', disk=['vda'])
