@@ -54,6 +54,9 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .scratch_dir = s->config->scratch,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
+        .images = from->images,
+        .nimages = from->nimages,
+        .storage_daemon = s->config->storage_daemon,
     };
     int r;
 

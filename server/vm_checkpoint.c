@@ -10,6 +10,7 @@
 #include <errno.h>
 
 struct work {
+    struct vm_write write;
     struct vm_query query;
     struct calls calls;
     struct vm_change *change; /* NULL: forgotten */
@@ -17,6 +18,7 @@ struct work {
     char **disks;             /* owned; none: all */
     size_t ndisks;
     unsigned ndone;
+    struct failure failure;
 };
 
 static void work_free(struct work *w)
@@ -28,7 +30,7 @@ static void work_free(struct work *w)
     free(w);
 }
 
-static void work_end(struct work *w, const struct failure *f)
+static void work_told(struct work *w, const struct failure *f)
 {
     struct vm_change *change = w->change;
     unsigned ndone = w->ndone;
@@ -38,6 +40,28 @@ static void work_end(struct work *w, const struct failure *f)
         change->cb(change, ndone, f);
     }
     work_free(w);
+}
+
+static void on_written(struct vm_write *write, const struct failure *f)
+{
+    struct work *w = container_of(write, struct work, write);
+
+    if (f)
+        (void)failure_copy(&w->failure, f);
+    work_told(w, w->failure.err ? &w->failure : NULL);
+}
+
+static void work_end(struct work *w, const struct failure *f)
+{
+    int r;
+
+    if (f)
+        (void)failure_copy(&w->failure, f);
+    r = vm_write_end(&w->write, on_written);
+    if (r < 0)
+        (void)failure_set(&w->failure, r, "the change could not be stored: %s", strerror(-r));
+    if (r != 0)
+        work_told(w, w->failure.err ? &w->failure : NULL);
 }
 
 static int on_one_done(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -92,9 +116,8 @@ static int start(struct vm *vm, struct vm_change *change, const char *name, cons
         if (!(w->disks[w->ndisks] = strdup(disks[w->ndisks])))
             break;
     }
-    calls_init(&w->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
     if (w->name && w->disks && w->ndisks == ndisks)
-        r = vm_query_start(vm, &w->query, on_disks, w);
+        r = vm_write_start(vm, &w->write, &w->query, &w->calls, (const char *const *)w->disks, w->ndisks, on_disks);
     if (r < 0) {
         work_free(w);
         return r;
