@@ -2,6 +2,7 @@
 #include "qmp/commands.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static void put(struct json_object *o, const char *key, struct json_object *value)
 {
@@ -73,6 +74,30 @@ struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_i
     return o;
 }
 
+struct json_object *qmp_args_blockdev_add_image(const char *node, const char *driver, const char *protocol,
+                                                const char *path)
+{
+    struct json_object *o = new_node(driver, node, NULL), *file = new_args("driver", protocol);
+
+    put_string(file, "filename", path);
+    /*
+     * A raw node, exported for reading, lets others write to its file (all versions): a guest could start under our
+     * pull. The formats with metadata of their own do not. blkdebug is QEMU's one filter that takes a wish for this.
+     */
+    if (strcmp(driver, "raw") == 0) {
+        struct json_object *guard = new_args("driver", "blkdebug"), *unshared = json_object_new_array();
+
+        (void)json_object_array_add(unshared, json_object_new_string("write"));
+        (void)json_object_array_add(unshared, json_object_new_string("resize"));
+        put(guard, "unshare-child-perms", unshared);
+        put(guard, "image", file);
+        file = guard;
+    }
+    put(o, "file", file);
+    put(o, "read-only", json_object_new_boolean(true));
+    return o;
+}
+
 struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
                                               unsigned timeout_s)
 {
@@ -110,6 +135,20 @@ struct json_object *qmp_args_reopen(void)
 void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file)
 {
     (void)json_object_array_add(qmp_get(args, "options"), qmp_args_blockdev_add_raw(node, file));
+}
+
+struct json_object *qmp_args_reopen_image(const char *node, const char *driver, bool writable)
+{
+    struct json_object *args = qmp_args_reopen(), *o = new_node(driver, node, NULL);
+
+    put(o, "read-only", json_object_new_boolean(!writable));
+    (void)json_object_array_add(qmp_get(args, "options"), o);
+    return args;
+}
+
+void qmp_args_reopen_child(struct json_object *args, const char *role, const char *child)
+{
+    put_string(json_object_array_get_idx(qmp_get(args, "options"), 0), role, child);
 }
 
 struct json_object *qmp_args_qom_set_drive(const char *path, const char *node)

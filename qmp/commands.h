@@ -24,6 +24,9 @@ struct json_object *qmp_args_add_fd(const char *opaque);
 struct json_object *qmp_args_remove_fd(int64_t fdset_id);
 
 struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id);
+/* An image for reading that nobody else may write to meanwhile; protocol: "file" or "host_device". */
+struct json_object *qmp_args_blockdev_add_image(const char *node, const char *driver, const char *protocol,
+                                                const char *path);
 struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
                                               unsigned timeout_s);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
@@ -31,6 +34,9 @@ struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, cons
 /* {"options": []}; entries are added by qmp_args_reopen_raw(). */
 struct json_object *qmp_args_reopen(void);
 void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file);
+/* One image, made writable or read-only; its children must be said again, each by qmp_args_reopen_child(). */
+struct json_object *qmp_args_reopen_image(const char *node, const char *driver, bool writable);
+void qmp_args_reopen_child(struct json_object *args, const char *role, const char *child);
 struct json_object *qmp_args_qom_set_drive(const char *path, const char *node);
 
 /* {"actions": []}; entries are added by the qmp_action_* functions below. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "config.h"
+#include "config_internal.h"
 
 #include <assert.h>
 #include <ctype.h>
@@ -26,7 +26,7 @@ static int set_string(char **to, const char *value, struct failure *f)
     return 0;
 }
 
-static int set_path(char **to, const char *value, struct failure *f)
+int config_set_path(char **to, const char *value, struct failure *f)
 {
     if (!*value)
         return failure_set(f, -EINVAL, "the path is empty");
@@ -87,133 +87,6 @@ static int set_bool(bool *to, const char *value, struct failure *f)
         }
     }
     return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
-}
-
-/* A name becomes part of export names VM/DISK@CHECKPOINT and of log lines. */
-static int check_name(const char *what, const char *name, struct failure *f)
-{
-    if (!*name)
-        return failure_set(f, -EINVAL, "the %s is empty", what);
-    if (strlen(name) > CONFIG_NAME_MAX)
-        return failure_set(f, -EINVAL, "the %s is longer than %u bytes", what, CONFIG_NAME_MAX);
-    for (const unsigned char *s = (const unsigned char *)name; *s; s++)
-        if (*s < 0x20 || *s == 0x7f || *s == '/' || *s == '@')
-            return failure_set(f, -EINVAL, "the %s \"%s\" may not have \"/\", \"@\" or control characters in it", what,
-                               name);
-    return 0;
-}
-
-/* -- virtual machines ---------------------------------------------------------------------------------------------- */
-static struct config_vm *find_vm(struct server_config *c, const char *name)
-{
-    for (size_t i = 0; i < c->nvms; i++)
-        if (strcmp(c->vms[i].name, name) == 0)
-            return &c->vms[i];
-    return NULL;
-}
-
-/* NULL: failed. */
-static struct config_vm *add_vm(struct server_config *c, const char *name, struct failure *f)
-{
-    struct config_vm *vms;
-
-    if (check_name("VM's name", name, f) < 0)
-        return NULL;
-    if (c->nvms == CONFIG_VMS_MAX) {
-        (void)failure_set(f, -EINVAL, "more than %u VMs", CONFIG_VMS_MAX);
-        return NULL;
-    }
-    vms = reallocarray(c->vms, c->nvms + 1, sizeof *vms);
-    if (vms) {
-        c->vms = vms;
-        vms[c->nvms] = (struct config_vm){.name = strdup(name)};
-    }
-    if (!vms || !vms[c->nvms].name) {
-        (void)failure_set(f, -ENOMEM, "out of memory");
-        return NULL;
-    }
-    return &vms[c->nvms++];
-}
-
-static int set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f)
-{
-    _cleanup_free_ char *name = NULL;
-    const char *equals = strchr(value, '=');
-    struct config_vm *vm;
-
-    if (!equals)
-        return failure_set(f, -EINVAL, "\"%s\" is not NAME=QMP_SOCKET", value);
-    name = strndup(value, (size_t)(equals - value));
-    if (!name)
-        return failure_set(f, -ENOMEM, "out of memory");
-    vm = find_vm(c, name);
-    if (vm && (!by_flag || vm->by_flag))
-        return failure_set(f, -EINVAL, "the VM \"%s\" is there twice", name);
-    if (!vm)
-        vm = add_vm(c, name, f);
-    if (!vm)
-        return f->err;
-    vm->by_flag = by_flag;
-    return set_path(&vm->qmp, equals + 1, f);
-}
-
-/* disks= of a VM: names, with commas or blanks between them. */
-static int set_disks(struct config_vm *vm, const char *value, bool goes_on, struct failure *f)
-{
-    if (vm->disks_said && !goes_on)
-        return failure_set(f, -EINVAL, "\"disks\" is there twice");
-    vm->disks_said = true;
-    for (const char *s = value + strspn(value, ", \t"); *s; s += strspn(s, ", \t")) {
-        size_t len = strcspn(s, ", \t");
-        char **disks;
-
-        if (vm->ndisks == CONFIG_DISKS_MAX)
-            return failure_set(f, -EINVAL, "more than %u disks", CONFIG_DISKS_MAX);
-        disks = reallocarray(vm->disks, vm->ndisks + 1, sizeof *disks);
-        if (!disks)
-            return failure_set(f, -ENOMEM, "out of memory");
-        vm->disks = disks;
-        disks[vm->ndisks] = strndup(s, len);
-        if (!disks[vm->ndisks])
-            return failure_set(f, -ENOMEM, "out of memory");
-        vm->ndisks++;
-        for (size_t i = 0; i + 1 < vm->ndisks; i++)
-            if (strcmp(disks[i], disks[vm->ndisks - 1]) == 0)
-                return failure_set(f, -EINVAL, "the disk \"%s\" is there twice", disks[i]);
-        s += len;
-    }
-    if (vm->ndisks == 0)
-        return failure_set(f, -EINVAL, "\"disks\" names no disk; leave it out for all disks");
-    return 0;
-}
-
-static int set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f)
-{
-    struct config_rename *renames;
-    int r;
-
-    r = check_name("disk's name", name, f);
-    if (r < 0)
-        return r;
-    if (!*target)
-        return failure_set(f, -EINVAL, "\"disk.%s\" names no qdev id and no node", name);
-    for (size_t i = 0; i < vm->nrenames; i++) {
-        if (strcmp(vm->renames[i].name, name) == 0)
-            return failure_set(f, -EINVAL, "\"disk.%s\" is there twice", name);
-        if (strcmp(vm->renames[i].target, target) == 0)
-            return failure_set(f, -EINVAL, "\"%s\" has the name \"%s\" already", target, vm->renames[i].name);
-    }
-    if (vm->nrenames == CONFIG_DISKS_MAX)
-        return failure_set(f, -EINVAL, "more than %u disk names", CONFIG_DISKS_MAX);
-    renames = reallocarray(vm->renames, vm->nrenames + 1, sizeof *renames);
-    if (!renames)
-        return failure_set(f, -ENOMEM, "out of memory");
-    vm->renames = renames;
-    renames[vm->nrenames] = (struct config_rename){.name = strdup(name), .target = strdup(target)};
-    vm->nrenames++;
-    if (!renames[vm->nrenames - 1].name || !renames[vm->nrenames - 1].target)
-        return failure_set(f, -ENOMEM, "out of memory");
-    return 0;
 }
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
@@ -311,6 +184,7 @@ static void drop_listeners(struct server_config *c)
 enum row {
     ROW_CONFIG,
     ROW_VM,
+    ROW_IMAGE,
     ROW_LISTEN,
     ROW_CONTROL,
     ROW_SCRATCH,
@@ -323,6 +197,7 @@ enum row {
     ROW_PIDFILE,
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
+    ROW_STORAGE_DAEMON,
     ROW_VERSION,
     ROW_HELP,
     ROW_NOT_YET, /* from here on: names of the contract that this version refuses */
@@ -342,6 +217,7 @@ static const struct {
 } rows[] = {
     [ROW_CONFIG] = {"config", FLAG_ONLY, "FILE", "read FILE (default " CONFIG_FILE " if it exists); flags win"},
     [ROW_VM] = {"vm", REPEATABLE, "NAME=QMP_SOCKET", "a running QEMU; repeatable"},
+    [ROW_IMAGE] = {"image", REPEATABLE, "VM/DISK=[FORMAT:]PATH", "a powered-off VM's disk; repeatable"},
     [ROW_LISTEN] = {"listen", REPEATABLE, "ADDR",
                     "unix:PATH, tcp:HOST:PORT or fd; repeatable (default " CONFIG_LISTEN ")"},
     [ROW_CONTROL] = {"control", 0, "PATH", "control socket (default " CONFIG_CONTROL ")"},
@@ -356,10 +232,11 @@ static const struct {
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
+    [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
+                            "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
     [ROW_NOT_YET] = {"qga", REPEATABLE, NULL, NULL},
-    {"image", REPEATABLE, NULL, NULL},
     {"tls", 0, NULL, NULL},
     {"tls-certs", 0, NULL, NULL},
     {"tls-psk", 0, NULL, NULL},
@@ -376,17 +253,19 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_CONFIG: /* read before */
         return 0;
     case ROW_VM:
-        return set_vm(c, value, by_flag, f);
+        return config_set_vm(c, value, by_flag, f);
+    case ROW_IMAGE:
+        return config_set_image_of(c, value, by_flag, f);
     case ROW_LISTEN:
         if (by_flag && c->said_by_flag[row] == 1) /* the first one replaces what the file says */
             drop_listeners(c);
         return add_listener(c, value, f);
     case ROW_CONTROL:
-        return set_path(&c->control, value, f);
+        return config_set_path(&c->control, value, f);
     case ROW_SCRATCH:
-        return set_path(&c->scratch, value, f);
+        return config_set_path(&c->scratch, value, f);
     case ROW_STATE:
-        return set_path(&c->state, value, f);
+        return config_set_path(&c->state, value, f);
     case ROW_LINGER:
         return set_seconds(&c->linger_ms, value, f);
     case ROW_HANDSHAKE_TIMEOUT:
@@ -402,7 +281,7 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_KEEP_CHECKPOINTS:
         return set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
     case ROW_PIDFILE:
-        return set_path(&c->pidfile, value, f);
+        return config_set_path(&c->pidfile, value, f);
     case ROW_LOG:
         if (log_level_parse(value, &c->log_level) < 0)
             return failure_set(f, -EINVAL, "\"%s\" is none of error, warning, info, debug", value);
@@ -410,6 +289,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_ALLOW_PLAINTEXT:
         c->allow_plaintext = true;
         return value ? set_bool(&c->allow_plaintext, value, f) : 0;
+    case ROW_STORAGE_DAEMON:
+        return config_set_path(&c->storage_daemon, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -459,9 +340,9 @@ static int begin_section(struct reader *r, const char *line)
     name = strndup(open + 1, (size_t)(close - open - 1));
     if (!name)
         return failure_set(&r->failure, -ENOMEM, "out of memory");
-    if (find_vm(r->c, name))
+    if (config_find_vm(r->c, name))
         return failure_set(&r->failure, -EINVAL, "the VM \"%s\" is there twice", name);
-    vm = add_vm(r->c, name, &r->failure);
+    vm = config_add_vm(r->c, name, &r->failure);
     if (!vm)
         return r->failure.err;
     vm->line = r->place.line;
@@ -516,11 +397,13 @@ static int set_key(struct reader *r, const char *key, const char *value)
         struct config_vm *vm = &r->c->vms[r->vm - 1];
         if (strcmp(key, "qmp") == 0)
             return vm->qmp ? failure_set(&r->failure, -EINVAL, "\"qmp\" is there twice")
-                           : set_path(&vm->qmp, value, &r->failure);
+                           : config_set_path(&vm->qmp, value, &r->failure);
         if (strcmp(key, "disks") == 0)
-            return set_disks(vm, value, r->goes_on, &r->failure);
+            return config_set_disks(vm, value, r->goes_on, &r->failure);
         if (strncmp(key, "disk.", 5) == 0)
-            return set_rename(vm, key + 5, value, &r->failure);
+            return config_set_rename(vm, key + 5, value, &r->failure);
+        if (strncmp(key, "image.", 6) == 0)
+            return config_set_image(vm, key + 6, value, /* by_flag= */ false, &r->failure);
         if (strcmp(key, "qga") == 0)
             return failure_set(&r->failure, -EINVAL, "\"qga\": not supported by this version");
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [vm \"%s\"]", key, vm->name);
@@ -617,13 +500,14 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .control = strdup(CONFIG_CONTROL),
         .scratch = strdup(CONFIG_SCRATCH),
         .state = strdup(CONFIG_STATE),
+        .storage_daemon = strdup(CONFIG_STORAGE_DAEMON),
         .linger_ms = CONFIG_LINGER_MS,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .log_level = LOG_LEVEL_INFO,
     };
-    r = c->control && c->scratch && c->state ? 0 : failure_set(f, -ENOMEM, "out of memory");
+    r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
     if (r == 0)
         r = walk_flags(NULL, argc, argv, &file, f);
     for (int i = 1; r == 0 && i < argc; i++) /* help helps also where the file is broken */
@@ -641,8 +525,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
     if (r == 0 && c->nlisteners == 0)
         r = add_listener(c, CONFIG_LISTEN, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        if (!c->vms[i].qmp)
-            r = failure_set(f, -EINVAL, "%s:%u: the VM \"%s\" has no \"qmp\"", c->file, c->vms[i].line, c->vms[i].name);
+        if (!c->vms[i].qmp && c->vms[i].nimages == 0)
+            r = failure_set(f, -EINVAL, "%s:%u: the VM \"%s\" has neither \"qmp\" nor an \"image.DISK\"", c->file,
+                            c->vms[i].line, c->vms[i].name);
     if (r < 0) {
         config_free(c);
         return r;
@@ -655,24 +540,14 @@ void config_free(struct server_config *c)
 {
     if (!c)
         return;
-    for (size_t i = 0; i < c->nvms; i++) {
-        struct config_vm *vm = &c->vms[i];
-        for (size_t j = 0; j < vm->ndisks; j++)
-            free(vm->disks[j]);
-        for (size_t j = 0; j < vm->nrenames; j++) {
-            free(vm->renames[j].name);
-            free(vm->renames[j].target);
-        }
-        free(vm->disks);
-        free(vm->renames);
-        free(vm->name);
-        free(vm->qmp);
-    }
+    for (size_t i = 0; i < c->nvms; i++)
+        config_vm_done(&c->vms[i]);
     free(c->vms);
     drop_listeners(c);
     free(c->control);
     free(c->scratch);
     free(c->state);
+    free(c->storage_daemon);
     free(c->pidfile);
     free(c->file);
     free(c);
@@ -681,7 +556,7 @@ void config_free(struct server_config *c)
 void config_print_help(FILE *out)
 {
     (void)fprintf(out, "Usage: qpulld [FLAG]…\n"
-                       "Serves frozen views of the disks of running QEMU guests over NBD.\n\n");
+                       "Serves frozen views of the disks of QEMU guests over NBD.\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
         if (rows[i].help) {
             char flag[64];
@@ -690,5 +565,5 @@ void config_print_help(FILE *out)
         }
     (void)fprintf(
         out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
-             "qmp=, disks= and disk.NAME=. Exit status: 0 done, 1 failed, 2 wrong usage.\n");
+             "qmp=, disks=, disk.NAME= and image.DISK=. Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

@@ -23,6 +23,7 @@
 #define CONFIG_CONTROL CONFIG_RUN_DIR "/control.sock"
 #define CONFIG_SCRATCH "/var/tmp"
 #define CONFIG_STATE "/var/lib/qpull"
+#define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
 #define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
@@ -61,10 +62,19 @@
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
-#define VM_CBW_TIMEOUT_S 20u /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
-                              */
-#define VM_STAYS_MAX 4096u   /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64u     /* dirty maps of one session */
+#define VM_CBW_TIMEOUT_S                                                                                           \
+    20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
+                            */
+#define VM_STAYS_MAX 4096u /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64u   /* dirty maps of one session */
+
+/* -- images of a powered-off VM (server/images) -------------------------------------------------------------------- */
+#define IMAGES_GREETING_MS \
+    20000u                     /* qemu-storage-daemon comes up in some 50 ms; under valgrind, on a busy host, in 10 s */
+#define IMAGES_REST_MS 200u    /* nobody needs them: so long until they are let go */
+#define IMAGES_LINGER_MS 500u  /* likewise of a session: the VM cannot start meanwhile */
+#define IMAGES_END_MS 10000u   /* qemu-storage-daemon gets so long to end in order, then it is killed */
+#define IMAGES_WORDS_MAX 1024u /* bytes of one line of its stderr in our log; longer ones are cut in pieces */
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 #define LISTEN_BACKLOG                                                                                                 \
@@ -91,13 +101,22 @@ struct config_rename {
     char *target; /* owned */
 };
 
+struct config_image {
+    char *disk;         /* owned */
+    char *path;         /* owned */
+    const char *format; /* QEMU's name of it, a literal; NULL: was not named */
+    bool by_flag;       /* private to the parser */
+};
+
 struct config_vm {
     char *name;   /* owned */
-    char *qmp;    /* owned: path of QEMU's QMP socket */
+    char *qmp;    /* owned: path of QEMU's QMP socket; NULL: there are only images */
     char **disks; /* owned: disks=, none: all */
     size_t ndisks;
     struct config_rename *renames; /* owned: disk.NAME= */
     size_t nrenames;
+    struct config_image *images; /* owned: image.DISK= */
+    size_t nimages;
     /* private to the parser: where it was said */
     bool by_flag, disks_said;
     unsigned line;
@@ -125,6 +144,7 @@ struct server_config {
     struct config_listener *listeners; /* owned */
     size_t nlisteners;
     char *control, *scratch, *state; /* owned: paths */
+    char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;

@@ -93,6 +93,8 @@ static int check_vm(const struct config_vm *vm, struct failure *f)
     struct failure why = {0};
     struct stat st;
 
+    if (!vm->qmp)
+        return 0; /* the images are looked at when somebody wants them: they may come later */
     if (check_socket_path(vm->qmp, &why) < 0)
         return failure_set(f, -EINVAL, "VM \"%s\": %s", vm->name, why.text);
     /* QEMU may start later than we do, so that the socket need not be there; what is there must be one. */

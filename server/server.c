@@ -55,6 +55,9 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
+        .images = from->images,
+        .nimages = from->nimages,
+        .storage_daemon = s->config->storage_daemon,
     };
     int r;
 

@@ -45,13 +45,14 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->linger_ms = c->linger_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->name = strdup(c->name);
-    vm->qmp_path = strdup(c->qmp_path);
+    vm->qmp_path = c->qmp_path ? strdup(c->qmp_path) : NULL;
     vm->scratch_dir = strdup(c->scratch_dir);
     vm->only = calloc(c->nonly + 1, sizeof(*vm->only));
     vm->renames = calloc(c->nrenames + 1, sizeof(*vm->renames));
     if (asprintf(&vm->server_socket, "nbd-%s.sock", c->name) < 0)
         vm->server_socket = NULL;
-    if (!vm->name || !vm->qmp_path || !vm->scratch_dir || !vm->only || !vm->renames || !vm->server_socket)
+    if (!vm->name || (c->qmp_path && !vm->qmp_path) || !vm->scratch_dir || !vm->only || !vm->renames ||
+        !vm->server_socket)
         return -ENOMEM;
     for (; vm->nonly < c->nonly; vm->nonly++) {
         if (!(vm->only[vm->nonly] = strdup(c->only[vm->nonly])))
@@ -89,6 +90,29 @@ static void on_resumed(struct qmp_watch *watch, const char *event, struct json_o
         vm_sweep(vm);
 }
 
+static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
+{
+    struct vm_config twin = *config;
+    int r = qmp_client_new(vm->loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
+
+    if (r < 0)
+        return r;
+    (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
+    calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
+    qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
+    if (config->nimages == 0)
+        return 0;
+    /* disks= and disk.NAME= speak of devices; an image has its name already. */
+    twin.qmp_path = NULL;
+    twin.twin_of = vm;
+    twin.nonly = twin.nrenames = 0;
+    return vm_new(vm->loop, &twin, &vm->twin);
+}
+
+static void ignore_closed(void *arg)
+{
+}
+
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
@@ -98,20 +122,20 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
         return -ENOMEM;
     vm->loop = loop;
     vm->state_dir = -1;
+    vm->keeper = config->twin_of ? config->twin_of : vm;
     r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {
         vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        r = vm->state_dir < 0 ? -errno : vm_notes_load(vm);
+        r = vm->state_dir < 0 ? -errno : vm->keeper == vm ? vm_notes_load(vm) : 0;
     }
     if (r == 0)
-        r = qmp_client_new(loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
+        r = vm->qmp_path ? connect_to_qemu(vm, config) : vm_images_new(vm, config);
     if (r < 0) {
+        if (vm->qmp)
+            qmp_client_close(vm->qmp, ignore_closed, NULL);
         vm_free(vm);
         return r;
     }
-    (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
-    calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
-    qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
     (void)uv_timer_init(loop, &vm->linger);
     (void)uv_timer_init(loop, &vm->kick);
     *ret_vm = vm;
@@ -120,7 +144,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
 
 void vm_start(struct vm *vm)
 {
-    int r = qmp_client_open(vm->qmp);
+    int r = vm->images ? 0 : qmp_client_open(vm->qmp);
 
     if (r < 0)
         log_error("VM %s: cannot begin to connect to '%s': %s", vm->name, vm->qmp_path, strerror(-r));
@@ -161,7 +185,7 @@ static void on_client_closed(void *arg)
     vm_stop_if_idle(vm);
 }
 
-static void refuse_questions(struct vm *vm, const struct failure *f)
+void vm_refuse_questions(struct vm *vm, const struct failure *f)
 {
     while (vm->waiting) {
         struct vm_query *q = vm->waiting;
@@ -178,14 +202,25 @@ static void refuse_questions(struct vm *vm, const struct failure *f)
  */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm->note_writing)
+    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm->twin ||
+        vm->note_writing)
         return;
-    if (vm->qmp) {
+    if (vm->images) {
+        vm_images_stop(vm);
+    } else if (vm->qmp && vm->qmp_path) {
         qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
     } else if (vm->client_closed) {
         vm->client_closed = false;
         uv_close((uv_handle_t *)&vm->kick, on_kick_closed);
     }
+}
+
+static void on_twin_stopped(void *arg)
+{
+    struct vm *vm = arg;
+
+    vm->twin = NULL;
+    vm_stop_if_idle(vm);
 }
 
 void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
@@ -196,10 +231,12 @@ void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
     vm->on_stopped = cb;
     vm->stop_arg = arg;
     (void)failure_set(&f, -ESHUTDOWN, "qpulld is shutting down");
-    refuse_questions(vm, &f);
+    vm_refuse_questions(vm, &f);
     vm_refuse_waiting(vm, &f);
     if (vm->session)
         vm_end_session(vm);
+    if (vm->twin)
+        vm_stop(vm->twin, on_twin_stopped, vm);
     vm_stop_if_idle(vm);
 }
 
@@ -214,6 +251,7 @@ static void on_ready(void *arg, struct json_object *greeting)
                    (long long)qmp_get_int(qemu, "minor"), (long long)qmp_get_int(qemu, "micro"));
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
+    vm_images_yield(vm);
     vm->tested = false;
     if (!vm->session && vm->state <= VM_LOST)
         vm_sweep(vm);
@@ -239,7 +277,8 @@ static void on_lost(void *arg, const struct failure *why)
         session_fail(vm->session, &f);
     }
     if (vm->state == VM_LOST) {
-        refuse_questions(vm, why);
+        vm_images_take_over(vm);
+        vm_refuse_questions(vm, why);
         vm_refuse_waiting(vm, why);
     }
 }
@@ -249,7 +288,7 @@ static void settle(struct vm *vm)
 {
     vm->state = qmp_client_is_ready(vm->qmp) ? VM_READY : VM_LOST;
     if (vm->state == VM_LOST) {
-        refuse_questions(vm, &vm->lost);
+        vm_refuse_questions(vm, &vm->lost);
         vm_refuse_waiting(vm, &vm->lost);
     } else if (vm->sweep_wanted && !vm->stopping) {
         vm->tested = false;
@@ -437,7 +476,10 @@ static void ask(struct vm *vm)
 
     vm->asking = true;
     vm->answering = TAKE_PTR(vm->waiting);
-    calls_add(&vm->calls, "query-block", NULL, QMP_NO_FD, 0, keep_answer);
+    if (vm->images)
+        vm->answers[0] = images_query_block(vm->images);
+    else
+        calls_add(&vm->calls, "query-block", NULL, QMP_NO_FD, 0, keep_answer);
     calls_add(&vm->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
     calls_add(&vm->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
     if (calls_wait(&vm->calls, on_answers, &f) < 0)
@@ -446,13 +488,14 @@ static void ask(struct vm *vm)
 
 void vm_ask_if_waiting(struct vm *vm)
 {
-    if (vm->waiting && !vm->asking && vm->state == VM_READY)
+    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY)
         ask(vm);
 }
 
 int vm_query_start(struct vm *vm, struct vm_query *q,
                    void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *), void *arg)
 {
+    vm = vm_now(vm);
     if (vm->stopping)
         return -ESHUTDOWN;
     if (vm->state == VM_LOST)
@@ -488,18 +531,29 @@ void vm_query_forget(struct vm_query *q)
 
 /* -- for the control socket ---------------------------------------------------------------------------------------- */
 
+static struct json_object *string_or_null(const char *s)
+{
+    return s && *s ? json_object_new_string(s) : NULL;
+}
+
 struct json_object *vm_to_json(struct vm *vm)
 {
-    struct json_object *o =
-        qmp_args_strings("name", vm->name, "qmp", vm->qmp_path, "state", state_names[vm->state], NULL);
-    bool connected = vm->state > VM_LOST;
+    struct vm *now = vm_now(vm); /* its session and its state are told */
+    const struct vm *images = vm->twin ? vm->twin : vm;
+    struct json_object *o = qmp_args_strings(
+        "name", vm->name, "state", now->images ? images_state_name(now->images) : state_names[vm->state], NULL);
+    bool connected = now->state > VM_LOST;
+    struct vm *last = now->last ? now : vm;
 
+    (void)json_object_object_add(o, "qmp", string_or_null(vm->qmp_path));
+    (void)json_object_object_add(o, "images", images->images ? images_to_json(images->images) : NULL);
+    (void)json_object_object_add(o, "powered-off", json_object_new_boolean(now->images != NULL));
     (void)json_object_object_add(o, "connected", json_object_new_boolean(connected));
-    (void)json_object_object_add(o, "qemu", connected ? json_object_new_string(vm->qemu_version) : NULL);
-    (void)json_object_object_add(o, "reason", connected ? NULL : json_object_new_string(vm->lost.text));
-    (void)json_object_object_add(o, "session", vm->session ? json_object_new_string(session_id(vm->session)) : NULL);
-    (void)json_object_object_add(o, "narrow-reads", vm->tested ? json_object_new_boolean(vm->narrow) : NULL);
-    (void)json_object_object_add(o, "last-session", json_object_get(vm->last));
+    (void)json_object_object_add(o, "qemu", connected ? json_object_new_string(now->qemu_version) : NULL);
+    (void)json_object_object_add(o, "reason", connected ? NULL : string_or_null(now->lost.text));
+    (void)json_object_object_add(o, "session", now->session ? json_object_new_string(session_id(now->session)) : NULL);
+    (void)json_object_object_add(o, "narrow-reads", now->tested ? json_object_new_boolean(now->narrow) : NULL);
+    (void)json_object_object_add(o, "last-session", json_object_get(last->last));
     return o;
 }
 

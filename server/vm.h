@@ -12,10 +12,11 @@
 
 struct vm;
 struct server_config;
+struct config_image;
 
 struct vm_config {
-    const char *name; /* copied, as all strings here */
-    const char *qmp_path;
+    const char *name;        /* copied, as all strings here */
+    const char *qmp_path;    /* NULL: there are only images */
     const char *const *only; /* disks= of the config file: qdev ids or node names; none: all */
     size_t nonly;
     /* disk.NAME=: another name for a qdev id or node */
@@ -27,6 +28,14 @@ struct vm_config {
     const char *state_dir; /* exists */
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */
+    /*
+     * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
+     * none, all questions, sessions and changes go to them. Borrowed for life.
+     */
+    const struct config_image *images;
+    size_t nimages;
+    const char *storage_daemon; /* borrowed for life */
+    struct vm *twin_of;         /* private to vm: whose images these are */
 };
 
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);

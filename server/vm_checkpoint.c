@@ -18,7 +18,8 @@ struct going {
 };
 
 struct work {
-    struct vm *vm;
+    struct vm *vm; /* keeper of the notes */
+    struct vm_write write;
     struct vm_query query;
     struct calls calls;
     struct vm_note_wait wait;
@@ -27,6 +28,7 @@ struct work {
     char **disks;             /* owned; none: all */
     size_t ndisks;
     unsigned ndone;
+    void (*note)(struct work *w); /* what the notes learn, when all is stored */
     bool notes_only;
     struct failure failure;
 
@@ -59,28 +61,57 @@ static void work_free(struct work *w)
     free(w);
 }
 
-static void work_end(struct work *w, const struct failure *f)
-{
-    struct vm_change *change = w->change;
-    unsigned ndone = w->ndone;
-
-    if (change) {
-        change->private = NULL;
-        change->cb(change, ndone, f);
-    }
-    work_free(w);
-}
-
 /* The answer waits for the notes; without them the change has happened all the same. */
 static void on_noted(struct vm_note_wait *wait, const struct failure *f)
 {
     struct work *w = container_of(wait, struct work, wait);
+    struct vm_change *change = w->change;
+    unsigned ndone = w->ndone;
 
     if (f && w->notes_only)
         (void)failure_copy(&w->failure, f);
-    else if (f && w->change)
-        (void)failure_set(&w->change->warning, f->err, "done, but its note could not be written: %s", f->text);
-    work_end(w, w->failure.err ? &w->failure : NULL);
+    else if (f && change)
+        (void)failure_set(&change->warning, f->err, "done, but its note could not be written: %s", f->text);
+    if (change) {
+        change->private = NULL;
+        change->cb(change, ndone, w->failure.err ? &w->failure : NULL);
+    }
+    work_free(w);
+}
+
+static void note_it(struct work *w)
+{
+    if (w->note)
+        w->note(w);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+static void on_stored(struct vm_write *write, const struct failure *f)
+{
+    struct work *w = container_of(write, struct work, write);
+
+    if (f) {
+        (void)failure_copy(&w->failure, f);
+        w->note = NULL;
+    }
+    note_it(w);
+}
+
+/* All that was asked of QEMU is answered: what is done is stored, noted, and told. */
+static void work_end(struct work *w, const struct failure *f)
+{
+    int r;
+
+    if (f)
+        (void)failure_copy(&w->failure, f);
+    r = vm_write_end(&w->write, on_stored);
+    if (r == 0)
+        return;
+    if (r < 0) {
+        (void)failure_set(&w->failure, r, "the change could not be stored: %s", strerror(-r));
+        w->note = NULL;
+    }
+    note_it(w);
 }
 
 static bool is_meant(const struct work *w, const struct disk *d)
@@ -109,14 +140,13 @@ static struct work *work_new(struct vm *vm, struct vm_change *change, const char
 
     if (!w)
         return NULL;
-    w->vm = vm;
+    w->vm = vm->keeper;
     w->name = strdup(name);
     w->disks = calloc(ndisks + 1, sizeof(*w->disks));
     for (; w->disks && w->ndisks < ndisks; w->ndisks++) {
         if (!(w->disks[w->ndisks] = strdup(disks[w->ndisks])))
             break;
     }
-    calls_init(&w->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
     if (!w->name || !w->disks || w->ndisks != ndisks) {
         work_free(w);
         return NULL;
@@ -136,7 +166,7 @@ static void work_drop(struct work *w)
 
 static int ask_disks(struct work *w, void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *))
 {
-    int r = vm_query_start(w->vm, &w->query, cb, w);
+    int r = vm_write_start(w->vm, &w->write, &w->query, &w->calls, (const char *const *)w->disks, w->ndisks, cb);
 
     if (r < 0)
         work_drop(w);
@@ -178,7 +208,7 @@ static int drop_disks(struct work *w, const char *name)
 }
 
 /* The records first, then the note: stopped in between, the note is shown as broken and can be deleted again. */
-static void remove_notes(struct work *w)
+static void note_deleted(struct work *w)
 {
     for (size_t i = 0; i < w->ngoing; i++) {
         const struct going *g = &w->going[i];
@@ -188,16 +218,13 @@ static void remove_notes(struct work *w)
         if ((g->elsewhere ? drop_disks(w, g->name) : remove_note(w, g->name)) < 0)
             break;
     }
-    vm_notes_write(w->vm, &w->wait, on_noted);
 }
 
 static void on_records_gone(struct calls *c, const struct failure *f)
 {
     struct work *w = container_of(c, struct work, calls);
 
-    if (f)
-        w->failure = *f;
-    remove_notes(w);
+    work_end(w, f);
 }
 
 static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
@@ -225,11 +252,10 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
             }
         }
     }
+    w->note = note_deleted;
     r = calls_wait(&w->calls, on_records_gone, &mine);
-    if (r < 0)
-        w->failure = mine;
     if (r != 0)
-        remove_notes(w);
+        work_end(w, r < 0 ? &mine : NULL);
 }
 
 static int add_going(struct work *w, const char *name)
@@ -298,6 +324,7 @@ void vm_retire(struct vm *vm)
     const char *oldest;
     int r;
 
+    vm = vm->keeper;
     if (vm->retiring || vm->stopping || !notes_over(vm->notes, vm->keep_checkpoints, &oldest, 1))
         return;
     vm->retired = (struct vm_change){.cb = on_retired, .arg = vm};
@@ -324,9 +351,8 @@ static int check_create(const struct work *w, const struct disk *d, struct failu
     return 0;
 }
 
-static void on_created(struct calls *c, const struct failure *f)
+static void note_created(struct work *w)
 {
-    struct work *w = container_of(c, struct work, calls);
     struct note_spec spec = {.name = w->name,
                              .created_ms = unix_time_ms(),
                              .parent = w->parent,
@@ -335,15 +361,20 @@ static void on_created(struct calls *c, const struct failure *f)
                              .ndisks = w->nnoted};
     struct failure why = {0};
 
-    if (f) {
-        work_end(w, f);
-        return;
-    }
-    w->ndone = (unsigned)w->nnoted;
     if (vm_notes_add(w->vm, &spec, &why) < 0 && w->change)
         (void)failure_set(&w->change->warning, why.err, "done, but it has no note: %s", why.text);
     vm_retire(w->vm);
-    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+static void on_created(struct calls *c, const struct failure *f)
+{
+    struct work *w = container_of(c, struct work, calls);
+
+    if (!f) {
+        w->ndone = (unsigned)w->nnoted;
+        w->note = note_created;
+    }
+    work_end(w, f);
 }
 
 static int note_disk(struct work *w, const struct disk *d)

@@ -6,15 +6,18 @@
 #define QPULL_VM_INTERNAL_H
 
 #include "config.h"
+#include "images.h"
 #include "qmp/commands.h"
 #include "vm.h"
 
 #include "backup/calls.h"
 #include "backup/notes.h"
+#include "backup/reopen.h"
 
 /* How far we are with this QEMU. Sessions start, and questions are put, in READY only; until then they wait. */
 enum vm_state {
-    VM_CONNECTING, /* the first attempt is under way: a client that comes with the daemon's start waits for it */
+    VM_CONNECTING, /* images: closed, or being opened or closed. Else: the first attempt is under way: a client that
+                      comes with the daemon's start waits for it */
     VM_LOST,       /* no QMP connection; everything that waits is refused */
     VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone */
     VM_READY,      /* -> TESTING at the first session */
@@ -82,6 +85,7 @@ struct vm {
     bool lingering;
     struct json_object *last; /* owned: the session before this one, for status */
 
+    struct vm *keeper; /* of the notes: this VM, or the one whose twin it is */
     /* notes: the set is the loop's; a worker has the batch while note_writing */
     struct notes *notes;                          /* owned */
     struct notes_change note_changes, note_batch; /* to be written, and being written */
@@ -93,10 +97,62 @@ struct vm {
     struct notes *note_renamed; /* owned: these */
     bool retiring;
     struct vm_change retired;
+    /* images: exactly one of these two, or none */
+    struct vm *twin;       /* owned: of a VM with QMP, what answers while nobody listens there */
+    struct images *images; /* owned: this VM is images only, and qmp is theirs, NULL while they are closed */
+    bool images_lost;      /* they are closed as soon as nothing uses them */
+    unsigned nwrites;      /* under way; 1 at most on images */
 };
+
+/* -- images (vm_images.c) ------------------------------------------------------------------------------------------ */
+
+/* Who answers for this VM now: itself, or its images. */
+struct vm *vm_now(struct vm *vm);
+/*
+ * Something changed: opens the images if anybody waits for them, lets them go when nobody does. For every VM, in every
+ * state. False: questions have to wait.
+ */
+bool vm_images_pump(struct vm *vm);
+int vm_images_new(struct vm *vm, const struct vm_config *config);
+/* QEMU answers again: whatever goes on with the images ends, and they are let go as fast as can be. */
+void vm_images_yield(struct vm *vm);
+/* The first look has found nobody at the QMP socket: who has waited for that goes on with the images. */
+void vm_images_take_over(struct vm *vm);
+/* When all else has ended; comes back to vm_stop_if_idle() whenever more is let go. */
+void vm_images_stop(struct vm *vm);
+
+/*
+ * Write: what changes something in the disks, with nothing but QMP commands (checkpoints, block jobs). The disks' top
+ * nodes are writable from on_open until vm_write_end(); images are opened, stored and let go around it. Others of that
+ * VM wait meanwhile, or are refused.
+ */
+struct vm_write {
+    struct vm *vm; /* who it is done to, from vm_write_start() on: its qmp may be used */
+    /* private */
+    struct vm_query query, *theirs;
+    void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *);
+    const char *const *disks;
+    size_t ndisks;
+    struct calls *calls;
+    struct disk_list *list; /* owned */
+    struct reopen reopen;
+    void (*on_end)(struct vm_write *w, const struct failure *f);
+    bool open;
+};
+/*
+ * on_disks(q, …) comes once, later, as if q had been started by vm_query_start(), with calls made ready for the VM's
+ * QMP. disks (none: all) are borrowed until the end. A failure: nothing is open, vm_write_end() may be called all the
+ * same.
+ */
+int vm_write_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls, const char *const *disks,
+                   size_t ndisks,
+                   void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *));
+/* All commands are answered. SEQ_DONE: nothing to wait for; 0: cb comes later, f tells what could not be stored. */
+int vm_write_end(struct vm_write *w, void (*cb)(struct vm_write *w, const struct failure *f));
 
 /* vm_session.c */
 void vm_pump(struct vm *vm);                                      /* whatever can go on, goes on */
+void vm_move_waiting(struct vm *vm, struct vm *to);               /* stays, that is */
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
 void vm_session_done(struct vm *vm); /* frees what is left of one */
@@ -119,5 +175,6 @@ void vm_sweep(struct vm *vm);
 void vm_test(struct vm *vm); /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);
 void vm_ask_if_waiting(struct vm *vm);
+void vm_refuse_questions(struct vm *vm, const struct failure *f);
 
 #endif

@@ -107,6 +107,7 @@ static void write_next(struct vm *vm)
 
 void vm_notes_write(struct vm *vm, struct vm_note_wait *wait, void (*cb)(struct vm_note_wait *, const struct failure *))
 {
+    vm = vm->keeper;
     if (wait) {
         wait->cb = cb;
         wait->next = vm->note_waits;
@@ -131,6 +132,7 @@ int vm_notes_rename(struct vm *vm, const char *from, struct failure *f)
 
 int vm_notes_add(struct vm *vm, const struct note_spec *spec, struct failure *f)
 {
+    vm = vm->keeper;
     if (vm->note_rename)
         return failure_set(f, -EBUSY, "its notes are just being taken over from another name");
     /* Records of that name were all gone, else none could have been made: the old note has nothing to tell about. */

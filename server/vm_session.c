@@ -70,6 +70,23 @@ void vm_refuse_waiting(struct vm *vm, const struct failure *why)
         refuse(stay, why);
 }
 
+void vm_move_waiting(struct vm *vm, struct vm *to)
+{
+    struct vm_stay *stay;
+
+    while ((stay = first_in_state(vm, STAY_WAITING))) {
+        struct failure f = {0};
+        int r;
+
+        remove_stay(stay);
+        r = vm_enter(to, stay);
+        if (r < 0) {
+            (void)failure_set(&f, r, "%s", vm_trouble(to));
+            stay->on_entered(stay, &f);
+        }
+    }
+}
+
 static bool any_inside(struct vm *vm)
 {
     return first_in_state(vm, STAY_IN) || first_in_state(vm, STAY_ASKING);
@@ -207,7 +224,8 @@ static void on_down(void *arg, const struct failure *problems)
     vm_notes_of_session(vm);
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
-    if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) && !vm->stopping)
+    if (!vm->images && qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) &&
+        !vm->stopping)
         vm_sweep(vm);
     vm_pump(vm);
     vm_stop_if_idle(vm);
@@ -308,6 +326,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .nsince = collect_since(vm, stay, since),
             .scratch_dir = vm->scratch_dir,
             .state_dir = vm->state_dir,
+            .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
@@ -453,6 +472,7 @@ static bool refuse_iothreads(struct vm *vm)
 
 void vm_pump(struct vm *vm)
 {
+    (void)vm_images_pump(vm);
     if (vm->stopping || vm->state != VM_READY)
         return;
     vm_ask_if_waiting(vm);
@@ -461,7 +481,7 @@ void vm_pump(struct vm *vm)
             ;
         return;
     }
-    if (vm->starting || vm->asking || !first_in_state(vm, STAY_WAITING))
+    if (vm->starting || vm->asking || (vm->images && vm->nwrites) || !first_in_state(vm, STAY_WAITING))
         return;
     if (!vm->tested) {
         vm_test(vm);
@@ -485,6 +505,7 @@ static void vm_pump_later(struct vm *vm)
 
 int vm_enter(struct vm *vm, struct vm_stay *stay)
 {
+    vm = vm_now(vm);
     if (vm->stopping)
         return -ESHUTDOWN;
     if (vm->state == VM_LOST)
@@ -572,6 +593,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
     struct session *s = vm->session;
     struct json_object *o;
 
+    if (!s && vm->twin)
+        return vm_session_to_json(vm->twin);
     if (!s)
         return NULL;
     o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step",

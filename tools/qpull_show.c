@@ -42,7 +42,11 @@ enum exit_status run_vms(const struct args *args)
             const char *reason = answer_text(vm, "reason");
 
             table_add(&t, "%s", or_dash(answer_text(vm, "name")));
-            if (answer_bool(vm, "connected"))
+            if (answer_bool(vm, "powered-off") && !reason)
+                table_add(&t, "powered off, images %s", or_dash(answer_text(vm, "state")));
+            else if (answer_bool(vm, "powered-off"))
+                table_add(&t, "powered off: %s", reason);
+            else if (answer_bool(vm, "connected"))
                 table_add(&t, "connected");
             else
                 table_add(&t, "not connected%s%s", reason ? ": " : "", reason ? reason : "");

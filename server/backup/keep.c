@@ -41,7 +41,7 @@ int step_close_sources(struct seq *q, struct failure *f)
     return s->npending ? 0 : SEQ_DONE;
 }
 
-static void drop(struct session *s, struct session_disk *d, const char *why)
+void session_drop_keep(struct session *s, struct session_disk *d, const char *why)
 {
     d->keep = d->keepable = false;
     (void)failure_set(&s->problems, -EIO, "checkpoint '%s' of disk '%s' is not kept: %s", s->checkpoint, d->disk->name,
@@ -63,7 +63,7 @@ static void on_probe(struct source_read *r, int err)
     struct session_disk *d = r->arg;
 
     if (err)
-        drop(d->session, d, "the frozen view was lost (scratch full, too slow, or QEMU failed)");
+        session_drop_keep(d->session, d, "the frozen view was lost (scratch full, too slow, or QEMU failed)");
     after_probe(d->session);
 }
 
@@ -86,7 +86,7 @@ int step_probe_and_close(struct seq *q, struct failure *f)
             .length = MIN(sizeof(d->probe_buffer), d->disk->size), .buffer = d->probe_buffer, .cb = on_probe, .arg = d};
         r = d->source ? source_read(d->source, &d->probe) : -ENOTCONN;
         if (r < 0)
-            drop(s, d, "its frozen view cannot be read any more");
+            session_drop_keep(s, d, "its frozen view cannot be read any more");
         else
             s->npending++;
     }
@@ -109,10 +109,10 @@ static void on_kept(struct calls *c, const struct failure *f)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         if (s->disks[i].keep && !s->disks[i].keepable)
-            drop(s, &s->disks[i],
-                 !f                     ? "QEMU did not make it"
-                 : f->err == -EREMOTEIO ? f->text
-                                        : "QEMU's answer was lost (it may exist, whole, all the same)");
+            session_drop_keep(s, &s->disks[i],
+                              !f                     ? "QEMU did not make it"
+                              : f->err == -EREMOTEIO ? f->text
+                                                     : "QEMU's answer was lost (it may exist, whole, all the same)");
     }
     seq_done(&s->rig.seq, NULL); /* what failed is in problems, by disk */
 }
@@ -134,7 +134,7 @@ static void on_merged(struct calls *c, const struct failure *f)
         if (!d->keep)
             continue;
         if (!d->keepable) {
-            drop(s, d, f ? f->text : "QEMU did not merge its record");
+            session_drop_keep(s, d, f ? f->text : "QEMU did not merge its record");
             continue;
         }
         d->keepable = false;
@@ -197,10 +197,10 @@ static void on_graph(struct calls *c, const struct failure *f)
         if (d->keep_node)
             start_merge(s, i);
         else
-            drop(s, d,
-                 f      ? f->text
-                 : disk ? "its image keeps no bitmaps, or has one of that name by now"
-                        : "the device is gone");
+            session_drop_keep(s, d,
+                              f      ? f->text
+                              : disk ? "its image keeps no bitmaps, or has one of that name by now"
+                                     : "the device is gone");
     }
     disk_list_free(now);
     memset(&next, 0, sizeof(next));

@@ -163,8 +163,7 @@ static int late_merge_up(struct seq *q, struct failure *f)
     struct json_object *args =
         qmp_args_transaction(); /* it drains: writes in flight are in the record before it is read */
     char access[NAMES_SIZE], late[NAMES_SIZE], cbw[NAMES_SIZE], written[NAMES_SIZE];
-    struct qmp_bitmap target = {names_make(access, s->rig.id, NAMES_ACCESS, a->disk),
-                                names_make(late, s->rig.id, NAMES_LATE, 0)};
+    struct qmp_bitmap target = {session_view(s, a->disk, access), names_make(late, s->rig.id, NAMES_LATE, 0)};
 
     if (a->since) {
         const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
@@ -191,10 +190,9 @@ static int late_export_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
     char access[NAMES_SIZE], late[NAMES_SIZE];
-    struct qmp_bitmap b = {names_make(access, s->rig.id, NAMES_ACCESS, s->asks->disk),
-                           names_make(late, s->rig.id, NAMES_LATE, 0)};
+    struct qmp_bitmap b = {session_view(s, s->asks->disk, access), names_make(late, s->rig.id, NAMES_LATE, 0)};
 
-    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, access, late, false, &b, 1), QMP_NO_FD, 0,
+    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, b.node, late, false, &b, 1), QMP_NO_FD, 0,
               NULL);
     return rig_wait(&s->late, f);
 }

@@ -62,6 +62,7 @@ static void session_free(struct session *s)
     free(s->checkpoint);
     free(s->scratch_dir);
     free(s->server_socket);
+    reopen_done(&s->reopen);
     free(s);
 }
 
@@ -102,7 +103,8 @@ static void on_failed(struct seq *q, const struct failure *why)
     char step[96];
 
     seq_describe(q, step, sizeof(step));
-    (void)failure_set(&f, why->err, "VM '%s' cannot be frozen: step %s: %s", s->vm, step, why->text);
+    (void)failure_set(&f, why->err, "VM '%s' cannot be %s: step %s: %s", s->vm, s->still ? "read" : "frozen", step,
+                      why->text);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     session_fail(s, &f);
@@ -179,7 +181,10 @@ static int fill(struct session *s, const struct session_config *c)
     s->vm = strdup(c->vm);
     s->scratch_dir = strdup(c->scratch_dir);
     s->list = disk_list_copy(c->disks);
-    if (asprintf(&s->server_socket, "nbd-%s.sock", c->vm) < 0)
+    s->still = c->still_socket;
+    if (s->still)
+        s->server_socket = strdup(c->still_socket);
+    else if (asprintf(&s->server_socket, "nbd-%s.sock", c->vm) < 0)
         s->server_socket = NULL;
     if (c->checkpoint && !(s->checkpoint = strdup(c->checkpoint)))
         return -ENOMEM;
@@ -229,7 +234,9 @@ int session_start(const struct session_config *config, const struct session_ops 
     s->arg = arg;
     s->began_ns = uv_hrtime();
     rig.server_socket = s->server_socket;
-    (void)rig_init(&s->rig, &rig, session_steps, session_nsteps, &walk_ops); /* timers only: these cannot fail */
+    /* timers only: these cannot fail */
+    (void)rig_init(&s->rig, &rig, s->still ? session_still_steps : session_steps,
+                   s->still ? session_nstill_steps : session_nsteps, &walk_ops);
     (void)uv_timer_init(config->loop, &s->tell);
     seq_start(&s->rig.seq);
     *ret_session = s;

@@ -44,8 +44,13 @@ struct session_config {
     const char *checkpoint;        /* NAME of the provisional checkpoint, or NULL */
     const char *const *since;      /* checkpoints whose dirty maps are wanted, for all disks that have them */
     size_t nsince;
-    const char *scratch_dir;
-    int state_dir;     /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
+    const char *scratch_dir; /* unused where still_socket is set */
+    int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
+    /*
+     * Set: the disks are images that a qemu-storage-daemon of ours holds for reading, and its NBD server listens here
+     * already (file name in state_dir). Nobody can write to them, so nothing is frozen and there is no scratch.
+     */
+    const char *still_socket;
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;

@@ -15,6 +15,11 @@ const struct checkpoint *session_usable_since(const struct session *s, unsigned 
     return c && c->reason == REASON_NONE ? c : NULL;
 }
 
+const char *session_view(const struct session *s, unsigned disk, char name[NAMES_SIZE])
+{
+    return s->still ? s->disks[disk].disk->node : names_make(name, s->rig.id, NAMES_ACCESS, disk);
+}
+
 void session_one_done(struct session *s, const struct failure *f)
 {
     if (f)
@@ -422,27 +427,28 @@ bool session_needs_allocation(const struct session *s, unsigned disk)
 
 /* -- the private exports ------------------------------------------------------------------------------------------- */
 
-static int exports_up(struct seq *q, struct failure *f)
+int step_exports_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
     _cleanup_free_ struct qmp_bitmap *bitmaps = calloc(s->nsince + 1, sizeof(*bitmaps));
     _cleanup_free_ char(*names)[NAMES_SIZE] = calloc(s->nsince + 1, sizeof(*names));
     char access[NAMES_SIZE], export[NAMES_SIZE];
+    const char *view;
 
     if (!bitmaps || !names)
         return -ENOMEM;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         size_t n = 0;
 
-        names_make(access, s->rig.id, NAMES_ACCESS, i);
+        view = session_view(s, i, access);
         names_make(export, s->rig.id, NAMES_EXPORT, i);
         for (unsigned k = 0; k < s->nsince; k++) {
             if (session_usable_since(s, i, s->since[k])) {
-                bitmaps[n] = (struct qmp_bitmap){access, names_make(names[n], s->rig.id, NAMES_SINCE, k)};
+                bitmaps[n] = (struct qmp_bitmap){view, names_make(names[n], s->rig.id, NAMES_SINCE, k)};
                 n++;
             }
         }
-        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, access, export, false, bitmaps, n),
+        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, false, bitmaps, n),
                   QMP_NO_FD, i, NULL);
         if (!session_needs_allocation(s, i))
             continue;
@@ -471,7 +477,7 @@ static void on_source_open(void *arg, struct source *source, const struct failur
     session_one_done(d->session, f);
 }
 
-static int sources_up(struct seq *q, struct failure *f)
+int step_sources_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
     char export[NAMES_SIZE];
@@ -514,8 +520,8 @@ const struct seq_step session_steps[] = {
     {"settle", settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
-    {"add exports", exports_up, rig_no_exports, NULL},
-    {"open sources", sources_up, step_close_sources, step_probe_and_close},
+    {"add exports", step_exports_up, rig_no_exports, NULL},
+    {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"read maps", step_read_maps, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, maps.c and keep.c
- * include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo makes its
- * things absent.
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, still.c, maps.c
+ * and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo
+ * makes its things absent.
  */
 #ifndef QPULL_BACKUP_STEPS_H
 #define QPULL_BACKUP_STEPS_H
 
+#include "backup/reopen.h"
 #include "backup/rig.h"
 #include "backup/session.h"
 #include "source/nbd.h"
@@ -64,7 +65,9 @@ struct session {
     struct disk_list *list;              /* owned */
     struct session_disk *disks;          /* owned; list->ndisks */
     size_t nsince;
-    char **since; /* owned */
+    char **since;         /* owned */
+    bool still;           /* walks session_still_steps */
+    struct reopen reopen; /* of them */
     bool narrow_reads;
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
@@ -86,16 +89,25 @@ static inline struct session *session_of_calls(struct calls *c)
 
 extern const struct seq_step session_steps[];
 extern const unsigned session_nsteps;
+/* still.c: of images that nobody writes to. */
+extern const struct seq_step session_still_steps[];
+extern const unsigned session_nstill_steps;
 
 /* Whether that disk's record since session->since[k] can carry an incremental. */
 const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since);
 /* Whether some usable checkpoint of that disk has to be filled in from what upper layers have allocated. */
 bool session_needs_allocation(const struct session *s, unsigned disk);
+/* The node that is exported: the frozen view, or the image itself. Returns name, or what is borrowed from the disk. */
+const char *session_view(const struct session *s, unsigned disk, char name[NAMES_SIZE]);
 /* A step's waits on sources and maps: one ends. */
 void session_one_done(struct session *s, const struct failure *f);
 /* All that a step wanted to start was started, or has left its failure: what the step function returns. */
 int session_begun(struct session *s, struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
+
+/* steps.c: shared with still.c */
+int step_exports_up(struct seq *q, struct failure *f);
+int step_sources_up(struct seq *q, struct failure *f);
 
 /* maps.c */
 int step_read_maps(struct seq *q, struct failure *f);
@@ -110,5 +122,7 @@ void session_late_idle(struct session *s);
 int step_probe_and_close(struct seq *q, struct failure *f);
 int step_close_sources(struct seq *q, struct failure *f);
 int step_keep(struct seq *q, struct failure *f);
+/* This disk's checkpoint will not be: the sentence goes to the session's problems. */
+void session_drop_keep(struct session *s, struct session_disk *d, const char *why);
 
 #endif

@@ -178,7 +178,7 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[vm \"a\"]\nqmp = /a\nqmp = /b\n", ":3:", "\"qmp\" is there twice"},
         {"[vm \"a\"]\ncolour = red\n", ":2:", "unknown key \"colour\" in [vm \"a\"]"},
         {"[vm \"a\"]\nqga = /a\n", ":2:", "not supported by this version"},
-        {"[vm \"a\"]\n\n", ":1:", "has no \"qmp\""},
+        {"[vm \"a\"]\n\n", ":1:", "has neither \"qmp\" nor"},
         {"[vm \"a\"]\nqmp = /a\ndisks = ,\n", ":3:", "names no disk"},
         {"[vm \"a\"]\nqmp = /a\ndisks = vda vda\n", ":3:", "there twice"},
         {"[vm \"a\"]\nqmp = /a\ndisk.a/b = vda\n", ":3:", "may not have"},
@@ -224,7 +224,15 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--vm", "a@b=/x"}, "may not have"},
         {{"--listen", "unix:"}, "--listen: the socket's path is empty"},
         {{"--qga", "a=/x"}, "--qga: not supported by this version"},
-        {{"--image", "a/b=/x"}, "--image: not supported by this version"},
+        {{"--image", "a=/x"}, "--image: \"a=/x\" is not VM/DISK=PATH"},
+        {{"--image", "a/b"}, "--image: \"a/b\" is not VM/DISK=PATH"},
+        {{"--image", "a=/x/y=z"}, "--image: \"a=/x/y=z\" is not VM/DISK=PATH"},
+        {{"--image", "/b=/x"}, "--image: the VM's name is empty"},
+        {{"--image", "a/=/x"}, "--image: the disk's name is empty"},
+        {{"--image", "a/b="}, "--image: the image of disk \"b\" has no path"},
+        {{"--image", "a/b=raw:"}, "--image: the image of disk \"b\" has no path"},
+        {{"--image", "a/b=/x", "--image", "a/b=/y"}, "--image: the image of disk \"b\" is there twice"},
+        {{"--image", "a/b=/x", "--image", "a/c=/x"}, "--image: /x is the image of disk \"b\" already"},
         {{"--tls", "on"}, "--tls: not supported by this version"},
         {{"--tls-certs", "/x"}, "not supported"},
         {{"--tls-psk", "/x"}, "not supported"},
@@ -350,6 +358,42 @@ static void the_log_escapes_what_could_forge_a_line(void **state)
     assert_string_equal(log_escape(to, 4, "abcdef"), "abc");
 }
 
+static void images_are_named_by_vm_and_disk_with_or_without_a_format(void **state)
+{
+    struct box *b = *state;
+    const struct config_vm *vm;
+
+    write_file(b, "[vm \"web\"]\nimage.root=/file/root.qcow2\nimage.data = raw:/file/data=1\n");
+    assert_int_equal(
+        PARSE(b, "--image", "web/root=qcow2:/flag/root", "--image", "db/sda=./raw:x", "--vm", "db=/db.qmp"), 0);
+    assert_int_equal(b->config->nvms, 2);
+    vm = &b->config->vms[0];
+    assert_null(vm->qmp);
+    assert_int_equal(vm->nimages, 2);
+    assert_string_equal(vm->images[0].disk, "root");
+    assert_string_equal(vm->images[0].path, "/flag/root"); /* flags win */
+    assert_string_equal(vm->images[0].format, "qcow2");
+    assert_string_equal(vm->images[1].path, "/file/data=1");
+    assert_string_equal(vm->images[1].format, "raw");
+    vm = &b->config->vms[1];
+    assert_string_equal(vm->qmp, "/db.qmp"); /* in either order */
+    assert_string_equal(vm->images[0].path, "./raw:x");
+    assert_null(vm->images[0].format);
+    assert_string_equal(b->config->storage_daemon, "qemu-storage-daemon");
+}
+
+static void a_vm_in_the_file_has_qmp_or_images(void **state)
+{
+    struct box *b = *state;
+
+    write_file(b, "[vm \"web\"]\ndisks=a\n");
+    assert_int_equal(PARSE_FILE_ONLY(b), -EINVAL);
+    assert_non_null(strstr(b->failure.text, ":1: the VM \"web\" has neither \"qmp\" nor an \"image.DISK\""));
+    write_file(b, "[vm \"web\"]\nimage.a=/x\nimage.a=/y\n");
+    assert_int_equal(PARSE_FILE_ONLY(b), -EINVAL);
+    assert_non_null(strstr(b->failure.text, ":3: the image of disk \"a\" is there twice"));
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -364,6 +408,8 @@ int main(void)
         TEST(a_listener_open_to_the_network_must_be_allowed),
         TEST(paths_that_cannot_be_used_are_named),
         TEST(a_qmp_path_may_be_missing_but_not_be_something_else),
+        TEST(images_are_named_by_vm_and_disk_with_or_without_a_format),
+        TEST(a_vm_in_the_file_has_qmp_or_images),
         TEST(the_log_escapes_what_could_forge_a_line),
     };
 
