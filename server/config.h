@@ -69,8 +69,8 @@
 #define VM_SINCE_MAX 64u   /* dirty maps of one session */
 
 /* -- images of a powered-off VM (server/images) -------------------------------------------------------------------- */
-#define IMAGES_GREETING_MS \
-    20000u                     /* qemu-storage-daemon comes up in some 50 ms; under valgrind, on a busy host, in 10 s */
+#define IMAGES_GREETING_MS 5000u /* for its monitor to speak, each of … */
+#define IMAGES_GREETINGS 4u      /* … attempts: a machine under load starts a process in seconds */
 #define IMAGES_REST_MS 200u    /* nobody needs them: so long until they are let go */
 #define IMAGES_LINGER_MS 500u  /* likewise of a session: the VM cannot start meanwhile */
 #define IMAGES_END_MS 10000u   /* qemu-storage-daemon gets so long to end in order, then it is killed */
