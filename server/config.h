@@ -71,10 +71,10 @@
 /* -- images of a powered-off VM (server/images) -------------------------------------------------------------------- */
 #define IMAGES_GREETING_MS 5000u /* for its monitor to speak, each of … */
 #define IMAGES_GREETINGS 4u      /* … attempts: a machine under load starts a process in seconds */
-#define IMAGES_REST_MS 200u    /* nobody needs them: so long until they are let go */
-#define IMAGES_LINGER_MS 500u  /* likewise of a session: the VM cannot start meanwhile */
-#define IMAGES_END_MS 10000u   /* qemu-storage-daemon gets so long to end in order, then it is killed */
-#define IMAGES_WORDS_MAX 1024u /* bytes of one line of its stderr in our log; longer ones are cut in pieces */
+#define IMAGES_REST_MS 200u      /* nobody needs them: so long until they are let go */
+#define IMAGES_LINGER_MS 500u    /* likewise of a session: the VM cannot start meanwhile */
+#define IMAGES_END_MS 10000u     /* qemu-storage-daemon gets so long to end in order, then it is killed */
+#define IMAGES_WORDS_MAX 1024u   /* bytes of one line of its stderr in our log; longer ones are cut in pieces */
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 #define LISTEN_BACKLOG                                                                                                 \
