@@ -500,7 +500,7 @@ struct json_object *checkpoint_to_json(const struct disk *d, const struct checkp
     json_object_object_add(o, "disk", json_object_new_string(d->name));
     json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
     json_object_object_add(o, "reason", json_object_new_string(reason_name(c->reason)));
-    json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
+    json_object_object_add(o, "text", json_object_new_string(checkpoint_text(c)));
     json_object_object_add(o, "granularity", json_object_new_uint64(c->granularity));
     json_object_object_add(o, "dirty-bytes", json_object_new_uint64(c->dirty));
     json_object_object_add(o, "layers", json_object_new_uint64(c->nlayers));

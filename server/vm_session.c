@@ -323,7 +323,7 @@ static const char *why_not(const struct vm *vm, const struct vm_stay *stay)
     const struct disk *d = disk_list_find(session_disks(vm->session), stay->disk);
     const struct checkpoint *c = d ? disk_checkpoint(d, stay->since[stay->nasked]) : NULL;
 
-    return reason_text(c ? c->reason : REASON_NO_SUCH_CHECKPOINT);
+    return c ? checkpoint_text(c) : reason_text(REASON_NO_SUCH_CHECKPOINT);
 }
 
 static void admit(struct vm_stay *stay)
