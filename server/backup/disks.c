@@ -223,8 +223,8 @@ static int add_checkpoint(struct disk *d, const char *name)
     return 0;
 }
 
-/* The name of the file below a node: a format's own name may be a whole JSON document. */
-static const char *file_of(struct json_object *named, struct json_object *graph, const char *node)
+/* A format's own name may be a whole JSON document. */
+const char *graph_file(struct json_object *named, struct json_object *graph, const char *node)
 {
     const char *below = graph_child(graph, node, "file");
 
@@ -248,7 +248,7 @@ static int find_images(struct json_object *named, struct json_object *graph, str
         images += d->nimages++;
         *images = (struct image){
             .node = strdup(node),
-            .file = strdup(file_of(named, graph, node)),
+            .file = strdup(graph_file(named, graph, node)),
             .read_only = qmp_get_bool(find_named(named, node), "ro"),
         };
         if (!images->node || !images->file)
@@ -448,7 +448,7 @@ int disk_list_parse(struct json_object *query_block, struct json_object *named_n
     return 0;
 }
 
-static void stat_image(struct image *i)
+void image_stat(struct image *i)
 {
     struct statx st;
 
@@ -466,7 +466,7 @@ void disk_list_stat(struct disk_list *l)
 {
     for (size_t i = 0; i < l->ndisks; i++) {
         for (size_t k = 0; k < l->disks[i].nimages; k++)
-            stat_image(&l->disks[i].images[k]);
+            image_stat(&l->disks[i].images[k]);
     }
 }
 

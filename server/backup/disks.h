@@ -93,6 +93,7 @@ void disk_list_free(struct disk_list *l); /* NULL is fine */
 
 /* Looks after the files of all images. This waits for file systems: for a worker thread. */
 void disk_list_stat(struct disk_list *l);
+void image_stat(struct image *i);
 
 /* Keeps the first n disks. */
 void disk_list_truncate(struct disk_list *l, size_t n);
@@ -111,6 +112,8 @@ const char *checkpoint_text(const struct checkpoint *c);
 const char *graph_child(struct json_object *graph, const char *node, const char *role);
 /* Below `node` along "file": the first node that is not ours; `node` itself if it is not. NULL: there is none. */
 const char *graph_first_foreign(struct json_object *graph, const char *node);
+/* The name of the file at the end of "file" below a node, "" when QEMU does not say. Borrowed from named_nodes. */
+const char *graph_file(struct json_object *named_nodes, struct json_object *graph, const char *node);
 /* The absolute QOM path of query-block's "qdev". Owned by the caller; NULL: out of memory. */
 char *qdev_to_qom_path(const char *qdev);
 
