@@ -250,6 +250,8 @@ static const char *wrong_type(const struct control_param *p, struct json_object 
         return json_object_is_type(value, json_type_object) ? NULL : "object";
     case CONTROL_NUMBER:
         return json_object_is_type(value, json_type_int) ? NULL : "integer";
+    case CONTROL_BOOL:
+        return json_object_is_type(value, json_type_boolean) ? NULL : "boolean";
     case CONTROL_STRING:
         break;
     }

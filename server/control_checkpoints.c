@@ -342,6 +342,7 @@ static void adopt(struct control_call *call, struct json_object *args)
 {
     struct adopt *a = container_of(call, struct adopt, change.call);
     const char *name = control_string(args, "name");
+    bool accept = json_object_get_boolean(json_object_object_get(args, "accept"));
     struct failure f = {0};
     int r;
 
@@ -353,8 +354,17 @@ static void adopt(struct control_call *call, struct json_object *args)
         control_error(call, CONTROL_GENERIC, "A parent or a time of creation belongs to one checkpoint: say its name");
         return;
     }
+    if (accept && !name) {
+        control_error(call, CONTROL_GENERIC, "What happened to a record is accepted for one checkpoint: say its name");
+        return;
+    }
     if (!change_init(call, args, name ? name : "(all)", "adopt checkpoint", "notes"))
         return;
+    if (accept) {
+        log_warning("VM %s: checkpoint %s: its records are taken for right from now on, as somebody said",
+                    vm_name(a->change.vm), name);
+        vm_accept(a->change.vm, name);
+    }
     a->args = json_object_get(args);
     r = vm_query_start(a->change.vm, &a->query, on_adopt_disks, a);
     if (r < 0) {
@@ -373,7 +383,12 @@ static const struct control_command commands[] = {
      .size = sizeof(struct change),
      .run = delete},
     {.name = "checkpoint-adopt",
-     .params = {{"vm", REQUIRED}, {"name"}, {"description"}, {"parent"}, {"created-ms", .type = CONTROL_NUMBER}},
+     .params = {{"vm", REQUIRED},
+                {"name"},
+                {"description"},
+                {"parent"},
+                {"created-ms", .type = CONTROL_NUMBER},
+                {"accept", .type = CONTROL_BOOL}},
      .size = sizeof(struct adopt),
      .run = adopt},
     {.name = "checkpoint-export", .params = {{"vm", REQUIRED}}, .run = export_notes},

@@ -13,7 +13,7 @@ struct control_call;
 #define CONTROL_ARGS_MAX 8
 
 /* Arguments are strings, unless said otherwise here; a "disk" may also be an array of strings. */
-enum control_type { CONTROL_STRING, CONTROL_STRINGS, CONTROL_OBJECT, CONTROL_NUMBER };
+enum control_type { CONTROL_STRING, CONTROL_STRINGS, CONTROL_OBJECT, CONTROL_NUMBER, CONTROL_BOOL };
 
 struct control_param {
     const char *name;

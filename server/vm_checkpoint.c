@@ -20,6 +20,7 @@ struct going {
 struct work {
     struct vm *vm; /* keeper of the notes */
     struct vm_write write;
+    struct disk_list *deleted; /* owned: as it was before */
     struct vm_query query;
     struct calls calls;
     struct vm_note_wait wait;
@@ -57,6 +58,7 @@ static void work_free(struct work *w)
     free(w->disks);
     free(w->description);
     free(w->parent);
+    disk_list_free(w->deleted);
     free(w->name);
     free(w);
 }
@@ -81,8 +83,10 @@ static void on_noted(struct vm_note_wait *wait, const struct failure *f)
 
 static void note_it(struct work *w)
 {
-    if (w->note)
+    if (w->note) {
         w->note(w);
+        vm_watch_wake(w->write.vm);
+    }
     vm_notes_write(w->vm, &w->wait, on_noted);
 }
 
@@ -215,6 +219,10 @@ static void note_deleted(struct work *w)
 
         if (g->ngone < g->nrecords)
             continue; /* some are still there: failure says why */
+        for (size_t k = 0; k < w->deleted->ndisks; k++) {
+            if (is_meant(w, &w->deleted->disks[k]))
+                vm_watch_deleted(w->vm, &w->deleted->disks[k], g->name);
+        }
         if ((g->elsewhere ? drop_disks(w, g->name) : remove_note(w, g->name)) < 0)
             break;
     }
@@ -233,7 +241,9 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
     struct failure mine = {0};
     int r;
 
-    if (f || check_disks(w, disks, &mine) < 0) {
+    if (!f && check_disks(w, disks, &mine) == 0 && !(w->deleted = disk_list_copy(disks)))
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
+    if (f || mine.err) {
         work_end(w, f ? f : &mine);
         return;
     }
@@ -242,9 +252,12 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
             const struct disk *d = &disks->disks[i];
             const struct checkpoint *c = disk_checkpoint(d, w->going[g].name);
 
-            if (c && !is_meant(w, d))
+            if (c && !is_meant(w, d) && c->reason != REASON_NO_SUCH_CHECKPOINT)
                 w->going[g].elsewhere = true;
             for (size_t l = 0; c && is_meant(w, d) && l < c->nlayers; l++) {
+                /* What lies in a layer that QEMU cannot write stays there, and is remembered as nobody's. */
+                if (d->images[c->layers[l].depth].read_only)
+                    continue;
                 w->going[g].nrecords++;
                 calls_add(&w->calls, "block-dirty-bitmap-remove",
                           qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, (unsigned)g,
@@ -340,7 +353,12 @@ void vm_retire(struct vm *vm)
 
 static int check_create(const struct work *w, const struct disk *d, struct failure *f)
 {
-    if (disk_checkpoint(d, w->name))
+    const struct checkpoint *c = disk_checkpoint(d, w->name);
+
+    if (c && c->reason == REASON_NO_SUCH_CHECKPOINT)
+        return failure_set(f, -EEXIST, "checkpoint name '%s' cannot be used again on disk '%s' yet: %s; choose another",
+                           w->name, d->name, checkpoint_text(c));
+    if (c)
         return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it",
                            w->name, d->name);
     if (is_meant(w, d) && w->ndisks > 0 && !d->tracked)
@@ -423,6 +441,7 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
         work_end(w, &mine);
         return;
     }
+    vm_watch_forget(w->vm, w->name);
     calls_add(&w->calls, "transaction", args, QMP_NO_FD, 0, NULL);
     r = calls_wait(&w->calls, on_created, &mine);
     if (r < 0)

@@ -96,6 +96,7 @@ static void on_open(void *arg, struct qmp_client *qmp, const char *version)
 
     vm->qmp = qmp;
     calls_init(&vm->calls, qmp, VM_CALL_TIMEOUT_MS);
+    calls_init(&vm->watch.calls, qmp, VM_CALL_TIMEOUT_MS);
     vm->qemu_version[0] = 0;
     (void)strncat(vm->qemu_version, version, sizeof(vm->qemu_version) - 1);
     memset(&vm->lost, 0, sizeof(vm->lost));
@@ -221,6 +222,10 @@ static void on_writable(struct reopen *r, const struct failure *f)
     struct vm_write *w = container_of(r, struct vm_write, reopen);
 
     w->open = true;
+    for (size_t i = 0; i < w->list->ndisks; i++) {
+        if (r->done[i])
+            w->list->disks[i].images[0].read_only = false;
+    }
     hand_over(w, f);
 }
 

@@ -9,6 +9,7 @@
 #include "images.h"
 #include "qmp/commands.h"
 #include "vm.h"
+#include "vm_watch.h"
 
 #include "backup/calls.h"
 #include "backup/notes.h"
@@ -56,7 +57,7 @@ struct vm {
     struct failure lost; /* why there is no connection */
     struct qmp_watch resumed;
     bool sweep_wanted; /* the guest went on while a session stood or went down */
-    bool stopping, client_closed;
+    bool stopping, client_closed, closing;
     void (*on_stopped)(void *arg);
     void *stop_arg;
 
@@ -65,6 +66,8 @@ struct vm {
     struct calls calls;
     bool asking;
     struct json_object *answers[3]; /* owned */
+
+    struct vm_watch watch; /* what others do to the disks */
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;

@@ -178,12 +178,15 @@ static void add_note(const struct vm *vm, struct json_object *o, const struct no
 }
 
 /* A note that tells of a record on this disk, and there is none. */
-static struct json_object *broken_to_json(const struct note *n, const struct note_disk *nd, const struct disk *d)
+static struct json_object *broken_to_json(const struct vm *vm, const struct note *n, const struct note_disk *nd,
+                                          const struct disk *d)
 {
     struct json_object *o = qmp_args_strings("name", n->name, "disk", nd->name, NULL);
     enum reason reason = d ? note_reason(n, d) : REASON_NO_SUCH_CHECKPOINT;
+    const char *lost = lineage_why_lost(vm->watch.lineage, nd->name, n->name);
     const char *text = !d                 ? "the VM has no such disk any more"
                        : n->broken.reason ? n->broken.text
+                       : lost             ? lost
                                           : "its record is not in the image any more: QEMU stopped before it was "
                                             "stored, or somebody removed it";
 
@@ -219,7 +222,7 @@ static void add_noted(const struct vm *vm, struct json_object *all, const struct
         const struct disk *d = disk_list_find(disks, n->disks[i].name);
 
         if ((!d || !disk_checkpoint(d, n->name)) && is_about(only, n->disks[i].name)) {
-            struct json_object *o = broken_to_json(n, &n->disks[i], d);
+            struct json_object *o = broken_to_json(vm, n, &n->disks[i], d);
 
             add_note(vm, o, n);
             json_object_array_add(all, o);
@@ -242,6 +245,9 @@ struct json_object *vm_checkpoints_to_json(const struct vm *vm, const struct dis
             for (size_t k = 0; k < disks->disks[i].ncheckpoints; k++) {
                 const char *name = disks->disks[i].checkpoints[k].name;
 
+                /* Deleted, but for a part in a layer that cannot be written: for people it is gone. */
+                if (disks->disks[i].checkpoints[k].reason == REASON_NO_SUCH_CHECKPOINT)
+                    continue;
                 if (strcmp(name, last) > 0 && (!next || strcmp(name, next) < 0) && !notes_find(vm->notes, name))
                     next = name;
             }
@@ -282,7 +288,7 @@ struct json_object *vm_can_increment_to_json(const struct vm *vm, const struct d
         if (!is_about(only, d->name))
             continue;
         o = qmp_args_strings("disk", d->name, "verdict", reason == REASON_NONE ? "incremental" : "full", "reason",
-                             reason_name(reason), "text", reason_text(reason), NULL);
+                             reason_name(reason), "text", c ? checkpoint_text(c) : reason_text(reason), NULL);
         json_object_object_add(o, "dirty-bytes", c ? json_object_new_uint64(c->dirty) : NULL);
         json_object_array_add(all, o);
     }

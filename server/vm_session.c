@@ -222,6 +222,8 @@ static void on_down(void *arg, const struct failure *problems)
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
+    if (session_checkpoint(vm->session))
+        vm_watch_wake(vm);
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (!vm->images && qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) &&
@@ -334,6 +336,8 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
 
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
+            if (stay->checkpoint)
+                vm_watch_forget(vm, stay->checkpoint);
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
             return;
         }
@@ -354,7 +358,7 @@ static const char *why_not(const struct vm *vm, const struct vm_stay *stay)
     const struct disk *d = disk_list_find(session_disks(vm->session), stay->disk);
     const struct checkpoint *c = d ? disk_checkpoint(d, stay->since[stay->nasked]) : NULL;
 
-    return reason_text(c ? c->reason : REASON_NO_SUCH_CHECKPOINT);
+    return c ? checkpoint_text(c) : reason_text(REASON_NO_SUCH_CHECKPOINT);
 }
 
 static void admit(struct vm_stay *stay)

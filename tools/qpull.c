@@ -59,8 +59,10 @@ static const struct command commands[] = {
     {.name = "checkpoint adopt",
      .usage = "VM [NAME]",
      .summary = "note a record that somebody else made, or correct a note",
-     .help = "Without NAME all usable records that have no note. A record must be usable on at least one disk.",
-     .options = OPTION_JSON | OPTION_DESCRIPTION | OPTION_PARENT,
+     .help = "Without NAME all usable records that have no note. A record must be usable on at least one disk. With\n"
+             "--accept a record is taken for right of which qpulld knows that somebody changed the image behind its\n"
+             "back (GAP, RESIZED): say it only if you know better.",
+     .options = OPTION_JSON | OPTION_DESCRIPTION | OPTION_PARENT | OPTION_ACCEPT,
      .min_words = 1,
      .max_words = 2,
      .run = run_checkpoint_adopt},
@@ -114,6 +116,7 @@ static const struct {
     {OPTION_DESCRIPTION, "description", "--description T", "words to remember it by", required_argument},
     {OPTION_PARENT, "parent", "--parent NAME", "its parent (default: the current one; \"\": none)", required_argument},
     {OPTION_WITH_DESCENDANTS, "with-descendants", "--with-descendants", "and all that descend from it", no_argument},
+    {OPTION_ACCEPT, "accept", "--accept", "its records are right, whatever others did", no_argument},
     {OPTION_NOTE_ONLY, "note-only", "--note-only", "forget the note, keep the records", no_argument},
     {OPTION_JSON, "json", "--json", "for programs", no_argument},
 };

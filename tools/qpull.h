@@ -33,6 +33,7 @@ enum option_bit {
     OPTION_PARENT = 1 << 10,
     OPTION_WITH_DESCENDANTS = 1 << 11,
     OPTION_NOTE_ONLY = 1 << 12,
+    OPTION_ACCEPT = 1 << 13,
 };
 #define QPULL_DISKS_MAX 64 /* --disk on one command line */
 

@@ -108,6 +108,8 @@ enum exit_status run_checkpoint_adopt(const struct args *args)
 
     put_text(query, "description", args->description);
     put_text(query, "parent", args->parent);
+    if (args->given & OPTION_ACCEPT)
+        json_object_object_add(query, "accept", json_object_new_boolean(true));
     return change_checkpoint(args, "checkpoint-adopt", query, "notes", "written");
 }
 
