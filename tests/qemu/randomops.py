@@ -156,13 +156,15 @@ def layer_sizes(w, disk):
     return [nodes[layer.node]['image']['virtual-size'] for layer in disk.layers]
 
 
-def merge_records(w, disk, base, sources, onto=None):
-    """The records of layers `sources` into layer `base`'s, which gets those that it has not."""
-    records, target = w.records(disk), disk.layers[base].node
+def merge_records(w, disk, base, sources):
+    """The records of layers `sources` into layer `base`'s, which gets those that it has not. Like libvirt, it leaves out
+    (and returns) what is not whole: a layer above the deepest one that has the record must have it, too."""
+    records, target, sizes = w.records(disk), disk.layers[base].node, layer_sizes(w, disk)
     actions, broken = [], set()
     for name in disk.checkpoints:
         having = [i for i in sources if name in records[i]]
-        if any(records[i][name].get('inconsistent') for i in having) or records[base].get(name, {}).get('inconsistent'):
+        if any(records[i].get(name, {}).get('inconsistent') or sizes[i] != sizes[base] for i in (*having, base)) or \
+                having and len(having) != sources[-1] - having[0] + 1:
             broken.add(name)
             continue
         if having and name not in records[base]:
@@ -198,7 +200,7 @@ def commit(w, r, active, merging):
     if not active:
         arguments['top-node'] = disk.layers[top].node
         if merging:
-            reopen_writable(w, disk, base)
+            reopen(w, disk, base, read_only=False)
             broken = merge_records(w, disk, base, range(base + 1, top + 1))
     elif merging:
         # What is written from now on to the base is marked in its records, too.
@@ -207,18 +209,22 @@ def commit(w, r, active, merging):
     w.qmp('block-commit', arguments)
     finish_job(w, job, (at_ready if merging else lambda: None) if active else None)
     for name, checkpoint in disk.checkpoints.items():
-        if not merging or name in broken:
-            checkpoint.excuses.add('commit')
-        if not merging and not active and name not in records[base] and \
-                any(name in x for x in records[base + 1:top + 1]):
+        if merging and name not in broken:
+            continue
+        checkpoint.excuses.add('commit')
+        if not active and name not in records[base] and any(name in x for x in records[base + 1:top + 1]):
             checkpoint.troubles.add('commit')
     close_layers(w, disk, base + 1, top + 1)
     w.relearn(disk)
+    # QEMU flushes a base only when it is opened anew: its tables would be lost with it.
+    w.qmp('human-monitor-command', {'command-line': f'qemu-io {disk.layers[base].node} flush'})
+    if not active and w.lower_read_only:
+        reopen(w, disk, base, read_only=True)
 
 
-def reopen_writable(w, disk, index):
+def reopen(w, disk, index, read_only):
     layer, below = disk.layers[index], disk.layers[index - 1].node if index else None
-    options = node_options(disk, layer, below)
+    options = node_options(disk, layer, below, read_only)
     options['file'] = options['file']['node-name']
     w.qmp('blockdev-reopen', {'options': [options]})
 
