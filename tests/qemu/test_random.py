@@ -88,7 +88,7 @@ def shorten(seed, operations, failure, known):
 
 
 def tell(seed, length, operations, run):
-    print(f'FAILED: {run.failure[0]}: {run.failure[1]}\nafter:', *run.trace[-60:], *run.ends, sep='\n', flush=True)
+    print(f'FAILED: {run.failure[0]}: {run.failure[1]}\nafter:', *run.trace, *run.ends, sep='\n', flush=True)
     print(f'replay with QPULL_TEST_SEED={seed} QPULL_TEST_SEQUENCES=1 QPULL_TEST_LENGTH={length} '
           f'QPULL_TEST_KEEP_OPS={",".join(str(n) for n, _ in operations)}', flush=True)
 
