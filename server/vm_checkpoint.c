@@ -115,6 +115,12 @@ void vm_change_forget(struct vm_change *change)
 
 /* -- delete -------------------------------------------------------------------------------------------------------- */
 
+/*
+ * A record that lies in several layers goes as a whole or, where one of them cannot be changed, stays as a whole: what
+ * is left of a half-removed one would begin later than the checkpoint. So one transaction for each disk; from the top,
+ * because QEMU (7.2) takes a record out of the image before it knows whether the rest of the transaction works: after a
+ * crash the allocation stands in for upper layers, never for the deepest one.
+ */
 static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
 {
     struct work *w = container_of(q, struct work, query);
@@ -127,10 +133,12 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
     for (size_t i = 0; i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
         const struct checkpoint *c = is_meant(w, d) ? disk_checkpoint(d, w->name) : NULL;
+        struct json_object *args = c ? qmp_args_transaction() : NULL;
 
         for (size_t l = 0; c && l < c->nlayers; l++)
-            calls_add(&w->calls, "block-dirty-bitmap-remove",
-                      qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, 1, on_one_done);
+            qmp_action_bitmap_remove(args, (struct qmp_bitmap){c->layers[l].node, c->name});
+        if (c)
+            calls_add(&w->calls, "transaction", args, QMP_NO_FD, (unsigned)c->nlayers, on_one_done);
     }
     send_all(w);
 }
