@@ -135,19 +135,21 @@ static struct json_object *find_bitmap(struct json_object *named_node, const cha
 
 #define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
 
-static enum reason judge_bitmap(struct json_object *b)
+/* A bitmap is as long as its node, and QEMU merges only bitmaps of one length. */
+static enum reason judge_bitmap(struct json_object *named_node, struct json_object *b, uint64_t disk_size)
 {
     if (qmp_get_bool(b, "inconsistent"))
         return REASON_INCONSISTENT;
+    if ((uint64_t)qmp_get_int(qmp_get(named_node, "image"), "virtual-size") != disk_size)
+        return REASON_RESIZED;
     if (!qmp_get_bool(b, "recording") || qmp_get_bool(b, "busy"))
         return REASON_BUSY;
     return REASON_NONE;
 }
 
-static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct json_object *bitmap)
+static int checkpoint_add_layer(struct checkpoint *c, const char *node, enum reason reason, struct json_object *bitmap)
 {
     struct layer *layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
-    enum reason reason = judge_bitmap(bitmap);
 
     if (!layers)
         return -ENOMEM;
@@ -168,20 +170,21 @@ static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct j
  * such a one that has none was made by an external snapshot without the bitmap, or lost it in an unclean stop: its
  * allocation stands in.
  */
-static int judge_checkpoint(struct json_object *named, struct json_object *graph, const char *top, struct checkpoint *c)
+static int judge_checkpoint(struct json_object *named, struct json_object *graph, const struct disk *d,
+                            struct checkpoint *c)
 {
-    const char *node = top;
+    const char *node = d->top;
     uint64_t missing = 0;
     bool too_deep = false, gap = false;
 
     for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
-        struct json_object *bitmap = find_bitmap(find_named(named, node), c->name);
+        struct json_object *named_node = find_named(named, node), *bitmap = find_bitmap(named_node, c->name);
         int r;
 
         if (bitmap) {
             c->allocation_layers = missing;
             gap = too_deep;
-            if ((r = checkpoint_add_layer(c, node, bitmap)) < 0)
+            if ((r = checkpoint_add_layer(c, node, judge_bitmap(named_node, bitmap, d->size), bitmap)) < 0)
                 return r;
         }
         if (!bitmap || !c->layers[c->nlayers - 1].merge) {
@@ -242,7 +245,7 @@ static int find_checkpoints(struct json_object *named, struct json_object *graph
         node = see_through(named, graph, graph_child(graph, node, "backing"));
     }
     for (size_t i = 0; i < d->ncheckpoints; i++) {
-        if ((r = judge_checkpoint(named, graph, d->top, &d->checkpoints[i])) < 0)
+        if ((r = judge_checkpoint(named, graph, d, &d->checkpoints[i])) < 0)
             return r;
     }
     if (d->ncheckpoints)
