@@ -158,13 +158,13 @@ def layer_sizes(w, disk):
 
 def merge_records(w, disk, base, sources):
     """The records of layers `sources` into layer `base`'s, which gets those that it has not. Like libvirt, it leaves out
-    (and returns) what is not whole: a layer above the deepest one that has the record must have it, too."""
+    (and returns) what is not whole: each layer between the deepest one that has the record and the last source must."""
     records, target, sizes = w.records(disk), disk.layers[base].node, layer_sizes(w, disk)
     actions, broken = [], set()
     for name in disk.checkpoints:
         having = [i for i in sources if name in records[i]]
         if any(records[i].get(name, {}).get('inconsistent') or sizes[i] != sizes[base] for i in (*having, base)) or \
-                having and len(having) != sources[-1] - having[0] + 1:
+                having and not all(name in x for x in records[deepest(records, name):sources[-1] + 1]):
             broken.add(name)
             continue
         if having and name not in records[base]:
@@ -177,6 +177,10 @@ def merge_records(w, disk, base, sources):
     if actions:
         w.qmp('transaction', {'actions': actions})
     return broken
+
+
+def deepest(records, name):
+    return next(i for i, x in enumerate(records) if name in x)
 
 
 def commit_range(w, r, active):
@@ -212,7 +216,7 @@ def commit(w, r, active, merging):
         if merging and name not in broken:
             continue
         checkpoint.excuses.add('commit')
-        if not active and name not in records[base] and any(name in x for x in records[base + 1:top + 1]):
+        if not active and base < deepest(records, name) <= top:
             checkpoint.troubles.add('commit')
     close_layers(w, disk, base + 1, top + 1)
     w.relearn(disk)
