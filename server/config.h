@@ -60,10 +60,12 @@
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
-#define VM_CBW_TIMEOUT_S 20u /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
-                              */
-#define VM_STAYS_MAX 4096u   /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64u     /* dirty maps of one session */
+#define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
+#define VM_CBW_TIMEOUT_S                                                                                           \
+    20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
+                            */
+#define VM_STAYS_MAX 4096u /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64u   /* dirty maps of one session */
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 #define LISTEN_BACKLOG                                                                                                 \

@@ -21,6 +21,7 @@ static const char *const state_names[] = {
 static void vm_free(struct vm *vm)
 {
     vm_session_done(vm);
+    vm_watch_done(vm);
     json_object_put(vm->last);
     for (size_t i = 0; vm->only && i < vm->nonly; i++)
         free(vm->only[i]);
@@ -99,7 +100,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {
         vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        r = vm->state_dir < 0 ? -errno : 0;
+        r = vm->state_dir < 0 ? -errno : vm_watch_load(vm);
     }
     if (r == 0)
         r = qmp_client_new(loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
@@ -109,6 +110,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     }
     (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
     calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
+    vm_watch_init(vm);
     qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
     (void)uv_timer_init(loop, &vm->linger);
     (void)uv_timer_init(loop, &vm->kick);
@@ -151,11 +153,16 @@ static void on_kick_closed(uv_handle_t *h)
     uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
 }
 
-static void on_client_closed(void *arg)
+static void on_watch_closed(uv_handle_t *h)
 {
-    struct vm *vm = arg;
+    struct vm *vm = container_of((uv_timer_t *)h, struct vm, watch.deadline);
 
     uv_close((uv_handle_t *)&vm->kick, on_kick_closed);
+}
+
+static void on_client_closed(void *arg)
+{
+    vm_watch_close(arg, on_watch_closed);
 }
 
 static void refuse_questions(struct vm *vm, const struct failure *f)
@@ -172,7 +179,8 @@ static void refuse_questions(struct vm *vm, const struct failure *f)
 /* A sweep or a self-test under way ends by itself, with answers or with deadlines. */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || !vm->qmp)
+    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm_watch_is_busy(vm) ||
+        !vm->qmp)
         return;
     qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
 }
@@ -245,6 +253,7 @@ static void settle(struct vm *vm)
         vm_sweep(vm);
         return;
     }
+    vm_watch_wake(vm);
     vm_pump(vm);
     vm_stop_if_idle(vm);
 }
@@ -383,19 +392,15 @@ static int apply_config(const struct vm *vm, struct disk_list *l)
 
 static void ask(struct vm *vm);
 
-static void on_answers(struct calls *c, const struct failure *f)
+static void drop_answers(struct vm *vm)
 {
-    struct vm *vm = container_of(c, struct vm, calls);
-    struct disk_list *list = NULL;
-    struct failure mine = {0};
-
-    if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 ||
-               apply_config(vm, list) < 0)) {
-        (void)failure_set(&mine, -ENOMEM, "out of memory");
-        f = &mine;
-    }
     for (size_t i = 0; i < ARRAY_SIZE(vm->answers); i++)
         json_object_put(TAKE_PTR(vm->answers[i]));
+}
+
+/* list is given. */
+static void answer(struct vm *vm, struct disk_list *list, const struct failure *f)
+{
     while (vm->answering) {
         struct vm_query *q = vm->answering;
 
@@ -408,6 +413,22 @@ static void on_answers(struct calls *c, const struct failure *f)
     disk_list_free(list);
     vm->asking = false;
     vm_pump(vm);
+}
+
+static void on_answers(struct calls *c, const struct failure *f)
+{
+    struct vm *vm = container_of(c, struct vm, calls);
+    struct disk_list *list = NULL;
+    struct failure mine = {0};
+
+    if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 ||
+               apply_config(vm, list) < 0 || vm_watch_look(vm, list, vm->answers[1], vm->answers[2], answer) < 0)) {
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
+        f = &mine;
+    }
+    drop_answers(vm);
+    if (f)
+        answer(vm, list, f);
 }
 
 static int keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -500,7 +521,7 @@ struct json_object *checkpoint_to_json(const struct disk *d, const struct checkp
     json_object_object_add(o, "disk", json_object_new_string(d->name));
     json_object_object_add(o, "usable", json_object_new_boolean(c->reason == REASON_NONE));
     json_object_object_add(o, "reason", json_object_new_string(reason_name(c->reason)));
-    json_object_object_add(o, "text", json_object_new_string(reason_text(c->reason)));
+    json_object_object_add(o, "text", json_object_new_string(checkpoint_text(c)));
     json_object_object_add(o, "granularity", json_object_new_uint64(c->granularity));
     json_object_object_add(o, "dirty-bytes", json_object_new_uint64(c->dirty));
     json_object_object_add(o, "layers", json_object_new_uint64(c->nlayers));

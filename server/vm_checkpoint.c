@@ -10,6 +10,8 @@
 #include <errno.h>
 
 struct work {
+    struct vm *vm;
+    struct disk_list *deleted; /* owned: as it was before */
     struct vm_query query;
     struct calls calls;
     struct vm_change *change; /* NULL: forgotten */
@@ -25,6 +27,7 @@ static void work_free(struct work *w)
         free(w->disks[i]);
     free(w->disks);
     free(w->name);
+    disk_list_free(w->deleted);
     free(w);
 }
 
@@ -46,9 +49,25 @@ static int on_one_done(struct calls *c, unsigned index, struct json_object *ret,
     return 0;
 }
 
+static bool is_meant(const struct work *w, const struct disk *d)
+{
+    for (size_t i = 0; i < w->ndisks; i++) {
+        if (strcmp(w->disks[i], d->name) == 0)
+            return true;
+    }
+    return w->ndisks == 0;
+}
+
 static void on_all_done(struct calls *c, const struct failure *f)
 {
-    work_end(container_of(c, struct work, calls), f);
+    struct work *w = container_of(c, struct work, calls);
+
+    for (size_t i = 0; !f && w->deleted && i < w->deleted->ndisks; i++) {
+        if (is_meant(w, &w->deleted->disks[i]))
+            vm_watch_deleted(w->vm, &w->deleted->disks[i], w->name);
+    }
+    vm_watch_wake(w->vm);
+    work_end(w, f);
 }
 
 static void send_all(struct work *w)
@@ -57,16 +76,7 @@ static void send_all(struct work *w)
     int r = calls_wait(&w->calls, on_all_done, &f);
 
     if (r != 0)
-        work_end(w, r < 0 ? &f : NULL);
-}
-
-static bool is_meant(const struct work *w, const struct disk *d)
-{
-    for (size_t i = 0; i < w->ndisks; i++) {
-        if (strcmp(w->disks[i], d->name) == 0)
-            return true;
-    }
-    return w->ndisks == 0;
+        on_all_done(&w->calls, r < 0 ? &f : NULL);
 }
 
 static int check_disks(const struct work *w, const struct disk_list *disks, struct failure *f)
@@ -86,6 +96,7 @@ static int start(struct vm *vm, struct vm_change *change, const char *name, cons
 
     if (!w)
         return r;
+    w->vm = vm;
     w->name = strdup(name);
     w->disks = calloc(ndisks + 1, sizeof(*w->disks));
     for (; w->disks && w->ndisks < ndisks; w->ndisks++) {
@@ -116,8 +127,8 @@ void vm_change_forget(struct vm_change *change)
 /* -- delete -------------------------------------------------------------------------------------------------------- */
 
 /*
- * A record that lies in several layers goes as a whole or, where one of them cannot be changed, stays as a whole: what
- * is left of a half-removed one would begin later than the checkpoint. So one transaction for each disk; from the top,
+ * A record that lies in several layers goes as a whole or, where QEMU refuses one of them, stays as a whole: what is
+ * left of a half-removed one would begin later than the checkpoint. So one transaction for each disk; from the top,
  * because QEMU (7.2) takes a record out of the image before it knows whether the rest of the transaction works: after a
  * crash the allocation stands in for upper layers, never for the deepest one.
  */
@@ -126,19 +137,29 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
     struct work *w = container_of(q, struct work, query);
     struct failure mine = {0};
 
-    if (f || check_disks(w, disks, &mine) < 0) {
+    if (!f && check_disks(w, disks, &mine) == 0 && !(w->deleted = disk_list_copy(disks)))
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
+    if (f || mine.err) {
         work_end(w, f ? f : &mine);
         return;
     }
     for (size_t i = 0; i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
         const struct checkpoint *c = is_meant(w, d) ? disk_checkpoint(d, w->name) : NULL;
-        struct json_object *args = c ? qmp_args_transaction() : NULL;
+        struct json_object *args = qmp_args_transaction();
+        unsigned n = 0;
 
-        for (size_t l = 0; c && l < c->nlayers; l++)
+        /* What lies in a layer that QEMU cannot write stays there, and is remembered as nobody's. */
+        for (size_t l = 0; c && l < c->nlayers; l++) {
+            if (d->images[c->layers[l].depth].read_only)
+                continue;
             qmp_action_bitmap_remove(args, (struct qmp_bitmap){c->layers[l].node, c->name});
-        if (c)
-            calls_add(&w->calls, "transaction", args, QMP_NO_FD, (unsigned)c->nlayers, on_one_done);
+            n++;
+        }
+        if (n)
+            calls_add(&w->calls, "transaction", args, QMP_NO_FD, n, on_one_done);
+        else
+            json_object_put(args);
     }
     send_all(w);
 }
@@ -153,12 +174,17 @@ int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpo
 
 static int check_create(const struct work *w, const struct disk *d, struct failure *f)
 {
+    const struct checkpoint *c;
+
     if (!d->tracked)
         return failure_set(
             f, -ENOTSUP,
             "disk '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps", d->name,
             reason_name(REASON_NOT_TRACKED), d->format);
-    if (disk_checkpoint(d, w->name))
+    if ((c = disk_checkpoint(d, w->name)) && c->reason == REASON_NO_SUCH_CHECKPOINT)
+        return failure_set(f, -EEXIST, "checkpoint name '%s' cannot be used again on disk '%s' yet: %s; choose another",
+                           w->name, d->name, checkpoint_text(c));
+    if (c)
         return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it",
                            w->name, d->name);
     return 0;
@@ -196,6 +222,7 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
         work_end(w, &mine);
         return;
     }
+    vm_watch_forget(w->vm, w->name);
     calls_add(&w->calls, "transaction", args, QMP_NO_FD, n, on_one_done);
     send_all(w);
 }

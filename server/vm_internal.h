@@ -8,6 +8,7 @@
 #include "config.h"
 #include "qmp/commands.h"
 #include "vm.h"
+#include "vm_watch.h"
 
 #include "backup/calls.h"
 
@@ -54,6 +55,8 @@ struct vm {
     struct calls calls;
     bool asking;
     struct json_object *answers[3]; /* owned */
+
+    struct vm_watch watch; /* what others do to the disks */
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;

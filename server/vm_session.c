@@ -204,6 +204,8 @@ static void on_down(void *arg, const struct failure *problems)
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
     json_object_put(vm->last);
     vm->last = last;
+    if (session_checkpoint(vm->session))
+        vm_watch_wake(vm);
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) && !vm->stopping)
@@ -303,6 +305,8 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
 
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
+            if (stay->checkpoint)
+                vm_watch_forget(vm, stay->checkpoint);
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
             return;
         }
@@ -323,7 +327,7 @@ static const char *why_not(const struct vm *vm, const struct vm_stay *stay)
     const struct disk *d = disk_list_find(session_disks(vm->session), stay->disk);
     const struct checkpoint *c = d ? disk_checkpoint(d, stay->since[stay->nasked]) : NULL;
 
-    return reason_text(c ? c->reason : REASON_NO_SUCH_CHECKPOINT);
+    return c ? checkpoint_text(c) : reason_text(REASON_NO_SUCH_CHECKPOINT);
 }
 
 static void admit(struct vm_stay *stay)

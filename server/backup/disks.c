@@ -6,7 +6,11 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
+#include <sys/stat.h>
+
+#define NS_PER_S INT64_C(1000000000)
 
 static const struct {
     const char *name, *text;
@@ -100,7 +104,8 @@ static struct json_object *find_named(struct json_object *named, const char *nod
 /* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
 static bool is_plain_filter(const char *driver)
 {
-    static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", "copy-before-write"};
+    static const char *const filters[] = {"throttle",          "copy-on-read", "compress",  "preallocate",
+                                          "copy-before-write", "mirror_top",   "commit_top"};
 
     for (size_t i = 0; driver && i < ARRAY_SIZE(filters); i++) {
         if (strcmp(driver, filters[i]) == 0)
@@ -114,7 +119,7 @@ static const char *see_through(struct json_object *named, struct json_object *gr
     for (unsigned i = 0; node && i < GRAPH_MAX_DEPTH; i++) {
         if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(find_named(named, node), "drv")))
             return node;
-        node = graph_child(graph, node, "file");
+        node = graph_child(graph, node, "file") ?: graph_child(graph, node, "backing"); /* the latter: of jobs */
     }
     return NULL;
 }
@@ -147,7 +152,8 @@ static enum reason judge_bitmap(struct json_object *named_node, struct json_obje
     return REASON_NONE;
 }
 
-static int checkpoint_add_layer(struct checkpoint *c, const char *node, enum reason reason, struct json_object *bitmap)
+static int checkpoint_add_layer(struct checkpoint *c, const char *node, unsigned depth, struct json_object *bitmap,
+                                enum reason reason)
 {
     struct layer *layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
 
@@ -155,47 +161,45 @@ static int checkpoint_add_layer(struct checkpoint *c, const char *node, enum rea
         return -ENOMEM;
     c->layers = layers;
     layers += c->nlayers;
-    layers->merge = reason == REASON_NONE;
-    if (!(layers->node = strdup(node)))
+    *layers = (struct layer){
+        .node = strdup(node),
+        .depth = depth,
+        .merge = reason == REASON_NONE,
+        .inconsistent = reason == REASON_INCONSISTENT,
+        .granularity = (uint64_t)qmp_get_int(bitmap, "granularity"),
+        .dirty = (uint64_t)qmp_get_int(bitmap, "count"),
+    };
+    if (!layers->node)
         return -ENOMEM;
     c->nlayers++;
     c->reason = reason; /* the deepest one's counts: for those above it their allocation can stand in */
-    c->dirty += (uint64_t)qmp_get_int(bitmap, "count");
-    c->granularity = MAX(c->granularity, (uint64_t)qmp_get_int(bitmap, "granularity"));
+    c->dirty += layers->dirty;
+    c->granularity = MAX(c->granularity, layers->granularity);
     return 0;
 }
 
 /*
- * Walks the layers from the top for one name. Every layer that has a whole record is part of the answer. A layer above
- * such a one that has none was made by an external snapshot without the bitmap, or lost it in an unclean stop: its
- * allocation stands in.
+ * Every layer that has a record is part of the answer. All layers above the deepest of them came after the checkpoint,
+ * so what they have allocated is what changed in them, and it counts even where they have a record of that name:
+ * nothing in QEMU tells whether that one began with the layer, or later.
  */
-static int judge_checkpoint(struct json_object *named, struct json_object *graph, const struct disk *d,
-                            struct checkpoint *c)
+static int judge_checkpoint(struct json_object *named, const struct disk *d, struct checkpoint *c)
 {
-    const char *node = d->top;
-    uint64_t missing = 0;
-    bool too_deep = false, gap = false;
+    unsigned deepest = 0;
 
-    for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
-        struct json_object *named_node = find_named(named, node), *bitmap = find_bitmap(named_node, c->name);
-        int r;
+    for (unsigned depth = 0; depth < d->nimages; depth++) {
+        struct json_object *node = find_named(named, d->images[depth].node), *bitmap = find_bitmap(node, c->name);
+        int r = bitmap
+                    ? checkpoint_add_layer(c, d->images[depth].node, depth, bitmap, judge_bitmap(node, bitmap, d->size))
+                    : 0;
 
-        if (bitmap) {
-            c->allocation_layers = missing;
-            gap = too_deep;
-            if ((r = checkpoint_add_layer(c, node, judge_bitmap(named_node, bitmap, d->size), bitmap)) < 0)
-                return r;
-        }
-        if (!bitmap || !c->layers[c->nlayers - 1].merge) {
-            if (depth < ALLOCATION_LAYERS_MAX)
-                missing |= UINT64_C(1) << depth;
-            else
-                too_deep = true;
-        }
-        node = see_through(named, graph, graph_child(graph, node, "backing"));
+        if (r < 0)
+            return r;
+        deepest = bitmap ? depth : deepest;
     }
-    if (c->reason == REASON_NONE && gap)
+    if (deepest < ALLOCATION_LAYERS_MAX)
+        c->allocation_layers = (UINT64_C(1) << deepest) - 1;
+    else if (c->reason == REASON_NONE)
         c->reason = REASON_GAP;
     c->dirty = MIN(c->dirty, INT64_MAX);
     return 0;
@@ -224,13 +228,47 @@ static int add_checkpoint(struct disk *d, const char *name)
     return 0;
 }
 
-static int find_checkpoints(struct json_object *named, struct json_object *graph, struct disk *d)
+/* A format's own name may be a whole JSON document. */
+const char *graph_file(struct json_object *named, struct json_object *graph, const char *node)
+{
+    const char *below = graph_child(graph, node, "file");
+
+    for (unsigned i = 0; below && i < GRAPH_MAX_DEPTH; i++) {
+        node = below;
+        below = graph_child(graph, node, "file");
+    }
+    return qmp_get_string(qmp_get(find_named(named, node), "image"), "filename") ?: "";
+}
+
+static int find_images(struct json_object *named, struct json_object *graph, struct disk *d)
 {
     const char *node = d->top;
+
+    while (node && d->nimages < GRAPH_MAX_DEPTH) {
+        struct image *images = realloc(d->images, (d->nimages + 1) * sizeof(*images));
+
+        if (!images)
+            return -ENOMEM;
+        d->images = images;
+        images += d->nimages++;
+        *images = (struct image){
+            .node = strdup(node),
+            .file = strdup(graph_file(named, graph, node)),
+            .read_only = qmp_get_bool(find_named(named, node), "ro"),
+        };
+        if (!images->node || !images->file)
+            return -ENOMEM;
+        node = see_through(named, graph, graph_child(graph, node, "backing"));
+    }
+    return 0;
+}
+
+static int find_checkpoints(struct json_object *named, struct disk *d)
+{
     int r;
 
-    for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
-        struct json_object *bitmaps = qmp_get(find_named(named, node), "dirty-bitmaps");
+    for (size_t k = 0; k < d->nimages; k++) {
+        struct json_object *bitmaps = qmp_get(find_named(named, d->images[k].node), "dirty-bitmaps");
 
         for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
             struct json_object *b = json_object_array_get_idx(bitmaps, i);
@@ -242,10 +280,9 @@ static int find_checkpoints(struct json_object *named, struct json_object *graph
             if ((r = add_checkpoint(d, name)) < 0)
                 return r;
         }
-        node = see_through(named, graph, graph_child(graph, node, "backing"));
     }
     for (size_t i = 0; i < d->ncheckpoints; i++) {
-        if ((r = judge_checkpoint(named, graph, d, &d->checkpoints[i])) < 0)
+        if ((r = judge_checkpoint(named, d, &d->checkpoints[i])) < 0)
             return r;
     }
     if (d->ncheckpoints)
@@ -293,6 +330,7 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
 {
     struct json_object *inserted = qmp_get(entry, "inserted"), *top_node;
     const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
+    int r;
 
     node = graph_first_foreign(graph, node);
     if (!node)
@@ -312,7 +350,9 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     d->tracked = keeps_bitmaps(top_node);
     if (!d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
         return -ENOMEM;
-    return find_checkpoints(named, graph, d);
+    if ((r = find_images(named, graph, d)) < 0)
+        return r;
+    return find_checkpoints(named, d);
 }
 
 static void disk_done(struct disk *d)
@@ -323,6 +363,11 @@ static void disk_done(struct disk *d)
         free(d->checkpoints[i].layers);
         free(d->checkpoints[i].name);
     }
+    for (size_t i = 0; i < d->nimages; i++) {
+        free(d->images[i].node);
+        free(d->images[i].file);
+    }
+    free(d->images);
     free(d->checkpoints);
     free(d->name);
     free(d->qdev);
@@ -408,6 +453,28 @@ int disk_list_parse(struct json_object *query_block, struct json_object *named_n
     return 0;
 }
 
+void image_stat(struct image *i)
+{
+    struct statx st;
+
+    i->dev = i->ino = 0;
+    i->born_ns = 0;
+    if (i->file[0] != '/' || statx(AT_FDCWD, i->file, AT_STATX_DONT_SYNC, STATX_INO | STATX_BTIME, &st) < 0)
+        return;
+    i->dev = (uint64_t)st.stx_dev_major << 32 | st.stx_dev_minor;
+    i->ino = st.stx_ino;
+    if (st.stx_mask & STATX_BTIME)
+        i->born_ns = st.stx_btime.tv_sec * NS_PER_S + st.stx_btime.tv_nsec;
+}
+
+void disk_list_stat(struct disk_list *l)
+{
+    for (size_t i = 0; i < l->ndisks; i++) {
+        for (size_t k = 0; k < l->disks[i].nimages; k++)
+            image_stat(&l->disks[i].images[k]);
+    }
+}
+
 const struct disk *disk_list_find(const struct disk_list *l, const char *name)
 {
     for (size_t i = 0; i < l->ndisks; i++) {
@@ -426,6 +493,11 @@ const struct checkpoint *disk_checkpoint(const struct disk *d, const char *name)
     return NULL;
 }
 
+const char *checkpoint_text(const struct checkpoint *c)
+{
+    return c->text ?: reason_text(c->reason);
+}
+
 static int copy_checkpoint(struct checkpoint *to, const struct checkpoint *from)
 {
     *to = *from;
@@ -435,7 +507,7 @@ static int copy_checkpoint(struct checkpoint *to, const struct checkpoint *from)
     if (!to->name || !to->layers)
         return -ENOMEM;
     for (; to->nlayers < from->nlayers; to->nlayers++) {
-        to->layers[to->nlayers].merge = from->layers[to->nlayers].merge;
+        to->layers[to->nlayers] = from->layers[to->nlayers];
         if (!(to->layers[to->nlayers].node = strdup(from->layers[to->nlayers].node)))
             return -ENOMEM;
     }
@@ -445,16 +517,27 @@ static int copy_checkpoint(struct checkpoint *to, const struct checkpoint *from)
 static int copy_disk(struct disk *to, const struct disk *from)
 {
     *to = *from;
-    to->ncheckpoints = 0;
+    to->ncheckpoints = to->nimages = 0;
     to->name = strdup(from->name);
     to->qdev = strdup(from->qdev);
     to->qom_path = strdup(from->qom_path);
     to->node = strdup(from->node);
     to->top = strdup(from->top);
     to->format = strdup(from->format);
+    to->images = calloc(from->nimages + 1, sizeof(*to->images));
     to->checkpoints = calloc(from->ncheckpoints + 1, sizeof(*to->checkpoints));
-    if (!to->name || !to->qdev || !to->qom_path || !to->node || !to->top || !to->format || !to->checkpoints)
+    if (!to->name || !to->qdev || !to->qom_path || !to->node || !to->top || !to->format || !to->images ||
+        !to->checkpoints)
         return -ENOMEM;
+    while (to->nimages < from->nimages) {
+        size_t i = to->nimages++;
+
+        to->images[i] = from->images[i];
+        to->images[i].node = strdup(from->images[i].node);
+        to->images[i].file = strdup(from->images[i].file);
+        if (!to->images[i].node || !to->images[i].file)
+            return -ENOMEM;
+    }
     while (to->ncheckpoints < from->ncheckpoints) {
         size_t i = to->ncheckpoints++;
 

@@ -27,22 +27,38 @@ const char *reason_text(enum reason r);
 
 /* A node that holds a bitmap of a checkpoint's name. */
 struct layer {
-    char *node; /* owned */
-    bool merge; /* its record is whole; else its allocation stands in for it, or nothing can */
+    char *node;           /* owned */
+    unsigned depth;       /* in disk.images */
+    bool merge;           /* its record can be read; else its allocation stands in for it, or nothing can */
+    bool inconsistent;    /* QEMU stopped uncleanly */
+    uint64_t granularity; /* bytes */
+    uint64_t dirty;       /* bytes */
 };
 
 struct checkpoint {
     char *name; /* owned */
     enum reason reason;
+    const char *text;     /* static: more than reason_text() could say, or NULL */
     uint64_t granularity; /* bytes */
     uint64_t dirty;       /* bytes changed since, upper bound; of the bitmaps alone */
     size_t nlayers;
     struct layer *layers; /* owned: top first */
     /*
-     * Bit k: the layer at depth k (0: the top) has no usable bitmap of this name while a deeper one has. Whatever was
-     * written since that layer came is allocated in it, so the record is filled in from its allocation.
+     * Bit k: what the layer at depth k (0: the top) has allocated is part of the record. So it is for every layer above
+     * the deepest one with a bitmap of this name: it came after the checkpoint, whatever was written since is allocated
+     * in it, and a bitmap of that name in it may have begun later than the layer.
      */
     uint64_t allocation_layers;
+};
+
+/* One layer of a disk: an image file without the filters above it. */
+struct image {
+    char *node; /* owned */
+    char *file; /* owned: as QEMU calls what it has open, "" when it says nothing */
+    bool read_only;
+    /* Of the file, where it can be seen from here (disk_list_stat()), else 0. */
+    uint64_t dev, ino;
+    int64_t born_ns;
 };
 
 struct disk {
@@ -55,6 +71,8 @@ struct disk {
     uint64_t size;  /* bytes */
     bool tracked;   /* can keep a checkpoint over a restart */
     bool iothread;  /* its I/O runs in an iothread, as far as QEMU tells */
+    size_t nimages;
+    struct image *images; /* owned: top first; images[0].node is top */
     size_t ncheckpoints;
     struct checkpoint *checkpoints; /* owned, by name */
 };
@@ -73,6 +91,10 @@ int disk_list_parse(struct json_object *query_block, struct json_object *named_n
                     struct disk_list **ret_list, struct failure *f);
 void disk_list_free(struct disk_list *l); /* NULL is fine */
 
+/* Looks after the files of all images. This waits for file systems: for a worker thread. */
+void disk_list_stat(struct disk_list *l);
+void image_stat(struct image *i);
+
 /* Keeps the first n disks. */
 void disk_list_truncate(struct disk_list *l, size_t n);
 /* A copy of its own, e.g. for a session. NULL: out of memory. */
@@ -80,6 +102,8 @@ struct disk_list *disk_list_copy(const struct disk_list *l);
 
 const struct disk *disk_list_find(const struct disk_list *l, const char *name);
 const struct checkpoint *disk_checkpoint(const struct disk *d, const char *name); /* NULL: none of that name */
+/* Why it can or cannot be used, one sentence. */
+const char *checkpoint_text(const struct checkpoint *c);
 
 /*
  * x-debug-query-block-graph, asked by name: the child of `node` in that role ("file", "backing", "target", …), or NULL.
@@ -88,6 +112,8 @@ const struct checkpoint *disk_checkpoint(const struct disk *d, const char *name)
 const char *graph_child(struct json_object *graph, const char *node, const char *role);
 /* Below `node` along "file": the first node that is not ours; `node` itself if it is not. NULL: there is none. */
 const char *graph_first_foreign(struct json_object *graph, const char *node);
+/* The name of the file at the end of "file" below a node, "" when QEMU does not say. Borrowed from named_nodes. */
+const char *graph_file(struct json_object *named_nodes, struct json_object *graph, const char *node);
 /* The absolute QOM path of query-block's "qdev". Owned by the caller; NULL: out of memory. */
 char *qdev_to_qom_path(const char *qdev);
 

@@ -1,17 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The files of the notes. A name becomes a file's name by writing each byte outside of a small plain set as %XX, so
- * that it is the same on every file system and harmless on every terminal, and can be told from it. What would be
- * longer than a file's name may be keeps its beginning and gets a hash, marked by "%~", which no plain encoding
- * contains; the name itself stands in the file. A file counts only under the name that its content leads to, so no note
- * can be there twice.
- *
- * Written to a file of its own first, synced, and renamed over the old one.
+ * The files of the notes (backup/state_file on their names, and on how they are written). A file counts only under the
+ * name that its content leads to, so no note can be there twice.
  */
-#include "backup/names.h"
 #include "backup/notes_impl.h"
+#include "backup/state_file.h"
 
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -20,116 +14,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define TEMP_PREFIX ".qpull-" /* and 8 hex digits; an encoded name never begins with a dot */
-#define TEMP_SUFFIX ".tmp"
-#define TEMP_SIZE (sizeof(TEMP_PREFIX) + NAMES_ID_SIZE + sizeof(TEMP_SUFFIX))
-#define TEMP_TRIES 16
-#define HASH_MARK "%~"
-#define HASH_DIGITS 16           /* of 64 bits, in hex */
 #define ASIDE_PREFIX "damaged%~" /* and a hash of the file's name, and a number */
 #define ASIDE_TRIES 100
-#define FNV_BASIS UINT64_C(0xcbf29ce484222325) /* FNV-1a, 64 bits (Fowler, Noll, Vo) */
-#define FNV_PRIME UINT64_C(0x100000001b3)
-#define FILE_MODE 0600
-#define DIR_MODE 0700
 
 static int no_memory(struct failure *f)
 {
     (void)failure_set(f, -ENOMEM, "out of memory for the notes of checkpoints");
     return -ENOMEM;
-}
-
-/* -- names --------------------------------------------------------------------------------------------------------- */
-
-static uint64_t hash(const char *text)
-{
-    uint64_t h = FNV_BASIS;
-
-    for (; *text; text++)
-        h = (h ^ (unsigned char)*text) * FNV_PRIME;
-    return h;
-}
-
-/* A leading '-' or '.' would be taken for an option or hide the file. */
-static bool is_plain(unsigned char c, bool first)
-{
-    return c < 0x80 && (isalnum(c) || strchr("_+=,:", c) || (!first && strchr("-.", c)));
-}
-
-/* Writes whole bytes as long as they fit in room and returns how many of name went in. */
-static size_t encode(const char *name, char *out, size_t room)
-{
-    static const char hex[] = "0123456789ABCDEF";
-    size_t i;
-
-    for (i = 0; name[i]; i++) {
-        unsigned char c = (unsigned char)name[i];
-        size_t need = is_plain(c, i == 0) ? 1 : 3;
-
-        if (need > room)
-            break;
-        room -= need;
-        if (need == 1) {
-            *out++ = (char)c;
-        } else {
-            *out++ = '%';
-            *out++ = hex[c >> 4];
-            *out++ = hex[c & 15];
-        }
-    }
-    *out = '\0';
-    return i;
-}
-
-const char *notes_file_name(const char *name, const char *suffix, char out[NAME_MAX + 1])
-{
-    size_t room = NAME_MAX - strlen(suffix), len;
-
-    if (name[encode(name, out, room)]) {
-        (void)encode(name, out, room - strlen(HASH_MARK) - HASH_DIGITS);
-        len = strlen(out);
-        (void)snprintf(out + len, NAME_MAX + 1 - len, "%s%0*" PRIx64, HASH_MARK, HASH_DIGITS, hash(name));
-    }
-    len = strlen(out);
-    (void)snprintf(out + len, NAME_MAX + 1 - len, "%s", suffix);
-    return out;
-}
-
-static int hex_value(char c)
-{
-    const char *digits = "0123456789ABCDEF", *p = c ? strchr(digits, c) : NULL;
-
-    return p ? (int)(p - digits) : -1;
-}
-
-bool notes_file_parse(const char *file, const char *suffix, char out[NAME_MAX + 1])
-{
-    char again[NAME_MAX + 1];
-    size_t len = strlen(file), end, n = 0;
-
-    if (len > NAME_MAX || len <= strlen(suffix) || strcmp(file + len - strlen(suffix), suffix) != 0)
-        return false;
-    end = len - strlen(suffix);
-    for (size_t i = 0; i < end; i++) {
-        int high = 0, low = 0;
-
-        if (file[i] == '%' && end - i < 3)
-            return false;
-        if (file[i] == '%' && ((high = hex_value(file[i + 1])) < 0 || (low = hex_value(file[i + 2])) < 0))
-            return false;
-        out[n++] = file[i] == '%' ? (char)(high << 4 | low) : file[i];
-        i += file[i] == '%' ? 2 : 0;
-    }
-    out[n] = '\0';
-    return strlen(out) == n && strcmp(notes_file_name(out, suffix, again), file) == 0;
-}
-
-static bool is_temp(const char *file)
-{
-    size_t digits = strlen(TEMP_PREFIX), end = digits + NAMES_ID_SIZE - 1;
-
-    return strncmp(file, TEMP_PREFIX, digits) == 0 && strspn(file + digits, "0123456789abcdef") == end - digits &&
-           strcmp(file + end, TEMP_SUFFIX) == 0;
 }
 
 /* -- problems ------------------------------------------------------------------------------------------------------ */
@@ -148,7 +39,7 @@ void notes_problems_done(struct notes_problems *p)
 static void tell(struct notes_problems *p, const char *dir, const char *file, const struct failure *why)
 {
     char name[NAME_MAX + 1];
-    bool known = notes_file_parse(file, NOTES_SUFFIX, name);
+    bool known = state_name_parse(file, NOTES_SUFFIX, name);
     struct notes_problem new = {.why = *why};
 
     if (!p)
@@ -185,33 +76,6 @@ static void place_done(struct place *p)
     p->fd = -1;
 }
 
-static void fd_closep(const int *fd)
-{
-    if (*fd >= 0)
-        (void)close(*fd);
-}
-#define _cleanup_fd_ _cleanup_(fd_closep)
-
-static int open_dir(int at, const char *name)
-{
-    int fd = openat(at, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
-    return fd < 0 ? -errno : fd;
-}
-
-/* Makes the directory if it is not there, so that it stays after a loss of power. */
-static int make_dir(int at, const char *name)
-{
-    _cleanup_fd_ int parent = -1;
-
-    if (mkdirat(at, name, DIR_MODE) < 0)
-        return errno == EEXIST ? 0 : -errno;
-    parent = open_dir(at, "."); /* `at` may be an O_PATH descriptor, which cannot be synced */
-    if (parent < 0)
-        return parent;
-    return fsync(parent) < 0 ? -errno : 0;
-}
-
 static int dir_failure(struct failure *f, int err, const char *vm, const char *what)
 {
     return failure_set(f, err,
@@ -230,14 +94,14 @@ static int place_open(struct place *p, int state_dir, const char *vm, bool make,
     p->vm = vm;
     if (!vm[0])
         return failure_set(f, -EINVAL, "a VM without a name has no checkpoint notes");
-    (void)notes_file_name(vm, "", p->dir);
-    r = make ? make_dir(state_dir, NOTES_DIR) : 0;
+    (void)state_name(vm, "", p->dir);
+    r = make ? state_make_dir(state_dir, NOTES_DIR) : 0;
     if (r == 0)
-        r = notes_dir = open_dir(state_dir, NOTES_DIR);
+        r = notes_dir = state_open_dir(state_dir, NOTES_DIR);
     if (r >= 0)
-        r = make ? make_dir(notes_dir, p->dir) : 0;
+        r = make ? state_make_dir(notes_dir, p->dir) : 0;
     if (r == 0)
-        r = p->fd = open_dir(notes_dir, p->dir);
+        r = p->fd = state_open_dir(notes_dir, p->dir);
     if (r >= 0 || (r == -ENOENT && !make))
         return MIN(r, 0);
     return dir_failure(f, r, vm, make ? "make" : "open");
@@ -255,45 +119,6 @@ struct content {
     size_t len;
 };
 
-/* -ENOENT is not told. */
-static int read_file(const struct place *p, const char *file, struct content *ret_content, struct failure *f)
-{
-    /* O_NONBLOCK: a FIFO is opened at once, to be refused. */
-    _cleanup_fd_ int fd = openat(p->fd, file, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    _cleanup_free_ char *text = NULL;
-    struct stat st;
-    size_t len = 0;
-
-    if (fd < 0 && errno == ENOENT)
-        return -ENOENT;
-    if (fd < 0 && errno == ELOOP)
-        return failure_set(f, -ELOOP, "it is a symbolic link, which is not followed");
-    if (fd < 0 || fstat(fd, &st) < 0)
-        return failure_set(f, -errno, "it cannot be opened: %s", strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        return failure_set(f, -EBADMSG, "it is not a regular file");
-    if (st.st_size > NOTES_FILE_MAX)
-        return failure_set(f, -EFBIG, "it has %jd bytes, at most %u are read", (intmax_t)st.st_size, NOTES_FILE_MAX);
-    text = malloc(NOTES_FILE_MAX + 1); /* it may grow while we read */
-    if (!text)
-        return no_memory(f);
-    for (;;) {
-        ssize_t n = read(fd, text + len, NOTES_FILE_MAX + 1 - len);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return failure_set(f, -errno, "it cannot be read: %s", strerror(errno));
-        if (n == 0)
-            break;
-        len += (size_t)n;
-        if (len > NOTES_FILE_MAX)
-            return failure_set(f, -EFBIG, "it has more than %u bytes", NOTES_FILE_MAX);
-    }
-    *ret_content = (struct content){TAKE_PTR(text), len};
-    return 0;
-}
-
 /* The note in that file, if it belongs there. -ENOENT is not told. */
 static int read_note(const struct place *p, const char *file, struct note **ret_note, char **ret_vm, struct failure *f)
 {
@@ -301,68 +126,19 @@ static int read_note(const struct place *p, const char *file, struct note **ret_
     _cleanup_free_ char *vm = NULL;
     struct content c = {0};
     char right[NAME_MAX + 1];
-    int r = read_file(p, file, &c, f);
+    int r = state_read(p->fd, file, NOTES_FILE_MAX, &c.text, &c.len, f);
 
     if (r == 0)
         r = note_decode(c.text, c.len, &n, &vm, f);
     free(c.text);
     if (r < 0 || !n)
         return r;
-    if (strcmp(notes_file_name(n->name, NOTES_SUFFIX, right), file) != 0)
+    if (strcmp(state_name(n->name, NOTES_SUFFIX, right), file) != 0)
         return failure_set(f, -EBADMSG, "it is under a wrong name: the note of checkpoint '%s' would be in '%s'",
                            n->name, right);
     *ret_note = TAKE_PTR(n);
     *ret_vm = TAKE_PTR(vm);
     return 0;
-}
-
-static int write_all(int fd, const char *text, size_t len)
-{
-    while (len) {
-        ssize_t n = write(fd, text, len);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        text += n;
-        len -= (size_t)n;
-    }
-    return fsync(fd) < 0 ? -errno : 0;
-}
-
-static int open_temp(const struct place *p, char temp[TEMP_SIZE])
-{
-    int fd = -1;
-
-    for (int i = 0; fd < 0 && i < TEMP_TRIES; i++) {
-        char id[NAMES_ID_SIZE];
-
-        names_new_id(id);
-        (void)snprintf(temp, TEMP_SIZE, TEMP_PREFIX "%s" TEMP_SUFFIX, id);
-        fd = openat(p->fd, temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, FILE_MODE);
-        if (fd < 0 && errno != EEXIST)
-            break;
-    }
-    return fd < 0 ? -errno : fd;
-}
-
-/* The directory is not synced yet. */
-static int replace_file(const struct place *p, const char *file, const char *text, size_t len)
-{
-    char temp[TEMP_SIZE];
-    int fd = open_temp(p, temp), r;
-
-    if (fd < 0)
-        return fd;
-    r = write_all(fd, text, len);
-    if (close(fd) < 0 && r == 0)
-        r = -errno;
-    if (r == 0 && renameat(p->fd, temp, p->fd, file) < 0)
-        r = -errno;
-    if (r < 0)
-        (void)unlinkat(p->fd, temp, 0); /* if not: removed when the notes are loaded */
-    return r;
 }
 
 /* Gives the file a second name that nobody has, so that renaming over the first one loses nothing. */
@@ -371,7 +147,8 @@ static int set_aside(const struct place *p, const char *file)
     for (int i = 0; i < ASIDE_TRIES; i++) {
         char aside[NAME_MAX + 1];
 
-        (void)snprintf(aside, sizeof(aside), "%s%0*" PRIx64 "-%d", ASIDE_PREFIX, HASH_DIGITS, hash(file), i);
+        (void)snprintf(aside, sizeof(aside), "%s%0*" PRIx64 "-%d", ASIDE_PREFIX, STATE_HASH_DIGITS, state_hash(file),
+                       i);
         if (linkat(p->fd, file, p->fd, aside, 0) == 0)
             return 0;
         if (errno != EEXIST)
@@ -400,7 +177,7 @@ static int save_text(const struct place *p, const char *name, const char *text, 
     if (len > NOTES_FILE_MAX)
         return failure_set(f, -EFBIG, "the note of checkpoint '%s' of VM '%s' has %zu bytes, at most %u are kept", name,
                            p->vm, len, NOTES_FILE_MAX);
-    (void)notes_file_name(name, NOTES_SUFFIX, file);
+    (void)state_name(name, NOTES_SUFFIX, file);
     r = read_note(p, file, &there, &vm, &why);
     if (there && strcmp(there->name, name) != 0)
         return failure_set(f, -EEXIST,
@@ -414,7 +191,7 @@ static int save_text(const struct place *p, const char *name, const char *text, 
         if (r < 0)
             return save_failure(f, r, name, p, "a damaged one cannot be set aside");
     }
-    r = replace_file(p, file, text, len);
+    r = state_replace(p->fd, file, text, len);
     return r < 0 ? save_failure(f, r, name, p, file) : 0;
 }
 
@@ -426,7 +203,7 @@ static int delete_file(const struct place *p, const char *name, struct failure *
     char file[NAME_MAX + 1];
     int r;
 
-    (void)notes_file_name(name, NOTES_SUFFIX, file);
+    (void)state_name(name, NOTES_SUFFIX, file);
     r = read_note(p, file, &there, &vm, &why);
     if (r == -ENOMEM)
         return no_memory(f);
@@ -556,7 +333,7 @@ static int load_entry(const struct place *p, const char *file, struct notes *set
 
     if (strcmp(file, ".") == 0 || strcmp(file, "..") == 0)
         return 0;
-    if (is_temp(file)) {
+    if (state_is_temp(file)) {
         if (unlinkat(p->fd, file, 0) == 0 || errno == ENOENT)
             return 0;
         (void)failure_set(&why, -errno, "it is left over from an interrupted write and cannot be removed: %s",
@@ -592,7 +369,7 @@ static void break_cycles(const struct place *p, struct notes *set, struct notes_
                           "it makes the checkpoint its own ancestor, by its parent '%s'; it counts as one "
                           "without a parent",
                           n->parent_name);
-        tell(problems, p->dir, notes_file_name(n->name, NOTES_SUFFIX, file), &why);
+        tell(problems, p->dir, state_name(n->name, NOTES_SUFFIX, file), &why);
         free(TAKE_PTR(n->parent_name));
     }
 }
@@ -606,7 +383,7 @@ static void dir_closep(DIR **dir)
 static int load_all(const struct place *p, struct notes *set, struct notes_problems *problems, struct failure *f)
 {
     _cleanup_(dir_closep) DIR *dir = NULL;
-    int fd = open_dir(p->fd, "."), r = 0; /* closedir() takes it along */
+    int fd = state_open_dir(p->fd, "."), r = 0; /* closedir() takes it along */
     const struct dirent *e;
 
     if (fd < 0)
@@ -649,15 +426,15 @@ int notes_load(int state_dir, const char *vm, struct notes **ret_set, struct not
 
 static int rename_dir(int state_dir, const char *from, const char *to, struct failure *f)
 {
-    _cleanup_fd_ int notes_dir = open_dir(state_dir, NOTES_DIR);
+    _cleanup_fd_ int notes_dir = state_open_dir(state_dir, NOTES_DIR);
     char old[NAME_MAX + 1], new[NAME_MAX + 1];
 
     if (notes_dir == -ENOENT)
         return 0;
     if (notes_dir < 0)
         return dir_failure(f, notes_dir, from, "open");
-    (void)notes_file_name(from, "", old);
-    (void)notes_file_name(to, "", new);
+    (void)state_name(from, "", old);
+    (void)state_name(to, "", new);
     /* None of the old name: there are no notes, or an earlier call was interrupted after this. */
     if (renameat(notes_dir, old, notes_dir, new) < 0 && errno != ENOENT) {
         if (errno == EEXIST || errno == ENOTEMPTY)

@@ -53,9 +53,4 @@ int note_decode(const char *text, size_t len, struct note **ret_note, char **ret
 
 #define NOTES_SUFFIX ".json"
 
-/* The file's name of a checkpoint (suffix ".json") or of a VM's directory (suffix ""). */
-const char *notes_file_name(const char *name, const char *suffix, char out[NAME_MAX + 1]);
-/* The name again; false: it is not such a file, or it was too long to be told from it. */
-bool notes_file_parse(const char *file, const char *suffix, char out[NAME_MAX + 1]);
-
 #endif

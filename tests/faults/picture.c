@@ -165,7 +165,8 @@ static void add_directories(struct lines *l, const struct guest *g)
         DIR *dir = opendir(paths[i]);
 
         for (const struct dirent *e; dir && (e = readdir(dir));) {
-            if (e->d_name[0] != '.')
+            /* What is remembered of the disks is meant to stay. */
+            if (e->d_name[0] != '.' && strcmp(e->d_name, "lineage") != 0)
                 add(l, "file %s/%s", strrchr(paths[i], '/') + 1, e->d_name);
         }
         if (dir)

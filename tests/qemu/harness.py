@@ -498,8 +498,9 @@ class Qpulld:
         return next(v for v in self.ask('query-vms') if v['name'] == name)
 
     def files_left(self):
-        """What sessions must not leave in the folders. Notes about checkpoints and sessions are meant to stay."""
-        kept = ('checkpoints', 'history')
+        """What sessions must not leave in the folders. What is remembered of checkpoints, sessions and disks is
+        meant to stay."""
+        kept = ('checkpoints', 'history', 'lineage')
         return os.listdir(self.scratch) + [f for f in os.listdir(self.state) if not f.startswith(kept)]
 
     def wait_idle(self, timeout=30, name='vm'):

@@ -84,6 +84,20 @@ class Layers(harness.Case):
         self.vm.check()
         self.daemon.stop()
 
+    def test_a_record_that_begins_anew_later_than_its_layer_misses_nothing(self):
+        """Other tools may take the snapshot first and add the bitmaps of the old names after it, not in one go."""
+        self.back_up()
+        names = list(self.chain.images)
+        self.snapshot([])
+        random_work(self.vm, 'vda', 10)
+        for name in names:
+            self.vm.look('block-dirty-bitmap-add', {'node': self.disk.node, 'name': name, 'persistent': True})
+        random_work(self.vm, 'vda', 5)
+        self.back_up(since=names)
+        self.back_up()
+        self.vm.check()
+        self.daemon.stop()
+
     def test_filled_in_records_are_right_under_load(self):
         """The allocation is asked of a disk on which the guest works on, and discards what it had allocated."""
         self.back_up()

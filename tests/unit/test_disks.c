@@ -169,7 +169,7 @@ static void two_disks_never_have_one_name(void **state)
     disk_list_free(l);
 }
 
-static void a_record_is_whole_when_no_layer_below_the_top_lacks_it(void **state)
+static void what_layers_above_the_deepest_record_have_allocated_counts(void **state)
 {
     struct disk_list *l = parse("overlays");
 
@@ -178,14 +178,21 @@ static void a_record_is_whole_when_no_layer_below_the_top_lacks_it(void **state)
     expect_checkpoint(&l->disks[0], "both", REASON_NONE, "top d0");
     expect_checkpoint(&l->disks[0], "only-top", REASON_NONE, "top");
     expect_checkpoint(&l->disks[0], "below", REASON_NONE, "d0");
-    assert_int_equal(disk_checkpoint(&l->disks[0], "both")->allocation_layers, 0);
-    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 1); /* filled in from the top's */
+    assert_int_equal(disk_checkpoint(&l->disks[0], "both")->allocation_layers, 1);
+    assert_int_equal(disk_checkpoint(&l->disks[0], "only-top")->allocation_layers, 0); /* nothing is above it */
+    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 1);
+    assert_int_equal(l->disks[0].nimages, 2);
+    assert_string_equal(l->disks[0].images[1].node, "d0");
+    assert_true(l->disks[0].images[1].read_only);
+    assert_false(l->disks[0].images[0].read_only);
+    assert_non_null(strstr(l->disks[0].images[1].file, ".qcow2"));
+    assert_int_equal(disk_checkpoint(&l->disks[0], "both")->layers[1].depth, 1);
     disk_list_free(l);
     l = parse("three_layers");
     expect_checkpoint(&l->disks[0], "both", REASON_NONE, "top2 top d0");
     expect_checkpoint(&l->disks[0], "only-top", REASON_NONE, "top2 top");
     expect_checkpoint(&l->disks[0], "below", REASON_NONE, "top2 d0");
-    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 2); /* the middle layer lacks it */
+    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 3);
     disk_list_free(l);
 }
 
@@ -420,7 +427,7 @@ int main(void)
         cmocka_unit_test(a_backup_by_somebody_else_does_not_hide_the_disk),
         cmocka_unit_test(disks_are_named_by_device_else_drive_else_node),
         cmocka_unit_test(two_disks_never_have_one_name),
-        cmocka_unit_test(a_record_is_whole_when_no_layer_below_the_top_lacks_it),
+        cmocka_unit_test(what_layers_above_the_deepest_record_have_allocated_counts),
         cmocka_unit_test(filters_of_others_are_seen_through_for_records_only),
         cmocka_unit_test(a_session_of_ours_is_seen_through),
         cmocka_unit_test(a_session_of_ours_is_seen_through_with_others_in_between),

@@ -3,6 +3,7 @@
 #include "notes_box.h"
 
 #include "backup/notes_impl.h"
+#include "backup/state_file.h"
 
 #define NOBODY 65534 /* uid of "nobody" on Debian; any that is not root's does */
 
@@ -35,9 +36,9 @@ static void hostile_names_come_back(void **state)
 
         if (box_add(b, names[i], NULL, i) < 0)
             fail_msg("%s: %s", names[i], b->failure.text);
-        (void)notes_file_name(names[i], NOTES_SUFFIX, file);
+        (void)state_name(names[i], NOTES_SUFFIX, file);
         assert_true(strlen(file) <= NAME_MAX && file[0] != '.' && file[0] != '-' && !strchr(file, '/'));
-        if (notes_file_parse(file, NOTES_SUFFIX, again))
+        if (state_name_parse(file, NOTES_SUFFIX, again))
             assert_string_equal(again, names[i]);
         else
             nhashed++;

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* lineage_impl: the memory itself, for lineage.c (what it means) and lineage_file.c (how it is written). */
+#ifndef QPULL_BACKUP_LINEAGE_IMPL_H
+#define QPULL_BACKUP_LINEAGE_IMPL_H
+
+#include "backup/lineage.h"
+
+/* What was found out against a checkpoint; written by name. */
+enum cause {
+    CAUSE_NONE,
+    CAUSE_RESIZED,
+    CAUSE_LAYER_GONE,
+    CAUSE_RECORD_GONE,
+    CAUSE_REPLACED,
+    CAUSE_SHRANK,
+    CAUSE_REMADE,
+    CAUSE_RETURNED,
+    CAUSE_NCAUSES
+};
+const char *cause_name(enum cause c);
+
+/* Why a checkpoint is not to be seen. */
+enum absence {
+    ABSENCE_NONE,    /* it is */
+    ABSENCE_REMOVED, /* its layer is there without it */
+    ABSENCE_AWAY,    /* its layer is not there */
+};
+
+struct past_image {
+    char *file; /* owned */
+    uint64_t dev, ino;
+    int64_t born_ns;
+};
+
+/* A record that is whole by itself, together with what the layers above it have allocated. */
+struct past_root {
+    struct past_image at;
+    uint64_t granularity, dirty;
+    uint64_t written; /* dirty as it stands in the file */
+    bool fill;        /* whole only with what its own layer has allocated */
+};
+
+#define ROOTS_MAX 4u /* the record as it was found, and what jobs promised */
+
+struct past {
+    char *name;    /* owned: the checkpoint */
+    uint64_t size; /* bytes of the disk when it was first seen; 0: to be learned */
+    enum cause cause;
+    enum absence absence;
+    bool buried; /* what is left of its record in the roots' files is nobody's */
+    size_t nroots;
+    struct past_root roots[ROOTS_MAX]; /* none: to be learned */
+    bool seen;                         /* during a look */
+};
+
+struct past_disk {
+    char *name; /* owned */
+    size_t nimages;
+    struct past_image *images; /* owned: top first */
+    size_t npasts;
+    struct past *pasts; /* owned */
+};
+
+struct lineage {
+    size_t ndisks;
+    struct past_disk *disks; /* owned */
+    bool dirty;
+};
+
+void past_image_done(struct past_image *i);
+void past_done(struct past *p);
+/* One more, zeroed but for its name. NULL: out of memory. */
+struct past_disk *lineage_add_disk(struct lineage *l, const char *name);
+struct past *past_disk_add(struct past_disk *d, const char *name);
+
+#endif

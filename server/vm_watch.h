@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * vm_watch: what others do to a VM's disks. Each look at the disks is compared with the memory of the looks before it
+ * (backup/lineage), which is kept in the state directory; and while a block job of others takes a layer away, the
+ * records in it are carried over to the layer that stays, where that can be done rightly.
+ *
+ * Embedded in its VM, loop thread only; files are touched by worker threads.
+ */
+#ifndef QPULL_VM_WATCH_H
+#define QPULL_VM_WATCH_H
+
+#include "vm.h"
+
+#include "backup/calls.h"
+#include "backup/jobs.h"
+#include "backup/lineage.h"
+
+struct vm_watch {
+    struct lineage *lineage; /* owned */
+
+    /* the look under way */
+    struct look *look;
+    void (*on_looked)(struct vm *vm, struct disk_list *list /* given */, const struct failure *f);
+    uv_timer_t deadline;
+
+    /* the file */
+    uv_work_t save;
+    bool saving;
+    char *text; /* owned */
+    struct failure save_failure;
+
+    /* looks of our own, and what comes of them */
+    struct qmp_watch job_changed;
+    struct vm_query query;
+    bool wanted;
+    struct job_list jobs;  /* as at the last look */
+    struct image *targets; /* owned: of the jobs */
+
+    /* records being carried over; what the cargo points to stands until the last of it */
+    bool carrying;
+    struct calls calls;
+    struct disk_list *disks; /* owned */
+    struct job_list carry_jobs;
+    struct image *carry_targets; /* owned */
+    struct json_object *status;  /* owned: query-block-jobs */
+    size_t ncargo, at;
+    struct cargo *cargo; /* owned */
+};
+
+/* Reads the memory: this waits for the disk, at start only. -ENOMEM */
+int vm_watch_load(struct vm *vm);
+/* With the QMP client made. */
+void vm_watch_init(struct vm *vm);
+/* After it vm_watch_done() may be called, when cb has come; not while vm_watch_is_busy(). */
+void vm_watch_close(struct vm *vm, uv_close_cb cb);
+void vm_watch_done(struct vm *vm);
+bool vm_watch_is_busy(const struct vm *vm);
+
+/* Judges the disks that QEMU told of just now; cb comes once, later, unless -ENOMEM. The list is given on success. */
+int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *named_nodes, struct json_object *graph,
+                  void (*cb)(struct vm *vm, struct disk_list *list, const struct failure *f));
+/* Something may have changed: look, now or as soon as possible. */
+void vm_watch_wake(struct vm *vm);
+
+/* Whatever comes under that name on any disk is a new checkpoint. */
+void vm_watch_forget(struct vm *vm, const char *checkpoint);
+/* The checkpoint was removed from this disk, as far as its layers can be written; d is as it was before. */
+void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoint);
+/* What is held against it is forgiven; disk NULL: on all disks. */
+void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint);
+
+#endif
