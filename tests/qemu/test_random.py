@@ -9,6 +9,7 @@ them byte by byte. Alone, a few sequences; as tests/soak/checkpoints, as many as
   QPULL_TEST_SHORTEN    set: a sequence that fails is made as short as it gets, by leaving out and trying again
   QPULL_TEST_KNOWN      troubles that are known and only counted, of stream,commit,shrink,late
 """
+import gc
 import os
 import shutil
 import sys
@@ -48,6 +49,8 @@ class Run:
             self.ends = [f'--- end of {x.log_path}\n{x.log()[-3000:]}' for x in (world.vm, world.daemon)]
         finally:
             world.kill()
+            del world
+            gc.collect()  # megabytes in cycles: too few objects for Python to care
             if self.failure and os.environ.get('QPULL_TEST_KEEP'):
                 print(f'kept: {folder}', flush=True)
             else:
