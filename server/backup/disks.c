@@ -101,6 +101,24 @@ static struct json_object *find_named(struct json_object *named, const char *nod
     return NULL;
 }
 
+bool answers_agree(struct json_object *named_nodes, struct json_object *graph)
+{
+    struct json_object *nodes = qmp_get(graph, "nodes");
+    size_t n = 0;
+
+    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
+        struct json_object *node = json_object_array_get_idx(nodes, i);
+        const char *type = qmp_get_string(node, "type");
+
+        if (!type || strcmp(type, "block-driver") != 0)
+            continue;
+        if (!find_named(named_nodes, qmp_get_string(node, "name")))
+            return false;
+        n++;
+    }
+    return n == qmp_array_length(named_nodes);
+}
+
 /* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
 static bool is_plain_filter(const char *driver)
 {

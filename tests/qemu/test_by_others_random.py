@@ -53,7 +53,7 @@ class World:
 
     def end_job(self):
         """Waits for job j; a mirror or an active commit is completed when it is ready."""
-        self.vm.look('query-status')
+        writes = rng.randrange(12)  # more, and faster than a mirror copies, and it never ends
         while True:
             jobs = [j for j in self.vm.look('query-block-jobs') if j['device'] == 'j']
             if not jobs:
@@ -65,8 +65,9 @@ class World:
                     self.daemon.ask('query-checkpoints', {'vm': 'vm'})  # time to see it
                 self.vm.look('job-complete', {'id': 'j'})
                 break
-            if rng.random() < 0.5:
+            if writes:
                 self.write()
+                writes -= 1
         self.vm.look.wait_event('JOB_STATUS_CHANGE', 60, lambda d: d['id'] == 'j' and d['status'] == 'null')
         self.vm.look.events.clear()
 
