@@ -62,6 +62,7 @@
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
+#define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
 #define VM_CBW_TIMEOUT_S                                                                                           \
     20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \

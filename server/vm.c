@@ -442,7 +442,7 @@ static int apply_config(const struct vm *vm, struct disk_list *l)
     return 0;
 }
 
-static void ask(struct vm *vm);
+static void put_questions(struct vm *vm);
 
 static void drop_answers(struct vm *vm)
 {
@@ -473,6 +473,11 @@ static void on_answers(struct calls *c, const struct failure *f)
     struct disk_list *list = NULL;
     struct failure mine = {0};
 
+    /* Between two answers a job of others may change the graph. */
+    if (!f && !answers_agree(vm->answers[1], vm->answers[2]) && vm->nasks < VM_ASKS_MAX) {
+        put_questions(vm);
+        return;
+    }
     if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 ||
                apply_config(vm, list) < 0 || vm_watch_look(vm, list, vm->answers[1], vm->answers[2], answer) < 0)) {
         (void)failure_set(&mine, -ENOMEM, "out of memory");
@@ -492,13 +497,12 @@ static int keep_answer(struct calls *c, unsigned index, struct json_object *ret,
     return 0;
 }
 
-/* One round of questions to QEMU answers everybody who asked before it began. */
-static void ask(struct vm *vm)
+static void put_questions(struct vm *vm)
 {
     struct failure f = {0};
 
-    vm->asking = true;
-    vm->answering = TAKE_PTR(vm->waiting);
+    vm->nasks++;
+    json_object_put(TAKE_PTR(vm->answers[0]));
     if (vm->images)
         vm->answers[0] = images_query_block(vm->images);
     else
@@ -507,6 +511,15 @@ static void ask(struct vm *vm)
     calls_add(&vm->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
     if (calls_wait(&vm->calls, on_answers, &f) < 0)
         on_answers(&vm->calls, &f);
+}
+
+/* One round of questions to QEMU answers everybody who asked before it began. */
+static void ask(struct vm *vm)
+{
+    vm->asking = true;
+    vm->nasks = 0;
+    vm->answering = TAKE_PTR(vm->waiting);
+    put_questions(vm);
 }
 
 void vm_ask_if_waiting(struct vm *vm)

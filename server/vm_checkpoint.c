@@ -12,9 +12,10 @@
 
 /* One of the checkpoints that go. */
 struct going {
-    char *name; /* owned */
-    unsigned nrecords, ngone;
-    bool elsewhere; /* other disks keep theirs */
+    char *name;             /* owned */
+    unsigned nrecords;      /* of all disks and layers */
+    unsigned nasked, ngone; /* transactions */
+    bool elsewhere;         /* other disks keep theirs */
 };
 
 struct work {
@@ -190,10 +191,7 @@ void vm_change_forget(struct vm_change *change)
 
 static int on_one_gone(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
 {
-    struct work *w = container_of(c, struct work, calls);
-
-    w->going[index].ngone++;
-    w->ndone++;
+    container_of(c, struct work, calls)->going[index].ngone++;
     return 0;
 }
 
@@ -217,8 +215,9 @@ static void note_deleted(struct work *w)
     for (size_t i = 0; i < w->ngoing; i++) {
         const struct going *g = &w->going[i];
 
-        if (g->ngone < g->nrecords)
+        if (g->ngone < g->nasked)
             continue; /* some are still there: failure says why */
+        w->ndone += g->nrecords;
         for (size_t k = 0; k < w->deleted->ndisks; k++) {
             if (is_meant(w, &w->deleted->disks[k]))
                 vm_watch_deleted(w->vm, &w->deleted->disks[k], g->name);
@@ -233,6 +232,33 @@ static void on_records_gone(struct calls *c, const struct failure *f)
     struct work *w = container_of(c, struct work, calls);
 
     work_end(w, f);
+}
+
+/*
+ * A record that lies in several layers goes as a whole or, where QEMU refuses one of them, stays as a whole: what is
+ * left of a half-removed one would begin later than the checkpoint. So one transaction for each disk; from the top,
+ * because QEMU (7.2) takes a record out of the image before it knows whether the rest of the transaction works: after a
+ * crash the allocation stands in for upper layers, never for the deepest one.
+ */
+static void remove_record(struct work *w, unsigned going, const struct disk *d, const struct checkpoint *c)
+{
+    struct json_object *args = qmp_args_transaction();
+    unsigned n = 0;
+
+    /* What lies in a layer that QEMU cannot write stays there, and is remembered as nobody's. */
+    for (size_t l = 0; l < c->nlayers; l++) {
+        if (d->images[c->layers[l].depth].read_only)
+            continue;
+        qmp_action_bitmap_remove(args, (struct qmp_bitmap){c->layers[l].node, c->name});
+        n++;
+    }
+    if (n == 0) {
+        json_object_put(args);
+        return;
+    }
+    w->going[going].nrecords += n;
+    w->going[going].nasked++;
+    calls_add(&w->calls, "transaction", args, QMP_NO_FD, going, on_one_gone);
 }
 
 static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
@@ -252,17 +278,10 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
             const struct disk *d = &disks->disks[i];
             const struct checkpoint *c = disk_checkpoint(d, w->going[g].name);
 
-            if (c && !is_meant(w, d) && c->reason != REASON_NO_SUCH_CHECKPOINT)
+            if (c && is_meant(w, d))
+                remove_record(w, (unsigned)g, d, c);
+            else if (c && c->reason != REASON_NO_SUCH_CHECKPOINT)
                 w->going[g].elsewhere = true;
-            for (size_t l = 0; c && is_meant(w, d) && l < c->nlayers; l++) {
-                /* What lies in a layer that QEMU cannot write stays there, and is remembered as nobody's. */
-                if (d->images[c->layers[l].depth].read_only)
-                    continue;
-                w->going[g].nrecords++;
-                calls_add(&w->calls, "block-dirty-bitmap-remove",
-                          qmp_args_strings("node", c->layers[l].node, "name", c->name, NULL), QMP_NO_FD, (unsigned)g,
-                          on_one_gone);
-            }
         }
     }
     w->note = note_deleted;

@@ -65,6 +65,7 @@ struct vm {
     struct vm_query *waiting, *answering;
     struct calls calls;
     bool asking;
+    unsigned nasks;
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */

@@ -101,6 +101,24 @@ static struct json_object *find_named(struct json_object *named, const char *nod
     return NULL;
 }
 
+bool answers_agree(struct json_object *named_nodes, struct json_object *graph)
+{
+    struct json_object *nodes = qmp_get(graph, "nodes");
+    size_t n = 0;
+
+    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
+        struct json_object *node = json_object_array_get_idx(nodes, i);
+        const char *type = qmp_get_string(node, "type");
+
+        if (!type || strcmp(type, "block-driver") != 0)
+            continue;
+        if (!find_named(named_nodes, qmp_get_string(node, "name")))
+            return false;
+        n++;
+    }
+    return n == qmp_array_length(named_nodes);
+}
+
 /* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
 static bool is_plain_filter(const char *driver)
 {
@@ -140,19 +158,22 @@ static struct json_object *find_bitmap(struct json_object *named_node, const cha
 
 #define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
 
-static enum reason judge_bitmap(struct json_object *b)
+/* A bitmap is as long as its node, and QEMU merges only bitmaps of one length. */
+static enum reason judge_bitmap(struct json_object *named_node, struct json_object *b, uint64_t disk_size)
 {
     if (qmp_get_bool(b, "inconsistent"))
         return REASON_INCONSISTENT;
+    if ((uint64_t)qmp_get_int(qmp_get(named_node, "image"), "virtual-size") != disk_size)
+        return REASON_RESIZED;
     if (!qmp_get_bool(b, "recording") || qmp_get_bool(b, "busy"))
         return REASON_BUSY;
     return REASON_NONE;
 }
 
-static int checkpoint_add_layer(struct checkpoint *c, const char *node, unsigned depth, struct json_object *bitmap)
+static int checkpoint_add_layer(struct checkpoint *c, const char *node, unsigned depth, struct json_object *bitmap,
+                                enum reason reason)
 {
     struct layer *layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
-    enum reason reason = judge_bitmap(bitmap);
 
     if (!layers)
         return -ENOMEM;
@@ -185,8 +206,10 @@ static int judge_checkpoint(struct json_object *named, const struct disk *d, str
     unsigned deepest = 0;
 
     for (unsigned depth = 0; depth < d->nimages; depth++) {
-        struct json_object *bitmap = find_bitmap(find_named(named, d->images[depth].node), c->name);
-        int r = bitmap ? checkpoint_add_layer(c, d->images[depth].node, depth, bitmap) : 0;
+        struct json_object *node = find_named(named, d->images[depth].node), *bitmap = find_bitmap(node, c->name);
+        int r = bitmap
+                    ? checkpoint_add_layer(c, d->images[depth].node, depth, bitmap, judge_bitmap(node, bitmap, d->size))
+                    : 0;
 
         if (r < 0)
             return r;

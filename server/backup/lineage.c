@@ -24,7 +24,8 @@ static const struct {
     [CAUSE_REPLACED] = {"replaced", REASON_GAP, "an image file below the layer that holds its record was replaced"},
     [CAUSE_SHRANK] = {"shrank", REASON_GAP,
                       "its record holds less than before: somebody cleared it, or rolled the image back"},
-    [CAUSE_REMADE] = {"remade", REASON_GAP, "its record was removed and made anew by somebody else"},
+    [CAUSE_REMADE] = {"remade", REASON_GAP,
+                      "its record was lost or removed, and somebody made a new one of the same name"},
     [CAUSE_RETURNED] = {"returned", REASON_GAP,
                         "its image file was taken away and has come back; what happened meanwhile is not known"},
 };
@@ -367,26 +368,18 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
 }
 
 /*
- * A name that was not to be seen comes again. In the same file and not smaller it may be the old record, with whatever
- * was held against it (images of a QEMU that waits for a migration show no bitmaps); else somebody made a new one.
+ * A name that was not to be seen comes again, and not by us (lineage_forget()): the same record in a file that came
+ * back, or a new one that somebody made under the old name, which knows nothing of what came before.
  */
-static int welcome(struct lineage *l, struct past *p, const struct disk *d, const struct checkpoint *c)
+static void welcome(struct lineage *l, struct past *p, const struct disk *d, const struct checkpoint *c)
 {
-    enum absence absence = p->absence;
     enum cause cause;
     size_t depth = 0;
-    const struct past_root *root = find_root(p, d, c, &depth, &cause);
-    const struct layer *now = root ? layer_at(c, depth) : NULL;
+    bool back = p->absence == ABSENCE_AWAY && find_root(p, d, c, &depth, &cause);
 
-    bool same = now && now->granularity == root->granularity && now->dirty >= root->dirty;
-
-    if (!same || (p->cause == CAUSE_NONE && p->size != d->size))
-        return learn(l, p, d, c);
     p->absence = ABSENCE_NONE;
     l->dirty = true;
-    if (absence == ABSENCE_AWAY)
-        condemn(l, p, CAUSE_RETURNED);
-    return 0;
+    condemn(l, p, back ? CAUSE_RETURNED : CAUSE_REMADE);
 }
 
 static bool only_buried(const struct past *p, const struct disk *d, const struct checkpoint *c)
@@ -417,7 +410,7 @@ static int look_at(struct lineage *l, struct past_disk *was, const struct disk *
     if (!p->nroots || p->buried)
         r = learn(l, p, d, c);
     else if (p->absence)
-        r = welcome(l, p, d, c);
+        welcome(l, p, d, c);
     if (r == 0)
         compare(l, was, p, d, c, jobs);
     apply(p, c);
