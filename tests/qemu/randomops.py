@@ -55,7 +55,9 @@ def create_by_others(w, r):
     w.log(f'somebody creates {name} on {disk.name}, granularity {granularity}')
     w.qmp('block-dirty-bitmap-add', {'node': disk.top.node, 'name': name, 'granularity': granularity,
                                      'persistent': True})
-    disk.checkpoints[name] = Checkpoint(name, disk.image)
+    checkpoint = disk.checkpoints[name] = Checkpoint(name, disk.image)
+    if name in w.used:
+        checkpoint.excuses.add('old name')  # nobody can tell that it is not the old one
 
 
 def create_again_late(w, r):
@@ -226,7 +228,7 @@ def commit(w, r, active, merging):
     w.relearn(disk)
     # QEMU flushes a base only when it is opened anew: its tables would be lost with it.
     w.qmp('human-monitor-command', {'command-line': f'qemu-io {disk.layers[base].node} flush'})
-    if not active and w.lower_read_only:
+    if not active and merging and w.lower_read_only:
         reopen(w, disk, base, read_only=True)
 
 

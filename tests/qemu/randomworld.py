@@ -116,6 +116,7 @@ class World:
         self.log = log or (lambda words: None)
         self.stats = collections.Counter()
         self.numbers = collections.Counter()  # of nodes, jobs, names
+        self.used = set()                     # names of checkpoints that were
         self.dropped = []                     # names of checkpoints that are gone from all disks
         self.control = None
         r = Choices(seed, 'world')
@@ -247,6 +248,7 @@ class World:
             checkpoint.excuses.add(excuse)
 
     def forget(self, disk, name):
+        self.used.add(name)
         del disk.checkpoints[name]
         if not any(name in d.checkpoints for d in self.disks) and name not in self.dropped:
             self.dropped.append(name)
@@ -312,6 +314,9 @@ class World:
         # What is gone may be told as gone: a note about it is left, or a record in a layer that QEMU does not write.
         for key in [k for k, reason in listed.items() if k not in expected and reason == 'NO_SUCH_CHECKPOINT']:
             del listed[key]
+        for disk in self.disks if 'undead' in self.known_trouble else ():
+            for key in [(disk.name, name) for name in disk.husks if (disk.name, name) in listed]:
+                self.stats[f'deleted, and back as {listed.pop(key)}'] += 1
         if set(listed) != expected:
             more = {key: reason for key, reason in listed.items() if key not in expected}
             raise Found('list', f'listed but not there: {more}, '
