@@ -47,6 +47,9 @@ struct failure {
 /* Records err and the sentence unless f holds a failure already (f may be NULL). Returns err. */
 int failure_set(struct failure *f, int err, const char *fmt, ...) _printf_(3, 4);
 
+/* Unix time in ms: for people and files, never for deadlines. */
+int64_t unix_time_ms(void);
+
 /* Copies from into to unless to holds a failure already. Returns from->err. */
 int failure_copy(struct failure *to, const struct failure *from);
 

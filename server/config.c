@@ -319,6 +319,7 @@ enum row {
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_KEEP_CHECKPOINTS,
     ROW_PIDFILE,
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
@@ -351,6 +352,7 @@ static const struct {
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
                           "close a client that asks nothing for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
+    [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
@@ -397,6 +399,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return set_seconds(&c->idle_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
         return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_KEEP_CHECKPOINTS:
+        return set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
     case ROW_PIDFILE:
         return set_path(&c->pidfile, value, f);
     case ROW_LOG:

@@ -35,6 +35,7 @@
 #define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
 #define CONFIG_CONNECTIONS_MAX 65536u
+#define CONFIG_CHECKPOINTS_MAX 10000u /* of --keep-checkpoints; backup/notes.h keeps no more notes of a VM */
 
 /* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
 #define CONN_READ_BUFFER 4096u  /* bytes read from the socket at once: 146 requests */
@@ -131,6 +132,7 @@ struct server_config {
     char *file;                      /* owned: the file that was read, or NULL */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
     unsigned max_connections;
+    unsigned keep_checkpoints; /* of each VM; 0: all */
     enum log_level log_level;
     bool allow_plaintext;
     /* private to the parser: how often each row was set, by the file and by flags */

@@ -220,12 +220,40 @@ static void refuse(struct control_client *client, struct json_object *id, const 
     send_document(client, error_document(id, class, text));
 }
 
-static bool is_listed(const char *const *names, const char *name)
+static const struct control_param *find_param(const struct control_command *command, const char *name)
 {
-    for (size_t i = 0; i < CONTROL_ARGS_MAX && names[i]; i++)
-        if (strcmp(names[i], name) == 0)
-            return true;
-    return false;
+    for (size_t i = 0; i < CONTROL_ARGS_MAX && command->params[i].name; i++)
+        if (strcmp(command->params[i].name, name) == 0)
+            return &command->params[i];
+    return NULL;
+}
+
+static bool is_strings(struct json_object *value)
+{
+    if (json_object_is_type(value, json_type_string))
+        return true;
+    if (!json_object_is_type(value, json_type_array))
+        return false;
+    for (size_t i = 0; i < json_object_array_length(value); i++)
+        if (!json_object_is_type(json_object_array_get_idx(value, i), json_type_string))
+            return false;
+    return true;
+}
+
+/* What is wrong with the value: what was expected; NULL: nothing. */
+static const char *wrong_type(const struct control_param *p, struct json_object *value)
+{
+    switch (p->type) {
+    case CONTROL_STRINGS:
+        return is_strings(value) ? NULL : "array of strings";
+    case CONTROL_OBJECT:
+        return json_object_is_type(value, json_type_object) ? NULL : "object";
+    case CONTROL_NUMBER:
+        return json_object_is_type(value, json_type_int) ? NULL : "integer";
+    case CONTROL_STRING:
+        break;
+    }
+    return json_object_is_type(value, json_type_string) ? NULL : "string";
 }
 
 static bool check_arguments(struct control_client *client, struct json_object *id,
@@ -233,18 +261,21 @@ static bool check_arguments(struct control_client *client, struct json_object *i
 {
     json_object_object_foreach(args, key, value)
     {
-        if (!is_listed(command->required, key) && !is_listed(command->optional, key)) {
+        const struct control_param *p = find_param(command, key);
+        const char *expected = p ? wrong_type(p, value) : NULL;
+
+        if (!p) {
             refuse(client, id, CONTROL_GENERIC, "Parameter '%s' is unexpected", key);
             return false;
         }
-        if (!json_object_is_type(value, json_type_string)) {
-            refuse(client, id, CONTROL_GENERIC, "Invalid parameter type for '%s', expected: string", key);
+        if (expected) {
+            refuse(client, id, CONTROL_GENERIC, "Invalid parameter type for '%s', expected: %s", key, expected);
             return false;
         }
     }
-    for (size_t i = 0; i < CONTROL_ARGS_MAX && command->required[i]; i++)
-        if (!json_object_object_get_ex(args, command->required[i], NULL)) {
-            refuse(client, id, CONTROL_GENERIC, "Parameter '%s' is missing", command->required[i]);
+    for (size_t i = 0; i < CONTROL_ARGS_MAX && command->params[i].name; i++)
+        if (command->params[i].required && !json_object_object_get_ex(args, command->params[i].name, NULL)) {
+            refuse(client, id, CONTROL_GENERIC, "Parameter '%s' is missing", command->params[i].name);
             return false;
         }
     return true;
@@ -269,6 +300,15 @@ static void start_call(struct control_client *client, struct json_object *id, co
     client->calls = call;
     client->ncalls++;
     command->run(call, args);
+}
+
+static const struct control_command *find_command(const char *name)
+{
+    for (size_t t = 0; t < CONTROL_TABLES; t++)
+        for (size_t i = 0; i < control_tables[t]->ncommands; i++)
+            if (strcmp(control_tables[t]->commands[i].name, name) == 0)
+                return &control_tables[t]->commands[i];
+    return NULL;
 }
 
 static int on_document(void *arg, struct json_object *doc)
@@ -308,9 +348,7 @@ static int on_document(void *arg, struct json_object *doc)
         send_document(client, answer);
         return 0;
     }
-    for (size_t i = 0; i < control_ncommands; i++)
-        if (strcmp(control_commands[i].name, name) == 0)
-            command = &control_commands[i];
+    command = find_command(name);
     if (!client->negotiated) {
         refuse(client, id, CONTROL_NO_COMMAND, "Expecting capabilities negotiation with 'qmp_capabilities'");
         return 0;

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* control_commands: what the control socket can be asked. The table at the end has them all. */
+/* control_commands: what the control socket can be asked about VMs and disks (control_checkpoints: about checkpoints).
+ */
 #include "control_internal.h"
 #include "vm.h"
 
-#include "backup/names.h"
+#include "qmp/commands.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -20,17 +21,16 @@ struct json_object *control_version_to_json(void)
     return o;
 }
 
-static const char *string_of(struct json_object *args, const char *name)
+const char *control_string(struct json_object *args, const char *name)
 {
     struct json_object *o;
 
     return json_object_object_get_ex(args, name, &o) ? json_object_get_string(o) : NULL;
 }
 
-/* The VM that "vm" names; NULL: the call is answered, and gone. */
-static struct vm *vm_of(struct control_call *call, struct json_object *args)
+struct vm *control_vm(struct control_call *call, struct json_object *args)
 {
-    const char *name = string_of(args, "vm");
+    const char *name = control_string(args, "vm");
     struct vm *vm = server_vm(call->server, name);
 
     if (!vm)
@@ -52,10 +52,9 @@ static void query_commands(struct control_call *call, struct json_object *args)
 {
     struct json_object *all = json_object_new_array();
 
-    for (size_t i = 0; i < control_ncommands; i++) {
-        struct json_object *o = json_object_new_object();
-        json_object_object_add(o, "name", json_object_new_string(control_commands[i].name));
-        json_object_array_add(all, o);
+    for (size_t t = 0; t < CONTROL_TABLES; t++) {
+        for (size_t i = 0; i < control_tables[t]->ncommands; i++)
+            json_object_array_add(all, qmp_args_strings("name", control_tables[t]->commands[i].name, NULL));
     }
     control_return(call, all);
 }
@@ -92,6 +91,7 @@ struct ask {
     struct vm_query query;
     struct vm *vm;
     char *disk; /* owned, or NULL: all */
+    char *name; /* owned, or NULL: a checkpoint's */
 };
 
 static void ask_forget(struct control_call *call)
@@ -100,14 +100,15 @@ static void ask_forget(struct control_call *call)
 
     vm_query_forget(&a->query);
     free(TAKE_PTR(a->disk));
+    free(TAKE_PTR(a->name));
 }
 
 static void ask_start(struct control_call *call, struct json_object *args,
                       void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *))
 {
     struct ask *a = container_of(call, struct ask, call);
-    const char *disk = string_of(args, "disk");
-    struct vm *vm = vm_of(call, args);
+    const char *disk = control_string(args, "disk");
+    struct vm *vm = control_vm(call, args);
     int r;
 
     if (!vm)
@@ -117,6 +118,7 @@ static void ask_start(struct control_call *call, struct json_object *args,
     r = disk && !a->disk ? -ENOMEM : vm_query_start(vm, &a->query, cb, a);
     if (r < 0) {
         free(TAKE_PTR(a->disk));
+        free(TAKE_PTR(a->name));
         control_error(call, CONTROL_GENERIC, "VM \"%s\" cannot be asked now: %s", vm_name(vm), strerror(-r));
     }
 }
@@ -137,27 +139,45 @@ static void query_disks(struct control_call *call, struct json_object *args)
     ask_start(call, args, on_disks);
 }
 
+/* What is asked about disks that are there, as all commands with a "disk" say it. */
+static bool has_disk(struct ask *a, const char *disk, const struct disk_list *disks, const struct failure *f)
+{
+    if (f)
+        control_fail(&a->call, f);
+    else if (disk && !disk_list_find(disks, disk))
+        control_error(&a->call, CONTROL_NO_DEVICE, "VM \"%s\" has no disk \"%s\"", vm_name(a->vm), disk);
+    else
+        return true;
+    return false;
+}
+
 static void on_checkpoints(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
 {
     struct ask *a = container_of(q, struct ask, query);
     _cleanup_free_ char *disk = TAKE_PTR(a->disk);
-    struct json_object *all;
 
-    if (f) {
-        control_fail(&a->call, f);
-        return;
-    }
-    if (disk && !disk_list_find(disks, disk)) {
-        control_error(&a->call, CONTROL_NO_DEVICE, "VM \"%s\" has no disk \"%s\"", vm_name(a->vm), disk);
-        return;
-    }
-    all = json_object_new_array();
-    for (size_t i = 0; i < disks->ndisks; i++) {
-        const struct disk *d = &disks->disks[i];
-        for (size_t j = 0; (!disk || strcmp(disk, d->name) == 0) && j < d->ncheckpoints; j++)
-            json_object_array_add(all, checkpoint_to_json(d, &d->checkpoints[j]));
-    }
-    control_return(&a->call, all);
+    if (has_disk(a, disk, disks, f))
+        control_return(&a->call, vm_checkpoints_to_json(a->vm, disks, disk));
+}
+
+static void on_can_increment(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+{
+    struct ask *a = container_of(q, struct ask, query);
+    _cleanup_free_ char *disk = TAKE_PTR(a->disk), *name = TAKE_PTR(a->name);
+
+    if (has_disk(a, disk, disks, f))
+        control_return(&a->call, vm_can_increment_to_json(a->vm, disks, name, disk));
+}
+
+static void can_increment(struct control_call *call, struct json_object *args)
+{
+    struct ask *a = container_of(call, struct ask, call);
+
+    a->name = strdup(control_string(args, "name"));
+    if (a->name)
+        ask_start(call, args, on_can_increment);
+    else
+        control_error(call, CONTROL_GENERIC, "out of memory");
 }
 
 static void query_checkpoints(struct control_call *call, struct json_object *args)
@@ -165,92 +185,28 @@ static void query_checkpoints(struct control_call *call, struct json_object *arg
     ask_start(call, args, on_checkpoints);
 }
 
-/* -- what changes something ---------------------------------------------------------------------------------------- */
-struct change {
-    struct control_call call;
-    struct vm_change op;
-    char *name;       /* owned: for the log */
-    const char *verb; /* "create", "delete" */
-    struct vm *vm;
-};
-
-static void on_changed(struct vm_change *op, unsigned n, const struct failure *f)
-{
-    struct change *c = op->arg;
-    _cleanup_free_ char *name = TAKE_PTR(c->name);
-    struct json_object *o;
-
-    if (f) {
-        log_warning("VM %s: cannot %s checkpoint \"%s\": %s", vm_name(c->vm), c->verb, name, f->text);
-        control_fail(&c->call, f);
-        return;
-    }
-    log_info("VM %s: %s checkpoint \"%s\": %u record%s", vm_name(c->vm), c->verb, name, n, n == 1 ? "" : "s");
-    o = json_object_new_object();
-    json_object_object_add(o, "records", json_object_new_uint64(n));
-    control_return(&c->call, o);
-}
-
-/* Goes on to its end although the client may leave: half a change is worse. */
-static void change_start(struct control_call *call, struct json_object *args, const char *verb,
-                         int (*start)(struct vm *, struct vm_change *, const char *, const char *const *, size_t))
-{
-    struct change *c = container_of(call, struct change, call);
-    const char *name = string_of(args, "name"), *disk = string_of(args, "disk");
-    struct vm *vm = vm_of(call, args);
-    int r;
-
-    if (!vm)
-        return;
-    c->vm = vm;
-    c->verb = verb;
-    c->name = strdup(name);
-    c->op = (struct vm_change){.cb = on_changed, .arg = c};
-    r = c->name ? start(vm, &c->op, name, &disk, disk ? 1 : 0) : -ENOMEM;
-    if (r < 0) {
-        free(TAKE_PTR(c->name));
-        control_error(call, CONTROL_GENERIC, "Cannot %s checkpoint \"%s\" of VM \"%s\" now: %s", verb, name,
-                      vm_name(vm), strerror(-r));
-    }
-}
-
-static void checkpoint_create(struct control_call *call, struct json_object *args)
-{
-    struct failure f = {0};
-
-    if (name_check(string_of(args, "name"), &f) < 0)
-        control_fail(call, &f);
-    else
-        change_start(call, args, "create", vm_create_start);
-}
-
-static void checkpoint_delete(struct control_call *call, struct json_object *args)
-{
-    change_start(call, args, "delete", vm_delete_start);
-}
-
-const struct control_command control_commands[] = {
+static const struct control_command commands[] = {
     {.name = "query-version", .run = query_version},
     {.name = "query-commands", .run = query_commands},
     {.name = "query-status", .run = query_status},
     {.name = "query-vms", .run = query_vms},
     {.name = "query-sessions", .run = query_sessions},
-    {.name = "query-disks", .required = {"vm"}, .size = sizeof(struct ask), .run = query_disks, .forget = ask_forget},
+    {.name = "query-disks",
+     .params = {{"vm", REQUIRED}},
+     .size = sizeof(struct ask),
+     .run = query_disks,
+     .forget = ask_forget},
     {.name = "query-checkpoints",
-     .required = {"vm"},
-     .optional = {"disk"},
+     .params = {{"vm", REQUIRED}, {"disk"}},
      .size = sizeof(struct ask),
      .run = query_checkpoints,
      .forget = ask_forget},
-    {.name = "checkpoint-create",
-     .required = {"vm", "name"},
-     .optional = {"disk"},
-     .size = sizeof(struct change),
-     .run = checkpoint_create},
-    {.name = "checkpoint-delete",
-     .required = {"vm", "name"},
-     .optional = {"disk"},
-     .size = sizeof(struct change),
-     .run = checkpoint_delete},
+    {.name = "can-increment",
+     .params = {{"vm", REQUIRED}, {"name", REQUIRED}, {"disk"}},
+     .size = sizeof(struct ask),
+     .run = can_increment,
+     .forget = ask_forget},
 };
-const size_t control_ncommands = ARRAY_SIZE(control_commands);
+const struct control_table control_general = {commands, ARRAY_SIZE(commands)};
+
+const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints};

@@ -10,12 +10,21 @@
 struct control_client;
 struct control_call;
 
-/* All arguments of all commands are strings. */
-#define CONTROL_ARGS_MAX 4
+#define CONTROL_ARGS_MAX 8
+
+/* Arguments are strings, unless said otherwise here; a "disk" may also be an array of strings. */
+enum control_type { CONTROL_STRING, CONTROL_STRINGS, CONTROL_OBJECT, CONTROL_NUMBER };
+
+struct control_param {
+    const char *name;
+    bool required;
+    enum control_type type;
+};
+#define REQUIRED true
 
 struct control_command {
     const char *name;
-    const char *required[CONTROL_ARGS_MAX], *optional[CONTROL_ARGS_MAX];
+    struct control_param params[CONTROL_ARGS_MAX];
     size_t size; /* bytes of the structure that begins with a struct control_call; 0: of that alone */
     /* Ends, now or later, with one of control_return() and control_error(). args is borrowed for the call, never NULL.
      */
@@ -43,8 +52,20 @@ void control_fail(struct control_call *call, const struct failure *f);
 #define CONTROL_NO_COMMAND "CommandNotFound"
 #define CONTROL_NO_DEVICE "DeviceNotFound"
 
-extern const struct control_command control_commands[];
-extern const size_t control_ncommands;
+/* One file of commands each. */
+struct control_table {
+    const struct control_command *commands;
+    size_t ncommands;
+};
+#define CONTROL_TABLES 2
+extern const struct control_table control_general, control_checkpoints;
+/* All of them. */
+extern const struct control_table *const control_tables[CONTROL_TABLES];
+
+/* Shared by the files with commands. The string argument of that name, or NULL. */
+const char *control_string(struct json_object *args, const char *name);
+/* The VM that "vm" names; NULL: the call is answered, and gone. */
+struct vm *control_vm(struct control_call *call, struct json_object *args);
 
 /* {"major": 0, …} of this program. */
 struct json_object *control_version_to_json(void);

@@ -54,6 +54,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .scratch_dir = s->config->scratch,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
+        .keep_checkpoints = s->config->keep_checkpoints,
     };
     int r;
 

@@ -22,6 +22,7 @@ static void vm_free(struct vm *vm)
 {
     vm_session_done(vm);
     vm_watch_done(vm);
+    vm_notes_done(vm);
     json_object_put(vm->last);
     for (size_t i = 0; vm->only && i < vm->nonly; i++)
         free(vm->only[i]);
@@ -43,6 +44,7 @@ static void vm_free(struct vm *vm)
 static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
+    vm->keep_checkpoints = c->keep_checkpoints;
     vm->name = strdup(c->name);
     vm->qmp_path = strdup(c->qmp_path);
     vm->scratch_dir = strdup(c->scratch_dir);
@@ -100,7 +102,9 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {
         vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        r = vm->state_dir < 0 ? -errno : vm_watch_load(vm);
+        r = vm->state_dir < 0 ? -errno : vm_notes_load(vm);
+        if (r == 0)
+            r = vm_watch_load(vm);
     }
     if (r == 0)
         r = qmp_client_new(loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
@@ -162,7 +166,10 @@ static void on_watch_closed(uv_handle_t *h)
 
 static void on_client_closed(void *arg)
 {
-    vm_watch_close(arg, on_watch_closed);
+    struct vm *vm = arg;
+
+    vm->client_closed = true;
+    vm_stop_if_idle(vm);
 }
 
 static void refuse_questions(struct vm *vm, const struct failure *f)
@@ -176,13 +183,21 @@ static void refuse_questions(struct vm *vm, const struct failure *f)
     }
 }
 
-/* A sweep or a self-test under way ends by itself, with answers or with deadlines. */
+/*
+ * A sweep, a self-test or a worker under way ends by itself, with answers or with deadlines. Calls that the closing
+ * client answers may write a last note.
+ */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm_watch_is_busy(vm) ||
-        !vm->qmp)
+    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm->note_writing ||
+        vm_watch_is_busy(vm))
         return;
-    qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
+    if (vm->qmp) {
+        qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
+    } else if (vm->client_closed) {
+        vm->client_closed = false;
+        vm_watch_close(vm, on_watch_closed);
+    }
 }
 
 void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)

@@ -26,6 +26,7 @@ struct vm_config {
     const char *scratch_dir;
     const char *state_dir; /* exists */
     unsigned linger_ms;
+    unsigned keep_checkpoints; /* 0: all */
 };
 
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);
@@ -58,16 +59,37 @@ void vm_query_forget(struct vm_query *q); /* no callback any more; also if not u
 struct vm_change {
     void (*cb)(struct vm_change *change, unsigned n, const struct failure *f);
     void *arg;
-    void *private; /* NULL when not under way */
+    struct failure warning; /* done all the same, but: */
+    void *private;          /* NULL when not under way */
 };
 void vm_change_forget(struct vm_change *change); /* also if not under way (zeroed) */
 
-/* No disks: all that can. All records begin at one instant. The name must have passed name_check(). */
-int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
-                    size_t ndisks);
-/* No disks: all. "Not there" is success. */
+/* All strings are copied. */
+struct vm_create {
+    const char *checkpoint;           /* has passed name_check() */
+    const char *description, *parent; /* or NULL: none, and the current one ("": none) */
+    const char *const *disks;         /* none: all that can */
+    size_t ndisks;
+};
+/* All records begin at one instant. -ENOENT: the parent has no note. */
+int vm_create_start(struct vm *vm, struct vm_change *change, const struct vm_create *what);
+
+enum vm_delete {
+    VM_DELETE_ITSELF,
+    VM_DELETE_WITH_DESCENDANTS,
+    VM_DELETE_DESCENDANTS,
+    VM_DELETE_NOTE, /* QEMU is not asked, and keeps the records */
+};
+/* No disks: all. "Not there" is success; -ENOENT: a checkpoint without a note has no descendants. */
 int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
-                    size_t ndisks);
+                    size_t ndisks, enum vm_delete what);
+
+/* Notes alone, without QEMU; the sentence in f where they cannot begin. n: notes written. */
+int vm_import_start(struct vm *vm, struct vm_change *change, struct json_object *doc /* borrowed */, struct failure *f);
+/* The VM was called `from` before, and has no notes under its own name yet. */
+int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, struct failure *f);
+const char *vm_current(const struct vm *vm); /* the current checkpoint, or NULL; borrowed until the next change */
+struct json_object *vm_export(const struct vm *vm); /* owned by the caller; NULL: out of memory */
 
 /*
  * A stay: one NBD connection's part in a session. Enter starts a session or joins the live one (same identity, same
@@ -115,6 +137,11 @@ vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "se
 struct json_object *vm_session_to_json(struct vm *vm); /* NULL: no session. {"id", "vm", "status", "step", "checkpoint",
                                                           "identity", "frozen-at", "disks": [...], …} */
 struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c);
+/* Of one disk, or of all (NULL): records with what is noted about them, parents first, and notes without a record. */
+struct json_object *vm_checkpoints_to_json(const struct vm *vm, const struct disk_list *disks, const char *disk);
+/* [{"disk", "verdict": "incremental" | "full", "reason", "text", "dirty-bytes"}]: of all disks, or of one. */
+struct json_object *vm_can_increment_to_json(const struct vm *vm, const struct disk_list *disks, const char *checkpoint,
+                                             const char *disk);
 struct json_object *disk_list_to_json(const struct disk_list *disks, const char *vm);
 
 #endif

@@ -1,31 +1,62 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Checkpoints outside of a session: made, and removed. The bitmaps in QEMU are the checkpoints; what is asked here is
- * asked of QEMU.
+ * asked of QEMU, and the notes follow.
  */
+#include "log.h"
 #include "vm_internal.h"
 
 #include "backup/names.h"
 
 #include <errno.h>
 
+/* One of the checkpoints that go. */
+struct going {
+    char *name;             /* owned */
+    unsigned nrecords;      /* bitmaps */
+    unsigned ncalls, ngone; /* one call for each disk */
+    bool elsewhere;         /* other disks keep theirs */
+};
+
 struct work {
     struct vm *vm;
-    struct disk_list *deleted; /* owned: as it was before */
     struct vm_query query;
     struct calls calls;
+    struct vm_note_wait wait;
     struct vm_change *change; /* NULL: forgotten */
     char *name;               /* owned: the checkpoint's */
     char **disks;             /* owned; none: all */
     size_t ndisks;
     unsigned ndone;
+    bool notes_only;
+    struct failure failure;
+
+    /* create */
+    char *description, *parent; /* owned, or NULL */
+    struct note_disk *noted;    /* owned, names and nodes too */
+    size_t nnoted;
+
+    /* delete */
+    struct disk_list *deleted; /* owned: the disks as they were before */
+    struct going *going;       /* owned */
+    size_t ngoing;
 };
 
 static void work_free(struct work *w)
 {
     for (size_t i = 0; w->disks && i < w->ndisks; i++)
         free(w->disks[i]);
+    for (size_t i = 0; i < w->nnoted; i++) {
+        free(w->noted[i].name);
+        free(w->noted[i].node);
+    }
+    for (size_t i = 0; i < w->ngoing; i++)
+        free(w->going[i].name);
+    free(w->going);
+    free(w->noted);
     free(w->disks);
+    free(w->description);
+    free(w->parent);
     free(w->name);
     disk_list_free(w->deleted);
     free(w);
@@ -43,10 +74,16 @@ static void work_end(struct work *w, const struct failure *f)
     work_free(w);
 }
 
-static int on_one_done(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+/* The answer waits for the notes; without them the change has happened all the same. */
+static void on_noted(struct vm_note_wait *wait, const struct failure *f)
 {
-    container_of(c, struct work, calls)->ndone += index;
-    return 0;
+    struct work *w = container_of(wait, struct work, wait);
+
+    if (f && w->notes_only)
+        (void)failure_copy(&w->failure, f);
+    else if (f && w->change)
+        (void)failure_set(&w->change->warning, f->err, "done, but its note could not be written: %s", f->text);
+    work_end(w, w->failure.err ? &w->failure : NULL);
 }
 
 static bool is_meant(const struct work *w, const struct disk *d)
@@ -58,27 +95,6 @@ static bool is_meant(const struct work *w, const struct disk *d)
     return w->ndisks == 0;
 }
 
-static void on_all_done(struct calls *c, const struct failure *f)
-{
-    struct work *w = container_of(c, struct work, calls);
-
-    for (size_t i = 0; !f && w->deleted && i < w->deleted->ndisks; i++) {
-        if (is_meant(w, &w->deleted->disks[i]))
-            vm_watch_deleted(w->vm, &w->deleted->disks[i], w->name);
-    }
-    vm_watch_wake(w->vm);
-    work_end(w, f);
-}
-
-static void send_all(struct work *w)
-{
-    struct failure f = {0};
-    int r = calls_wait(&w->calls, on_all_done, &f);
-
-    if (r != 0)
-        on_all_done(&w->calls, r < 0 ? &f : NULL);
-}
-
 static int check_disks(const struct work *w, const struct disk_list *disks, struct failure *f)
 {
     for (size_t i = 0; i < w->ndisks; i++) {
@@ -88,14 +104,14 @@ static int check_disks(const struct work *w, const struct disk_list *disks, stru
     return 0;
 }
 
-static int start(struct vm *vm, struct vm_change *change, const char *name, const char *const *disks, size_t ndisks,
-                 void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *))
+/* NULL: out of memory */
+static struct work *work_new(struct vm *vm, struct vm_change *change, const char *name, const char *const *disks,
+                             size_t ndisks)
 {
     struct work *w = calloc(1, sizeof(*w));
-    int r = -ENOMEM;
 
     if (!w)
-        return r;
+        return NULL;
     w->vm = vm;
     w->name = strdup(name);
     w->disks = calloc(ndisks + 1, sizeof(*w->disks));
@@ -104,15 +120,30 @@ static int start(struct vm *vm, struct vm_change *change, const char *name, cons
             break;
     }
     calls_init(&w->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
-    if (w->name && w->disks && w->ndisks == ndisks)
-        r = vm_query_start(vm, &w->query, on_disks, w);
-    if (r < 0) {
+    if (!w->name || !w->disks || w->ndisks != ndisks) {
         work_free(w);
-        return r;
+        return NULL;
     }
     w->change = change;
+    change->warning = (struct failure){0};
     change->private = w;
-    return 0;
+    return w;
+}
+
+/* It has not begun. */
+static void work_drop(struct work *w)
+{
+    w->change->private = NULL;
+    work_free(w);
+}
+
+static int ask_disks(struct work *w, void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *))
+{
+    int r = vm_query_start(w->vm, &w->query, cb, w);
+
+    if (r < 0)
+        work_drop(w);
+    return r;
 }
 
 void vm_change_forget(struct vm_change *change)
@@ -126,16 +157,89 @@ void vm_change_forget(struct vm_change *change)
 
 /* -- delete -------------------------------------------------------------------------------------------------------- */
 
+static int on_one_gone(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct work *w = container_of(c, struct work, calls);
+
+    w->going[index].ngone++;
+    return 0;
+}
+
+static int remove_note(struct work *w, const char *name)
+{
+    return notes_remove(w->vm->notes, name, &w->vm->note_changes, &w->failure);
+}
+
+static int drop_disks(struct work *w, const char *name)
+{
+    int r = 0;
+
+    for (size_t i = 0; i < w->ndisks && r == 0; i++)
+        r = notes_drop_disk(w->vm->notes, name, w->disks[i], &w->vm->note_changes, &w->failure);
+    return r;
+}
+
+/* The records first, then the note: stopped in between, the note is shown as broken and can be deleted again. */
+static void remove_notes(struct work *w)
+{
+    for (size_t i = 0; i < w->ngoing; i++) {
+        const struct going *g = &w->going[i];
+
+        if (g->ngone < g->ncalls)
+            continue; /* some are still there: failure says why */
+        w->ndone += g->nrecords;
+        for (size_t k = 0; k < w->deleted->ndisks; k++) {
+            if (is_meant(w, &w->deleted->disks[k]))
+                vm_watch_deleted(w->vm, &w->deleted->disks[k], g->name);
+        }
+        if ((g->elsewhere ? drop_disks(w, g->name) : remove_note(w, g->name)) < 0)
+            break;
+    }
+    vm_watch_wake(w->vm);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+static void on_records_gone(struct calls *c, const struct failure *f)
+{
+    struct work *w = container_of(c, struct work, calls);
+
+    if (f)
+        w->failure = *f;
+    remove_notes(w);
+}
+
 /*
  * A record that lies in several layers goes as a whole or, where QEMU refuses one of them, stays as a whole: what is
  * left of a half-removed one would begin later than the checkpoint. So one transaction for each disk; from the top,
  * because QEMU (7.2) takes a record out of the image before it knows whether the rest of the transaction works: after a
  * crash the allocation stands in for upper layers, never for the deepest one.
  */
+static void delete_on_disk(struct work *w, unsigned index, const struct disk *d, const struct checkpoint *c)
+{
+    struct json_object *args = qmp_args_transaction();
+    unsigned n = 0;
+
+    for (size_t l = 0; l < c->nlayers; l++) {
+        /* What QEMU cannot write stays, and is remembered as nobody's. */
+        if (d->images[c->layers[l].depth].read_only)
+            continue;
+        qmp_action_bitmap_remove(args, (struct qmp_bitmap){c->layers[l].node, c->name});
+        n++;
+    }
+    if (!n) {
+        json_object_put(args);
+        return;
+    }
+    w->going[index].nrecords += n;
+    w->going[index].ncalls++;
+    calls_add(&w->calls, "transaction", args, QMP_NO_FD, index, on_one_gone);
+}
+
 static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
 {
     struct work *w = container_of(q, struct work, query);
     struct failure mine = {0};
+    int r;
 
     if (!f && check_disks(w, disks, &mine) == 0 && !(w->deleted = disk_list_copy(disks)))
         (void)failure_set(&mine, -ENOMEM, "out of memory");
@@ -143,51 +247,153 @@ static void on_delete_disks(struct vm_query *q, const struct disk_list *disks, c
         work_end(w, f ? f : &mine);
         return;
     }
-    for (size_t i = 0; i < disks->ndisks; i++) {
-        const struct disk *d = &disks->disks[i];
-        const struct checkpoint *c = is_meant(w, d) ? disk_checkpoint(d, w->name) : NULL;
-        struct json_object *args = qmp_args_transaction();
-        unsigned n = 0;
+    for (size_t g = 0; g < w->ngoing; g++) {
+        for (size_t i = 0; i < disks->ndisks; i++) {
+            const struct disk *d = &disks->disks[i];
+            const struct checkpoint *c = disk_checkpoint(d, w->going[g].name);
 
-        /* What lies in a layer that QEMU cannot write stays there, and is remembered as nobody's. */
-        for (size_t l = 0; c && l < c->nlayers; l++) {
-            if (d->images[c->layers[l].depth].read_only)
-                continue;
-            qmp_action_bitmap_remove(args, (struct qmp_bitmap){c->layers[l].node, c->name});
-            n++;
+            if (c && !is_meant(w, d))
+                w->going[g].elsewhere = true;
+            else if (c)
+                delete_on_disk(w, (unsigned)g, d, c);
         }
-        if (n)
-            calls_add(&w->calls, "transaction", args, QMP_NO_FD, n, on_one_done);
-        else
-            json_object_put(args);
     }
-    send_all(w);
+    r = calls_wait(&w->calls, on_records_gone, &mine);
+    if (r < 0)
+        w->failure = mine;
+    if (r != 0)
+        remove_notes(w);
+}
+
+static int add_going(struct work *w, const char *name)
+{
+    struct going *more = realloc(w->going, (w->ngoing + 1) * sizeof(*more));
+
+    if (!more)
+        return -ENOMEM;
+    w->going = more;
+    more[w->ngoing] = (struct going){.name = strdup(name)};
+    if (!more[w->ngoing].name)
+        return -ENOMEM;
+    w->ngoing++;
+    return 0;
 }
 
 int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
-                    size_t ndisks)
+                    size_t ndisks, enum vm_delete what)
 {
-    return start(vm, change, checkpoint, disks, ndisks, on_delete_disks);
+    const struct note *top = notes_find(vm->notes, checkpoint);
+    bool family = what == VM_DELETE_WITH_DESCENDANTS || what == VM_DELETE_DESCENDANTS;
+    struct work *w;
+    int r = 0;
+
+    if (family && !top)
+        return -ENOENT;
+    if (!(w = work_new(vm, change, checkpoint, disks, ndisks)))
+        return -ENOMEM;
+    if (what != VM_DELETE_DESCENDANTS)
+        r = add_going(w, checkpoint);
+    for (const struct note *n = family ? notes_below(top, top) : NULL; n && r == 0; n = notes_below(top, n))
+        r = add_going(w, n->name);
+    if (r < 0) {
+        work_drop(w);
+        return r;
+    }
+    if (what != VM_DELETE_NOTE)
+        return ask_disks(w, on_delete_disks);
+    w->notes_only = true;
+    w->ndone = top != NULL;
+    r = notes_remove(vm->notes, checkpoint, &vm->note_changes, &w->failure);
+    if (r < 0)
+        work_drop(w);
+    else
+        vm_notes_write(vm, &w->wait, on_noted);
+    return r;
+}
+
+/* -- retention ----------------------------------------------------------------------------------------------------- */
+
+static void on_retired(struct vm_change *change, unsigned n, const struct failure *f)
+{
+    struct vm *vm = change->arg;
+
+    vm->retiring = false;
+    if (f) {
+        log_warning("VM %s: the oldest checkpoint, more than keep-checkpoints allows, cannot be dropped: %s", vm->name,
+                    f->text);
+        return;
+    }
+    vm_retire(vm);
+}
+
+void vm_retire(struct vm *vm)
+{
+    const char *oldest;
+    int r;
+
+    if (vm->retiring || vm->stopping || !notes_over(vm->notes, vm->keep_checkpoints, &oldest, 1))
+        return;
+    vm->retired = (struct vm_change){.cb = on_retired, .arg = vm};
+    r = vm_delete_start(vm, &vm->retired, oldest, NULL, 0, VM_DELETE_ITSELF);
+    vm->retiring = r == 0;
+    if (r == 0)
+        log_info("VM %s: checkpoint %s is dropped: %u are kept", vm->name, oldest, vm->keep_checkpoints);
+    else if (r != -ENOTCONN && r != -ESHUTDOWN) /* without a connection the next one that is kept tries again */
+        log_warning("VM %s: checkpoint %s cannot be dropped: %s", vm->name, oldest, strerror(-r));
 }
 
 /* -- create -------------------------------------------------------------------------------------------------------- */
 
 static int check_create(const struct work *w, const struct disk *d, struct failure *f)
 {
-    const struct checkpoint *c;
+    const struct checkpoint *c = disk_checkpoint(d, w->name);
 
-    if (!d->tracked)
-        return failure_set(
-            f, -ENOTSUP,
-            "disk '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps", d->name,
-            reason_name(REASON_NOT_TRACKED), d->format);
-    if ((c = disk_checkpoint(d, w->name)) && c->reason == REASON_NO_SUCH_CHECKPOINT)
+    if (c && c->reason == REASON_NO_SUCH_CHECKPOINT)
         return failure_set(f, -EEXIST, "checkpoint name '%s' cannot be used again on disk '%s' yet: %s; choose another",
                            w->name, d->name, checkpoint_text(c));
     if (c)
         return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it",
                            w->name, d->name);
+    if (is_meant(w, d) && w->ndisks > 0 && !d->tracked)
+        return failure_set(
+            f, -ENOTSUP,
+            "disk '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 stores bitmaps", d->name,
+            reason_name(REASON_NOT_TRACKED), d->format);
     return 0;
+}
+
+static void on_created(struct calls *c, const struct failure *f)
+{
+    struct work *w = container_of(c, struct work, calls);
+    struct note_spec spec = {.name = w->name,
+                             .created_ms = unix_time_ms(),
+                             .parent = w->parent,
+                             .description = w->description,
+                             .disks = w->noted,
+                             .ndisks = w->nnoted};
+    struct failure why = {0};
+
+    if (f) {
+        work_end(w, f);
+        return;
+    }
+    w->ndone = (unsigned)w->nnoted;
+    if (vm_notes_add(w->vm, &spec, &why) < 0 && w->change)
+        (void)failure_set(&w->change->warning, why.err, "done, but it has no note: %s", why.text);
+    vm_retire(w->vm);
+    vm_watch_wake(w->vm);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+static int note_disk(struct work *w, const struct disk *d)
+{
+    struct note_disk *n = &w->noted[w->nnoted];
+
+    n->size = d->size;
+    n->name = strdup(d->name);
+    n->node = strdup(d->node);
+    w->nnoted++;
+    return n->name && n->node ? 0 : -ENOMEM;
 }
 
 /* One transaction: it begins by draining, so that all disks' records begin at one instant. */
@@ -196,25 +402,28 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
     struct work *w = container_of(q, struct work, query);
     struct json_object *args = NULL;
     struct failure mine = {0};
-    unsigned n = 0;
+    int r;
 
     if (f || check_disks(w, disks, &mine) < 0) {
         work_end(w, f ? f : &mine);
         return;
     }
     args = qmp_args_transaction();
+    w->noted = calloc(disks->ndisks + 1, sizeof(*w->noted));
+    if (!w->noted)
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
     for (size_t i = 0; !mine.err && i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
 
-        /* Of "all disks" those that cannot take part are left out; a disk that was named must. */
-        if (!is_meant(w, d) || (w->ndisks == 0 && !d->tracked))
+        /* One name is one instant: it must be free on all disks. */
+        if (check_create(w, d, &mine) < 0 || !is_meant(w, d) || !d->tracked)
             continue;
-        if (check_create(w, d, &mine) == 0) {
+        if (note_disk(w, d) < 0)
+            (void)failure_set(&mine, -ENOMEM, "out of memory");
+        else
             qmp_action_bitmap_add(args, (struct qmp_bitmap){d->top, w->name}, 0, true, false);
-            n++;
-        }
     }
-    if (!mine.err && n == 0)
+    if (!mine.err && w->nnoted == 0)
         (void)failure_set(&mine, -ENOTSUP,
                           "no disk can keep a checkpoint: only qcow2 images (version 3) store bitmaps");
     if (mine.err) {
@@ -223,12 +432,57 @@ static void on_create_disks(struct vm_query *q, const struct disk_list *disks, c
         return;
     }
     vm_watch_forget(w->vm, w->name);
-    calls_add(&w->calls, "transaction", args, QMP_NO_FD, n, on_one_done);
-    send_all(w);
+    calls_add(&w->calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    r = calls_wait(&w->calls, on_created, &mine);
+    if (r < 0)
+        work_end(w, &mine);
 }
 
-int vm_create_start(struct vm *vm, struct vm_change *change, const char *checkpoint, const char *const *disks,
-                    size_t ndisks)
+int vm_create_start(struct vm *vm, struct vm_change *change, const struct vm_create *what)
 {
-    return start(vm, change, checkpoint, disks, ndisks, on_create_disks);
+    struct work *w;
+
+    if (what->parent && *what->parent && !notes_find(vm->notes, what->parent))
+        return -ENOENT;
+    if (!(w = work_new(vm, change, what->checkpoint, what->disks, what->ndisks)))
+        return -ENOMEM;
+    w->description = what->description ? strdup(what->description) : NULL;
+    w->parent = what->parent ? strdup(what->parent) : NULL;
+    return ask_disks(w, on_create_disks);
+}
+
+/* -- notes alone --------------------------------------------------------------------------------------------------- */
+
+int vm_import_start(struct vm *vm, struct vm_change *change, struct json_object *doc, struct failure *f)
+{
+    size_t before = vm->note_changes.nops;
+    struct work *w;
+    int r;
+
+    if (!(w = work_new(vm, change, vm->name, NULL, 0)))
+        return failure_set(f, -ENOMEM, "out of memory");
+    w->notes_only = true;
+    r = notes_import(vm->notes, doc, &vm->note_changes, f);
+    w->ndone = (unsigned)(vm->note_changes.nops - before);
+    if (r == 0)
+        vm_notes_write(vm, &w->wait, on_noted);
+    else
+        work_drop(w);
+    return r;
+}
+
+int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, struct failure *f)
+{
+    struct work *w = work_new(vm, change, from, NULL, 0);
+    int r;
+
+    if (!w)
+        return failure_set(f, -ENOMEM, "out of memory");
+    w->notes_only = true;
+    r = vm_notes_rename(vm, from, f);
+    if (r == 0)
+        vm_notes_write(vm, &w->wait, on_noted);
+    else
+        work_drop(w);
+    return r;
 }

@@ -11,6 +11,7 @@
 #include "vm_watch.h"
 
 #include "backup/calls.h"
+#include "backup/notes.h"
 
 /* How far we are with this QEMU. Sessions start, and questions are put, in READY only; until then they wait. */
 enum vm_state {
@@ -29,6 +30,12 @@ struct vm_pull {
     bool read_failed;
 };
 
+/* Answered once, later, when all changes of the notes up to now are on disk, or cannot be written. */
+struct vm_note_wait {
+    void (*cb)(struct vm_note_wait *w, const struct failure *f);
+    struct vm_note_wait *next;
+};
+
 struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path, *scratch_dir; /* owned */
@@ -39,6 +46,7 @@ struct vm {
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
     unsigned linger_ms;
+    unsigned keep_checkpoints;
 
     struct qmp_client *qmp;
     enum vm_state state;
@@ -46,7 +54,7 @@ struct vm {
     struct failure lost; /* why there is no connection */
     struct qmp_watch resumed;
     bool sweep_wanted; /* the guest went on while a session stood or went down */
-    bool stopping;
+    bool stopping, client_closed;
     void (*on_stopped)(void *arg);
     void *stop_arg;
 
@@ -77,6 +85,18 @@ struct vm {
     uv_timer_t linger, kick;
     bool lingering;
     struct json_object *last; /* owned: the session before this one, for status */
+
+    /* notes: the set is the loop's; a worker has the batch while note_writing */
+    struct notes *notes;                          /* owned */
+    struct notes_change note_changes, note_batch; /* to be written, and being written */
+    struct vm_note_wait *note_waits;
+    uv_work_t note_work;
+    bool note_writing;
+    struct failure note_failure;
+    char *note_rename;          /* owned: the name to take notes over from */
+    struct notes *note_renamed; /* owned: these */
+    bool retiring;
+    struct vm_change retired;
 };
 
 /* vm_session.c */
@@ -84,6 +104,19 @@ void vm_pump(struct vm *vm);                                      /* whatever ca
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
 void vm_session_done(struct vm *vm); /* frees what is left of one */
+
+/* vm_notes.c */
+int vm_notes_load(struct vm *vm); /* waits for the disk */
+void vm_notes_done(struct vm *vm);
+/* A note for a record that has just been made; vm_notes_write() comes after it. */
+int vm_notes_add(struct vm *vm, const struct note_spec *spec, struct failure *f);
+void vm_notes_write(struct vm *vm, struct vm_note_wait *wait,
+                    void (*cb)(struct vm_note_wait *, const struct failure *));
+int vm_notes_rename(struct vm *vm, const char *from, struct failure *f); /* likewise */
+void vm_notes_of_session(struct vm *vm);                                 /* which is down: what it has kept */
+
+/* vm_checkpoint.c */
+void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are more than keep_checkpoints */
 
 /* vm.c */
 void vm_sweep(struct vm *vm);

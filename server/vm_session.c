@@ -206,6 +206,7 @@ static void on_down(void *arg, const struct failure *problems)
     vm->last = last;
     if (session_checkpoint(vm->session))
         vm_watch_wake(vm);
+    vm_notes_of_session(vm);
     vm_session_done(vm);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (qmp_client_is_ready(vm->qmp) && (problems->err || vm->sweep_wanted || vm->state == VM_LOST) && !vm->stopping)
@@ -256,15 +257,26 @@ static size_t collect_since(const struct vm *vm, const struct vm_stay *first, co
     return n;
 }
 
-/* Whether a checkpoint of this name can be made on the disk that the client opens: better said now than found out
- * later. */
+static bool any_tracked(const struct disk_list *disks)
+{
+    for (size_t i = 0; i < disks->ndisks; i++) {
+        if (disks->disks[i].tracked)
+            return true;
+    }
+    return false;
+}
+
+/*
+ * A disk that keeps no checkpoint may be pulled beside others that do: they share one instant, and so one name. Where
+ * no disk can keep it, that is better said now than found out later.
+ */
 static int check_stay(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f)
 {
     const struct disk *d = disk_list_find(disks, stay->disk);
 
     if (!d)
         return failure_set(f, -ENOENT, "VM '%s' has no disk '%s'", vm->name, stay->disk);
-    if (stay->checkpoint && !d->tracked)
+    if (stay->checkpoint && !any_tracked(disks))
         return failure_set(f, -ENOTSUP,
                            "disk '%s' of VM '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 "
                            "stores bitmaps; open '%s/%s' without '@%s'",
@@ -333,6 +345,7 @@ static const char *why_not(const struct vm *vm, const struct vm_stay *stay)
 static void admit(struct vm_stay *stay)
 {
     struct vm *vm = stay->vm;
+    const struct disk *d;
     struct vm_pull *p;
     struct failure f = {0};
 
@@ -360,6 +373,10 @@ static void admit(struct vm_stay *stay)
         refuse(stay, &f);
         return;
     }
+    d = disk_list_find(session_disks(vm->session), stay->disk);
+    if (stay->checkpoint && !d->tracked)
+        log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
+                    stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
     p->nopen++;
     stay->state = STAY_IN;
     stay->on_entered(stay, NULL);

@@ -22,30 +22,100 @@ static const struct command commands[] = {
      .options = OPTION_JSON | OPTION_WATCH,
      .run = run_status},
     {.name = "checkpoint list",
-     .usage = "VM [--disk DISK]",
+     .usage = "VM [NAME]",
      .summary = "checkpoints, and which of them can carry an incremental pull",
-     .help = "STATE is \"usable\", or why the record cannot be used: INCONSISTENT, GAP, RESIZED, NOT_TRACKED, BUSY.\n"
-             "CHANGED is what an incremental pull would move at most.",
-     .options = OPTION_JSON | OPTION_DISK,
+     .help = "STATE is \"usable\", or why the record cannot be used: NO_SUCH_CHECKPOINT, INCONSISTENT, GAP, RESIZED,\n"
+             "NOT_TRACKED, BUSY. CHANGED is what an incremental pull would move at most. Parents stand before their\n"
+             "children, checkpoints without a note (made by others) at the end; \"*\" marks the current one.",
+     .options = OPTION_JSON | OPTION_DISK | OPTION_TREE | OPTION_ROOTS | OPTION_LEAVES | OPTION_CHILDREN |
+                OPTION_DESCENDANTS | OPTION_SIZE,
      .min_words = 1,
-     .max_words = 1,
+     .max_words = 2,
      .run = run_checkpoint_list},
+    {.name = "checkpoint show",
+     .usage = "VM [NAME]",
+     .summary = "all that is known of one checkpoint, of the current one if no name is given",
+     .options = OPTION_JSON,
+     .min_words = 1,
+     .max_words = 2,
+     .run = run_checkpoint_show},
     {.name = "checkpoint create",
-     .usage = "VM NAME [--disk DISK]",
+     .usage = "VM NAME",
      .summary = "begin to record changes now, without a backup",
-     .help = "The records of all disks begin at one instant. Disks that can keep none (raw, qcow2 version 2) are left out.",
-     .options = OPTION_JSON | OPTION_DISK,
+     .help = "The records of all disks begin at one instant. Disks that can keep none (raw, qcow2 version 2) are left\n"
+             "out, unless they are named.",
+     .options = OPTION_JSON | OPTION_DISK | OPTION_DESCRIPTION | OPTION_PARENT,
      .min_words = 2,
      .max_words = 2,
      .run = run_checkpoint_create},
     {.name = "checkpoint delete",
-     .usage = "VM NAME [--disk DISK]",
-     .summary = "drop a checkpoint's records from all disks, or from one",
+     .usage = "VM NAME",
+     .summary = "drop a checkpoint's records from all disks, or from some",
      .help = "Other checkpoints are not touched: each has a record of its own.",
-     .options = OPTION_JSON | OPTION_DISK,
+     .options = OPTION_JSON | OPTION_DISK | OPTION_WITH_DESCENDANTS | OPTION_DESCENDANTS | OPTION_NOTE_ONLY,
      .min_words = 2,
      .max_words = 2,
      .run = run_checkpoint_delete},
+    {.name = "checkpoint adopt",
+     .usage = "VM [NAME]",
+     .summary = "note a record that somebody else made, or correct a note",
+     .help = "Without NAME all usable records that have no note. A record must be usable on at least one disk.",
+     .options = OPTION_JSON | OPTION_DESCRIPTION | OPTION_PARENT,
+     .min_words = 1,
+     .max_words = 2,
+     .run = run_checkpoint_adopt},
+    {.name = "checkpoint can-increment",
+     .usage = "VM NAME",
+     .summary = "per disk: would a pull since NAME be incremental, and if not, why",
+     .help = "Exit status 0: all disks that were asked about; 1: some are not.",
+     .options = OPTION_JSON | OPTION_DISK,
+     .min_words = 2,
+     .max_words = 2,
+     .run = run_checkpoint_can_increment},
+    {.name = "checkpoint export",
+     .usage = "VM",
+     .summary = "print the notes of a VM as JSON, to be imported on another host",
+     .help = "The records themselves travel in the images.",
+     .options = OPTION_JSON,
+     .min_words = 1,
+     .max_words = 1,
+     .run = run_checkpoint_export},
+    {.name = "checkpoint import",
+     .usage = "VM FILE",
+     .summary = "take in what \"export\" printed (\"-\": from standard input)",
+     .help = "All or nothing. A note of a name that is there is replaced.",
+     .options = OPTION_JSON,
+     .min_words = 2,
+     .max_words = 2,
+     .run = run_checkpoint_import},
+    {.name = "checkpoint rename-vm",
+     .usage = "OLD NEW",
+     .summary = "the VM called OLD is configured as NEW now: give it its notes",
+     .options = OPTION_JSON,
+     .min_words = 2,
+     .max_words = 2,
+     .run = run_checkpoint_rename_vm},
+};
+
+/* What a command may take besides its words. */
+static const struct {
+    unsigned bit;
+    const char *name, *shown, *summary;
+    int has_value; /* as getopt_long() says it */
+} switches[] = {
+    {OPTION_DISK, "disk", "--disk DISK", "this disk only; repeatable", required_argument},
+    {OPTION_WATCH, "watch", "--watch", "go on", no_argument},
+    {OPTION_TREE, "tree", "--tree", "draw who descends from whom", no_argument},
+    {OPTION_ROOTS, "roots", "--roots", "those without a parent only", no_argument},
+    {OPTION_LEAVES, "leaves", "--leaves", "those without children only", no_argument},
+    {OPTION_CHILDREN, "children", "--children", "those whose parent is NAME", no_argument},
+    {OPTION_DESCENDANTS, "descendants", "--descendants", "those that descend from NAME", no_argument},
+    {OPTION_SIZE, "size", "--size", "sizes in bytes", no_argument},
+    {OPTION_DESCRIPTION, "description", "--description T", "words to remember it by", required_argument},
+    {OPTION_PARENT, "parent", "--parent NAME", "its parent (default: the current one; \"\": none)", required_argument},
+    {OPTION_WITH_DESCENDANTS, "with-descendants", "--with-descendants", "and all that descend from it", no_argument},
+    {OPTION_NOTE_ONLY, "note-only", "--note-only", "forget the note, keep the records", no_argument},
+    {OPTION_JSON, "json", "--json", "for programs", no_argument},
 };
 
 enum exit_status complain(const char *fmt, ...)
@@ -95,12 +165,9 @@ static void print_command_help(const struct command *c)
     if (c->help)
         printf("\n%s\n", c->help);
     printf("\n  --control PATH   qpulld's control socket (default " QPULL_CONTROL ")\n");
-    if (c->options & OPTION_DISK)
-        printf("  --disk DISK      this disk only\n");
-    if (c->options & OPTION_WATCH)
-        printf("  --watch          go on\n");
-    if (c->options & OPTION_JSON)
-        printf("  --json           for programs\n");
+    for (size_t i = 0; i < ARRAY_SIZE(switches); i++)
+        if (c->options & switches[i].bit)
+            printf("  %-16s %s\n", switches[i].shown, switches[i].summary);
 }
 
 /* The command that the first words name; ret_used: how many words. NULL: none. */
@@ -126,10 +193,6 @@ static const struct command *find_command(char *const *words, size_t nwords, siz
 
 static enum exit_status run(struct args *args, char *const *words, size_t nwords, bool help)
 {
-    static const struct {
-        unsigned bit;
-        const char *name;
-    } names[] = {{OPTION_JSON, "--json"}, {OPTION_WATCH, "--watch"}, {OPTION_DISK, "--disk"}};
     const struct command *c;
     size_t used;
 
@@ -147,9 +210,9 @@ static enum exit_status run(struct args *args, char *const *words, size_t nwords
         print_command_help(c);
         return EXIT_DONE;
     }
-    for (size_t i = 0; i < ARRAY_SIZE(names); i++)
-        if (args->given & names[i].bit & ~c->options)
-            return misused("\"%s\" does not take %s", c->name, names[i].name);
+    for (size_t i = 0; i < ARRAY_SIZE(switches); i++)
+        if (args->given & switches[i].bit & ~c->options)
+            return misused("\"%s\" does not take --%s", c->name, switches[i].name);
     if (nwords - used < c->min_words || nwords - used > c->max_words)
         return misused("%s arguments: qpull %s %s", nwords - used < c->min_words ? "too few" : "too many", c->name,
                        c->usage);
@@ -158,40 +221,48 @@ static enum exit_status run(struct args *args, char *const *words, size_t nwords
     return c->run(args);
 }
 
+/* One of the switches; negative: it is there twice, and that is said. */
+static int take_switch(struct args *args, unsigned bit, const char *name, const char *value)
+{
+    if (args->given & bit & ~OPTION_DISK) {
+        (void)misused("--%s is there twice", name);
+        return -1;
+    }
+    args->given |= bit;
+    if (bit == OPTION_DESCRIPTION)
+        args->description = value;
+    if (bit == OPTION_PARENT)
+        args->parent = value;
+    if (bit != OPTION_DISK)
+        return 0;
+    if (args->ndisks == QPULL_DISKS_MAX) {
+        (void)misused("more than %d --disk", QPULL_DISKS_MAX);
+        return -1;
+    }
+    args->disks[args->ndisks++] = value;
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
-    enum { CHOICE_CONTROL = 256, CHOICE_JSON, CHOICE_WATCH, CHOICE_DISK, CHOICE_VERSION };
-    static const struct option options[] = {
+    enum { CHOICE_CONTROL = 256, CHOICE_VERSION, CHOICE_SWITCH };
+    struct option options[ARRAY_SIZE(switches) + 4] = {
         {"control", required_argument, NULL, CHOICE_CONTROL},
-        {"json", no_argument, NULL, CHOICE_JSON},
-        {"watch", no_argument, NULL, CHOICE_WATCH},
-        {"disk", required_argument, NULL, CHOICE_DISK},
         {"version", no_argument, NULL, CHOICE_VERSION},
         {"help", no_argument, NULL, 'h'},
-        {NULL, 0, NULL, 0},
     };
     struct args args = {.control = QPULL_CONTROL};
     bool help = false;
     int choice;
 
+    for (size_t i = 0; i < ARRAY_SIZE(switches); i++)
+        options[3 + i] = (struct option){switches[i].name, switches[i].has_value, NULL, CHOICE_SWITCH + (int)i};
     (void)signal(SIGPIPE, SIG_IGN);
     opterr = 0;
     while ((choice = getopt_long(argc, argv, ":h", options, NULL)) != -1)
         switch (choice) {
         case CHOICE_CONTROL:
             args.control = optarg;
-            break;
-        case CHOICE_JSON:
-            args.given |= OPTION_JSON;
-            break;
-        case CHOICE_WATCH:
-            args.given |= OPTION_WATCH;
-            break;
-        case CHOICE_DISK:
-            if (args.given & OPTION_DISK)
-                return misused("--disk is there twice");
-            args.given |= OPTION_DISK;
-            args.disk = optarg;
             break;
         case CHOICE_VERSION:
             printf("qpull %s\n", QPULL_VERSION);
@@ -201,8 +272,12 @@ int main(int argc, char **argv)
             break;
         case ':':
             return misused("%s wants a value", argv[optind - 1]);
-        default:
+        case '?':
             return misused("unknown or ambiguous option %s", argv[optind - 1]);
+        default:
+            if (take_switch(&args, switches[choice - CHOICE_SWITCH].bit, switches[choice - CHOICE_SWITCH].name,
+                            optarg) < 0)
+                return EXIT_USAGE;
         }
     if ((size_t)(argc - optind) > QPULL_WORDS_MAX)
         return misused("too many words");

@@ -23,12 +23,25 @@ enum option_bit {
     OPTION_JSON = 1 << 0,
     OPTION_WATCH = 1 << 1,
     OPTION_DISK = 1 << 2,
+    OPTION_TREE = 1 << 3,
+    OPTION_ROOTS = 1 << 4,
+    OPTION_LEAVES = 1 << 5,
+    OPTION_CHILDREN = 1 << 6,
+    OPTION_DESCENDANTS = 1 << 7,
+    OPTION_SIZE = 1 << 8,
+    OPTION_DESCRIPTION = 1 << 9,
+    OPTION_PARENT = 1 << 10,
+    OPTION_WITH_DESCENDANTS = 1 << 11,
+    OPTION_NOTE_ONLY = 1 << 12,
 };
+#define QPULL_DISKS_MAX 64 /* --disk on one command line */
 
 struct args {
     unsigned given; /* option_bit */
     const char *control;
-    const char *disk;                   /* NULL: all */
+    const char *disks[QPULL_DISKS_MAX]; /* none: all */
+    size_t ndisks;
+    const char *description, *parent;   /* NULL: not given */
     const char *words[QPULL_WORDS_MAX]; /* the command's arguments, without its name */
     size_t nwords;
 };
@@ -53,10 +66,9 @@ struct daemon;
 enum exit_status daemon_open(const char *path, struct daemon **ret_daemon);
 void daemon_close(struct daemon *d); /* NULL is fine */
 
-/*
- * One command with string arguments: pairs of key and value, ended by NULL; a pair whose value is NULL is left out.
- * *ret is owned by the caller (json_object_put()).
- */
+/* One command; its arguments are given. *ret is owned by the caller (json_object_put()). */
+enum exit_status daemon_call(struct daemon *d, struct json_object **ret, const char *command, struct json_object *args);
+/* The same with string arguments: pairs of key and value, ended by NULL; a pair whose value is NULL is left out. */
 enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const char *command, ...)
     __attribute__((sentinel));
 /* Passes time without losing sight of the daemon. EXIT_FAILED: it is gone, and that is said. */
@@ -95,6 +107,12 @@ enum exit_status run_vms(const struct args *args);
 enum exit_status run_disks(const struct args *args);
 enum exit_status run_status(const struct args *args);
 enum exit_status run_checkpoint_list(const struct args *args);
+enum exit_status run_checkpoint_show(const struct args *args);
+enum exit_status run_checkpoint_can_increment(const struct args *args);
+enum exit_status run_checkpoint_adopt(const struct args *args);
+enum exit_status run_checkpoint_export(const struct args *args);
+enum exit_status run_checkpoint_import(const struct args *args);
+enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
 

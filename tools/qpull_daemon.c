@@ -114,10 +114,8 @@ static void on_answer(struct qmp_call *call, struct json_object *ret, const stru
 enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const char *command, ...)
 {
     struct json_object *args = json_object_new_object();
-    struct qmp_call call = {0};
     const char *key, *value;
     va_list ap;
-    int r;
 
     va_start(ap, command);
     while ((key = va_arg(ap, const char *))) {
@@ -126,6 +124,14 @@ enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const ch
             (void)json_object_object_add(args, key, json_object_new_string(value));
     }
     va_end(ap);
+    return daemon_call(d, ret, command, args);
+}
+
+enum exit_status daemon_call(struct daemon *d, struct json_object **ret, const char *command, struct json_object *args)
+{
+    struct qmp_call call = {0};
+    int r;
+
     d->answered = false;
     d->failure = (struct failure){0};
     r = qmp_call_start(d->client, &call, command, args, QMP_NO_FD, ANSWER_TIMEOUT_MS, on_answer, d);

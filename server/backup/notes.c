@@ -20,16 +20,20 @@ static void broken_clear(struct note_broken *b)
     *b = (struct note_broken){0};
 }
 
+static void note_disk_clear(struct note_disk *d)
+{
+    free(d->name);
+    free(d->node);
+    free(d->file);
+    free(d->extra);
+}
+
 void note_free(struct note *n)
 {
     if (!n)
         return;
-    for (size_t i = 0; i < n->ndisks; i++) {
-        free(n->disks[i].name);
-        free(n->disks[i].node);
-        free(n->disks[i].file);
-        free(n->disks[i].extra);
-    }
+    for (size_t i = 0; i < n->ndisks; i++)
+        note_disk_clear(&n->disks[i]);
     free(n->disks);
     broken_clear(&n->broken);
     free(n->name);
@@ -566,6 +570,30 @@ int notes_remove(struct notes *set, const char *name, struct notes_change *chang
         free(orphans[i].heir);
     free(orphans);
     return r;
+}
+
+int notes_drop_disk(struct notes *set, const char *name, const char *disk, struct notes_change *change,
+                    struct failure *f)
+{
+    struct note *n = notes_find(set, name);
+    struct note_disk gone;
+    size_t i = 0, len;
+
+    while (n && i < n->ndisks && strcmp(n->disks[i].name, disk) != 0)
+        i++;
+    if (!n || i == n->ndisks)
+        return 0;
+    gone = n->disks[i];
+    n->ndisks--;
+    memmove(n->disks + i, n->disks + i + 1, (n->ndisks - i) * sizeof(gone));
+    if (push_note(change, n, set->vm, &len) < 0) {
+        memmove(n->disks + i + 1, n->disks + i, (n->ndisks - i) * sizeof(gone));
+        n->disks[i] = gone;
+        n->ndisks++;
+        return no_memory(f);
+    }
+    note_disk_clear(&gone);
+    return 0;
 }
 
 /* -- what is known against a checkpoint ---------------------------------------------------------------------------- */

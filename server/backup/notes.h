@@ -147,6 +147,10 @@ int notes_add(struct notes *set, const struct note_spec *spec, struct notes_chan
  */
 int notes_remove(struct notes *set, const char *name, struct notes_change *change, struct failure *f);
 
+/* The checkpoint is over on this disk, and goes on on others. Not noted: success. -ENOMEM: nothing has changed. */
+int notes_drop_disk(struct notes *set, const char *name, const char *disk, struct notes_change *change,
+                    struct failure *f);
+
 /*
  * Remembers why the checkpoint cannot be used on this disk (NULL: at all); text NULL: reason_text(). The first one
  * stays unless the disk is the same; REASON_NONE takes back what was said of this disk (NULL: of any).

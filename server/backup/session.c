@@ -297,6 +297,15 @@ void session_keep(struct session *s, const char *disk)
         d->keep = true;
 }
 
+bool session_kept(const struct session *s, const char *disk)
+{
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (strcmp(s->disks[i].disk->name, disk) == 0)
+            return s->checkpoint && s->disks[i].keep && s->disks[i].keepable;
+    }
+    return false;
+}
+
 /* -- questions ----------------------------------------------------------------------------------------------------- */
 
 const char *session_id(const struct session *s)

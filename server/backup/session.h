@@ -64,6 +64,9 @@ void session_lost(struct session *s, const char *disk, const char *why);
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
 
+/* When it is down: whether this disk's part of the checkpoint has been made. */
+bool session_kept(const struct session *s, const char *disk);
+
 const char *session_id(const struct session *s); /* e.g. "5f0c21ab" */
 enum session_status session_status(const struct session *s);
 const char *session_checkpoint(const struct session *s); /* or NULL */

@@ -346,10 +346,7 @@ static int records_up(struct seq *q, struct failure *f)
 
 static int on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
 {
-    uv_timeval64_t now = {0};
-
-    (void)uv_gettimeofday(&now);
-    session_of_calls(c)->frozen_at_ms = now.tv_sec * 1000 + now.tv_usec / 1000;
+    session_of_calls(c)->frozen_at_ms = unix_time_ms();
     return 0;
 }
 

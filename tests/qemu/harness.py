@@ -435,12 +435,13 @@ def check_order(images, order_seed, at=0, block=4096, ring=256):
 class Qpulld:
     """A running daemon. vms: {name: Guest or QMP path}. .socket is its NBD socket, .control its control socket."""
 
-    def __init__(self, folder, vms, flags=(), tcp=False, linger=None, program=None, start=True, name='qpulld'):
+    def __init__(self, folder, vms, flags=(), tcp=False, linger=None, program=None, start=True, name='qpulld',
+                 state=None):
         self.folder, self.name = folder, name
         self.program = program or f'{bin_dir()}/qpulld'
         self.socket, self.control = f'{folder}/{name}.nbd', f'{folder}/{name}.control'
         self.pidfile, self.log_path = f'{folder}/{name}.pid', f'{folder}/{name}.log'
-        self.scratch, self.state = f'{folder}/{name}.scratch', f'{folder}/{name}.state'
+        self.scratch, self.state = f'{folder}/{name}.scratch', state or f'{folder}/{name}.state'
         self.flags = [f'--vm={n}={getattr(g, "qmp_path", g)}' for n, g in vms.items()]
         self.flags += [f'--listen=unix:{self.socket}', f'--control={self.control}', f'--scratch={self.scratch}',
                        f'--state={self.state}', f'--pidfile={self.pidfile}', '--log=debug']

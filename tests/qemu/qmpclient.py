@@ -15,11 +15,22 @@ class QmpError(Exception):
         self.desc = error.get('desc')
 
 
+# QEMU 7.2 on a busy machine lets the very first command of a new process lie, once in some 5000 starts; whoever
+# connects again is served at once. qpulld's client does the same.
+HELLO_TIMEOUT = 5
+
+
 class Qmp:
     """One monitor connection. Every call has a deadline; events are kept in .events until taken by wait_event()."""
 
     def __init__(self, path, timeout=30):
         self.timeout = timeout
+        try:
+            self._open(path, min(timeout, HELLO_TIMEOUT))
+        except TimeoutError:
+            self._open(path, timeout)
+
+    def _open(self, path, timeout):
         self.events = []
         self.buffer = b''
         self.sock = socket.socket(socket.AF_UNIX)
@@ -27,7 +38,7 @@ class Qmp:
         try:
             self.sock.connect(path)
             self.greeting = self._document(time.monotonic() + timeout)
-            self('qmp_capabilities')
+            self('qmp_capabilities', timeout=timeout)
         except BaseException:
             self.sock.close()
             raise

@@ -108,13 +108,43 @@ class Checkpoints(harness.Case):
         guest.write('vdo', MIB, MIB, 6)
         daemon = self.qpulld(guest, linger=0)
         for disk in ('vdr', 'vdo'):
-            self.assertRegex(rawnbd.refusal(daemon.socket, f'vm/{disk}@monday'), f"'{disk}' of VM 'vm'.*NOT_TRACKED")
             data = nbdpull.pull(daemon.uri(f'vm/{disk}'))
             self.assertModel(guest.disks[disk].model, data, disk)
             daemon.wait_idle()
         nbdpull.pull(daemon.uri('vm/vda@monday'))  # beside them
         daemon.wait_idle()
         self.assertEqual(self.checkpoints(daemon), [('monday', 'vda', 'NONE')])
+
+    def test_disks_that_are_new_raw_or_broken_go_full_beside_one_that_goes_incremental(self):
+        disks = {name: Disk(name, 8 * MIB, fmt='raw' if name == 'raw' else 'qcow2')
+                 for name in ('good', 'new', 'raw', 'broken')}
+        guest = self.bare(*disks.values())
+        daemon = self.qpulld(guest, linger=0)
+        first = {}
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'mon', 'disk': ['good', 'broken']})
+        for i, name in enumerate(disks):
+            first[name] = bytes(disks[name].model.image)
+            guest.write(name, MIB * (i + 1), 65536, i + 1)
+        guest.look('block-dirty-bitmap-disable', {'node': 'node-broken', 'name': 'mon'})
+        verdicts = {v['disk']: v['reason'] for v in daemon.ask('can-increment', {'vm': 'vm', 'name': 'mon'})}
+        self.assertEqual(verdicts, {'good': 'NONE', 'new': 'NO_SUCH_CHECKPOINT', 'raw': 'NOT_TRACKED',
+                                    'broken': 'BUSY'})
+        context = nbdpull.dirty_context('mon')
+        order = list(disks)
+        harness.rng.shuffle(order)  # whoever comes first must not decide for the others
+        handles = {name: nbdpull.connect(daemon.uri(f'vm/{name}@tue'), [context]) for name in order}
+        self.assertEqual({n for n, h in handles.items() if h.can_meta_context(context)}, {'good'})
+        self.assertEqual(len({s['id'] for s in daemon.ask('query-sessions')}), 1)
+        for name, h in handles.items():
+            self.assertModel(disks[name].model, nbdpull.read_all(h), name)
+            h.shutdown()
+        daemon.wait_idle()
+        self.assertEqual({c[:2] for c in self.checkpoints(daemon) if c[0] == 'tue'},
+                         {('tue', 'good'), ('tue', 'new'), ('tue', 'broken')})
+        self.assertIn('will not be kept on disk raw (NOT_TRACKED)', daemon.log())
+        data, extents = nbdpull.pull_changes(daemon.uri('vm/good'), 'mon', first['good'])
+        self.assertEqual([e[:2] for e in extents if e[2]], [(MIB, 65536)])
+        self.assertModel(disks['good'].model, data, 'full + incremental')
 
     def test_names_that_cannot_be_are_refused_in_words(self):
         guest = self.bare()
@@ -201,13 +231,15 @@ class Checkpoints(harness.Case):
         guest.start()
         daemon.wait_idle()
         # The one never stored is gone with QEMU; of the other nobody knows what happened since.
-        self.assertEqual(self.checkpoints(daemon), [('old', 'vda', 'INCONSISTENT')])
+        self.assertEqual(self.checkpoints(daemon),
+                         [('old', 'vda', 'INCONSISTENT'), ('young', 'vda', 'NO_SUCH_CHECKPOINT')])
         self.assertEqual(self.offered(daemon), [])
         self.assertRegex(rawnbd.refusal(daemon.socket, 'vm/vda@old'), 'exists already')
         data = nbdpull.pull(daemon.uri('vm/vda@new'))
         self.assertModel(guest.disks['vda'].model, data, 'a full beside the husk')
         daemon.wait_idle()
         self.assertEqual(daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'old'}), {'records': 1})
+        self.assertEqual(daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'young'}), {'records': 0})
         self.assertEqual(self.checkpoints(daemon), [('new', 'vda', 'NONE')])
         guest.quit()
         self.assertNotIn('old', harness.run(['qemu-img', 'info', guest.disks['vda'].path]).stdout)

@@ -100,6 +100,7 @@ static void a_whole_file_is_read(void **state)
                   "control = /tmp/c.sock\n"
                   "linger = 2.5\n"
                   "max-connections = 7\n"
+                  "keep-checkpoints = 30\n"
                   "allow-plaintext = yes\n"
                   "log = debug\n"
                   "\n"
@@ -116,6 +117,7 @@ static void a_whole_file_is_read(void **state)
     assert_string_equal(b->config->listeners[1].host, "127.0.0.1");
     assert_int_equal(b->config->linger_ms, 2500);
     assert_int_equal(b->config->max_connections, 7);
+    assert_int_equal(b->config->keep_checkpoints, 30);
     assert_true(b->config->allow_plaintext);
     assert_int_equal(b->config->log_level, LOG_LEVEL_DEBUG);
     assert_int_equal(b->config->nvms, 2);

@@ -38,6 +38,27 @@ static void clocks_that_go_backwards_put_nobody_before_its_parent(void **state)
     assert_int_equal(box_note(b, "b")->created_ms, BORN - 5000);
 }
 
+static void a_disk_can_leave_a_note_that_goes_on(void **state)
+{
+    struct box *b = *state;
+    char vda[] = "vda", vdb[] = "vdb";
+    struct note_disk disks[] = {{.name = vda, .size = 1}, {.name = vdb, .size = 2}};
+    struct note_spec spec = {.name = "mon", .created_ms = BORN, .disks = disks, .ndisks = ARRAY_SIZE(disks)};
+    size_t nops;
+
+    assert_int_equal(notes_add(b->set, &spec, &b->change, &b->failure), 0);
+    nops = b->change.nops;
+    assert_int_equal(notes_drop_disk(b->set, "mon", "vdc", &b->change, &b->failure), 0);
+    assert_int_equal(notes_drop_disk(b->set, "tue", "vda", &b->change, &b->failure), 0);
+    assert_int_equal(b->change.nops, nops);
+    assert_int_equal(notes_drop_disk(b->set, "mon", "vda", &b->change, &b->failure), 0);
+    assert_int_equal(b->change.nops, nops + 1);
+    assert_null(strstr(b->change.ops[nops].text, "vda"));
+    assert_non_null(strstr(b->change.ops[nops].text, "vdb"));
+    assert_int_equal(box_note(b, "mon")->ndisks, 1);
+    assert_string_equal(box_note(b, "mon")->disks[0].name, "vdb");
+}
+
 static void a_walk_below_meets_each_descendant_once_parents_first(void **state)
 {
     struct box *b = *state;
@@ -581,6 +602,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(a_new_note_builds_on_the_newest_leaf),
         T(clocks_that_go_backwards_put_nobody_before_its_parent),
+        T(a_disk_can_leave_a_note_that_goes_on),
         T(a_walk_below_meets_each_descendant_once_parents_first),
         T(deleting_gives_the_children_to_the_grandparent),
         T(deleting_what_has_no_note_succeeds),
