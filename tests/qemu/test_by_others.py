@@ -327,6 +327,52 @@ class Away(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def test_what_qemu_img_commits_and_writes_offline_is_in_the_record(self):
+        self.checkpoint('c1')
+        self.some()
+        base = self.disk.path
+        self.snapshot([])
+        self.write(2 * MIB, MIB)
+        self.checkpoint('c2')
+        self.some()
+        self.away()
+        self.vm.quit()
+        overlay = f'{self.folder}/layer1.qcow2'
+        harness.run(['qemu-img', 'rebase', '-u', '-F', 'qcow2', '-b', base, overlay])
+        harness.run(['qemu-img', 'commit', '-q', '-d', overlay])
+        harness.run(['qemu-io', '-f', 'qcow2', '-c', 'write -q -P 99 5M 64k', base])
+        self.restart_on(base)
+        self.back()
+        self.check(c2=NEVER)
+        self.daemon.stop()
+
+    def test_a_record_that_was_cleared_or_moved_offline_is_found_out(self):
+        for name in ('c1', 'c2', 'c3'):
+            self.checkpoint(name)
+        self.some()
+        self.look()
+        self.away()
+        self.vm.quit()
+        harness.run(['qemu-img', 'bitmap', '--clear', self.disk.path, 'c1'])
+        harness.run(['qemu-img', 'bitmap', '--remove', self.disk.path, 'c2'])
+        harness.run(['qemu-img', 'bitmap', '--add', '-g', '32K', self.disk.path, 'c2'])
+        self.vm.start()
+        self.back()
+        self.check(c1='GAP', c2='GAP')
+        self.daemon.stop()
+
+    def test_a_size_that_changed_while_we_were_away_is_found_out(self):
+        self.checkpoint('c1')
+        self.some()
+        self.away()
+        self.vm.quit()
+        harness.run(['qemu-img', 'resize', '-q', '--shrink', self.disk.path, str(4 * MIB)])
+        self.disk.size = 4 * MIB
+        self.vm.start()
+        self.back()
+        self.check(c1='RESIZED')
+        self.daemon.stop()
+
     def test_a_moved_image_is_the_same(self):
         self.checkpoint('c1')
         self.some()
@@ -393,7 +439,8 @@ class Away(ByOthers):
             self.some()
             self.check()
             self.away()
-        self.assertIn('cannot be read', self.daemon.log())
+        with open(self.daemon.log_path) as f:
+            self.assertIn('cannot be read', f.read())
 
     def damage(self, folder):
         with open(f'{folder}/vm.json', 'wb') as f:
