@@ -6,6 +6,7 @@ import os
 import shutil
 
 import harness
+import nbd
 import nbdpull
 from harness import MIB, Disk, wait_until
 from qmpclient import QmpError, bitmaps
@@ -208,6 +209,51 @@ class Connected(ByOthers):
         self.vm.look.wait_event('BLOCK_JOB_COMPLETED', 60)
         self.disk.node = base
         self.some()
+        self.check()
+        self.daemon.stop()
+
+    def pull_beside(self, job):
+        """A pull while a job of others is at work is right, or refused in words; the job goes on."""
+        usable = [name for name, reason in self.look().items() if reason == 'NONE' and name in self.images]
+        try:
+            h = nbdpull.connect(self.daemon.uri('vm/vda'), map(nbdpull.dirty_context, usable))
+        except nbd.Error as e:
+            self.assertTrue(str(e))
+            self.refused.append(job)
+        else:
+            truth = nbdpull.read_all(h)
+            self.assertModel(self.disk.model, truth, job)
+            for name in usable:
+                self.assertSame(replay(h, name, self.images[name])[0], truth, f'{job}, since {name}')
+            h.shutdown()
+            self.pulled.append(job)
+        settle(self.vm)
+        self.daemon.wait_idle()
+
+    def test_a_pull_beside_a_job_is_right_or_refused(self):
+        self.pulled, self.refused = [], []
+        target = f'{self.folder}/target.qcow2'
+        harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', target, str(self.disk.size)])
+        self.vm.look('blockdev-add', {'driver': 'qcow2', 'node-name': 'target',
+                                      'file': {'driver': 'file', 'filename': target}})
+        self.checkpoint('c1')
+        base = self.snapshot(['c1'])
+        self.write(0, 7 * MIB)
+        middle = self.snapshot(['c1'])
+        self.some()
+        slow = {'job-id': 'j', 'device': self.disk.node, 'speed': 65536}
+        jobs = {'block-stream': {}, 'block-commit': {'top-node': middle, 'base-node': base},
+                'blockdev-mirror': {'target': 'target', 'sync': 'full'},
+                'blockdev-mirror with a name': {'target': 'target', 'sync': 'full', 'filter-node-name': 'filter'}}
+        for job, arguments in jobs.items():
+            self.vm.look(job.split()[0], {**slow, **arguments})
+            self.pull_beside(job)
+            self.assertEqual([j['device'] for j in self.vm.look('query-block-jobs')], ['j'])
+            self.vm.look('block-job-cancel', {'device': 'j', 'force': True})
+            self.vm.look.wait_event('JOB_STATUS_CHANGE', 60, lambda d: d['status'] == 'null')
+            self.some()
+        self.assertEqual(len(self.pulled) + len(self.refused), len(jobs))
+        print(f'(pulled beside {self.pulled}, refused beside {self.refused})', end=' ')
         self.check()
         self.daemon.stop()
 
