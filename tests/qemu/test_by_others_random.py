@@ -26,7 +26,7 @@ class World:
 
     def __init__(self, case, number):
         self.case, self.number, self.done = case, number, []
-        self.disk = Disk(f'vda', 4 * MIB)
+        self.disk = Disk('vda', 4 * MIB)
         self.disk.path = f'{case.folder}/{number}-0.qcow2'
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', self.disk.path, str(self.disk.size)])
         self.vm = case.bare(self.disk, name=f'vm{number}')
@@ -343,6 +343,7 @@ class Random(harness.Case):
             except Exception as e:
                 raise AssertionError(f'sequence {number}: {" ".join(world.done)}: {e}') from e
             told.update(world.told)
+            world.images.clear()  # megabytes each, and the world stays until the end
         print(f'({SEQUENCES} sequences of {STEPS}: {dict(told)})', end=' ')
         self.assertGreater(told['NONE'], SEQUENCES)
 
