@@ -168,7 +168,7 @@ def merge_records(w, disk, base, sources):
 
 
 def merge_once(w, disk, base, sources):
-    """The records of layers `sources` into layer `base`'s, which gets those that it has not. Like libvirt, it leaves out
+    """The records of layers `sources` into layer `base`'s, which gets what it has not. Like libvirt, it leaves out
     (and returns) what is not whole: each layer between the deepest one that has the record and the last source must."""
     records, target, sizes = w.records(disk), disk.layers[base].node, layer_sizes(w, disk)
     actions, broken = [], set()
@@ -243,7 +243,7 @@ def commit(w, r, active, merging):
 
 
 def flush(w, layer):
-    """QEMU flushes what a job wrote into a lower layer only when it is opened anew: its tables would be lost with it."""
+    """QEMU flushes what a job wrote into a lower layer only when it is opened anew: else its tables are lost."""
     w.qmp('human-monitor-command', {'command-line': f'qemu-io {layer.node} flush'})
 
 

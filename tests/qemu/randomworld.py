@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QEMU without a guest, its disks as layers of images, a qpulld, and everything that may happen to them in a year. The
-test knows every byte of every disk, at each checkpoint's instant and now; what it can be asked, and what it checks,
-stands in randomops.py.
+"""A QEMU without a guest, its disks as layers of images, a qpulld, and everything that may happen to them in a year.
+The test knows every byte of every disk, at each checkpoint's instant and now. What can happen stands in randomops.py.
 
 An operation of a sequence draws all its choices from a generator of its own, seeded with the sequence's seed and the
 operation's number, and picks among things by a hash of each. So an operation means (nearly) the same when others before
