@@ -40,7 +40,8 @@ struct work {
     size_t nnoted;
 
     /* delete */
-    struct going *going; /* owned */
+    struct disk_list *deleted; /* owned: the disks as they were before */
+    struct going *going;       /* owned */
     size_t ngoing;
 };
 

@@ -388,11 +388,30 @@ static int keep_status(struct calls *c, unsigned index, struct json_object *ret,
     return 0;
 }
 
+static void on_undone(struct calls *c, const struct failure *f)
+{
+    struct vm_watch *w = container_of(c, struct vm_watch, calls);
+    const struct failure why = w->carry_failure;
+
+    carried(container_of(w, struct vm, watch), &why);
+}
+
+/* Nothing of it was done: somebody else made a record of that name first, or the layer went. The temporary one goes. */
 static void on_one_carried(struct calls *c, const struct failure *f)
 {
     struct vm_watch *w = container_of(c, struct vm_watch, calls);
+    const struct cargo *g = &w->cargo[w->at];
+    struct failure next = {0};
 
-    carried(container_of(w, struct vm, watch), f);
+    if (!f) {
+        carried(container_of(w, struct vm, watch), NULL);
+        return;
+    }
+    w->carry_failure = *f;
+    calls_add(&w->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", g->to->node, "name", g->temporary, NULL),
+              QMP_NO_FD, 0, NULL);
+    if (calls_wait(&w->calls, on_undone, &next) < 0)
+        on_undone(&w->calls, &next);
 }
 
 static void on_dropped(struct calls *c, const struct failure *f)
@@ -418,6 +437,10 @@ static void on_merged(struct calls *c, const struct failure *f)
     struct failure next = {0};
     bool late = !f && g->job->kind != JOB_STREAM && !is_at_work(w, g->job);
 
+    if (f && !g->there) {
+        on_one_carried(c, f);
+        return;
+    }
     if (f || (g->there && !late)) {
         carried(vm, f);
         return;
@@ -434,7 +457,7 @@ static void on_merged(struct calls *c, const struct failure *f)
     qmp_action_bitmap_remove(args, temporary);
     calls_add(&w->calls, "transaction", args, QMP_NO_FD, 0, NULL);
     if (calls_wait(&w->calls, late ? on_dropped : on_one_carried, &next) < 0)
-        carried(vm, &next);
+        on_one_carried(c, &next);
 }
 
 /* First and second part: the merge, and whether the job still stood after it. */

@@ -43,6 +43,7 @@ struct vm_watch {
     struct job_list carry_jobs;
     struct image *carry_targets; /* owned */
     struct json_object *status;  /* owned: query-block-jobs */
+    struct failure carry_failure;
     size_t ncargo, at;
     struct cargo *cargo; /* owned */
 };

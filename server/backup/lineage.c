@@ -124,8 +124,11 @@ static struct past *find_past(const struct past_disk *d, const char *name)
 
 static void drop_past(struct lineage *l, struct past_disk *d, struct past *p)
 {
+    size_t i = (size_t)(p - d->pasts);
+
     past_done(p);
-    *p = d->pasts[--d->npasts];
+    d->npasts--;
+    memmove(p, p + 1, (d->npasts - i) * sizeof(*p)); /* they stay in the order in which they were first seen */
     l->dirty = true;
 }
 
@@ -433,6 +436,17 @@ static void miss(struct lineage *l, struct past_disk *was, struct past *p, const
     }
 }
 
+/* Of names that come and go for years the oldest are forgotten. */
+static void prune(struct lineage *l, struct past_disk *was)
+{
+    size_t n = 0;
+
+    for (size_t i = was->npasts; i-- > 0;) {
+        if (was->pasts[i].absence && ++n > LINEAGE_ABSENT_MAX)
+            drop_past(l, was, &was->pasts[i]);
+    }
+}
+
 static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
 {
     struct past_disk *was = find_disk(l, d->name);
@@ -453,6 +467,7 @@ static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
         if (!was->pasts[i].seen)
             miss(l, was, &was->pasts[i], d);
     }
+    prune(l, was);
     return remember_images(l, was, d);
 }
 

@@ -19,6 +19,7 @@
 #define LINEAGE_DIR "lineage"          /* below the state directory: VM.json each */
 #define LINEAGE_FILE_MAX (16u << 20)   /* bytes; a checkpoint on one disk has some 300 */
 #define LINEAGE_CHECKPOINTS_MAX 10000u /* of one disk, those that are gone included */
+#define LINEAGE_ABSENT_MAX 1000u       /* of one disk: names that are not to be seen any more */
 #define LINEAGE_DISKS_MAX 1024u        /* of one VM, those that were unplugged included */
 
 struct lineage;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A name becomes a file's name by writing each byte outside of a small plain set as %XX, so that it can be told from it.
- * What would be longer than a file's name may be keeps its beginning and gets a hash, marked by "%~", which no plain
- * encoding contains; the name itself should stand in the file.
+ * A name becomes a file's name by writing each byte outside of a small plain set as %XX, so that it can be told from
+ * it. What would be longer than a file's name may be keeps its beginning and gets a hash, marked by "%~", which no
+ * plain encoding contains; the name itself should stand in the file.
  */
 #include "backup/state_file.h"
 

@@ -55,7 +55,9 @@ def create_by_others(w, r):
     w.log(f'somebody creates {name} on {disk.name}, granularity {granularity}')
     w.qmp('block-dirty-bitmap-add', {'node': disk.top.node, 'name': name, 'granularity': granularity,
                                      'persistent': True})
-    disk.checkpoints[name] = Checkpoint(name, disk.image)
+    checkpoint = disk.checkpoints[name] = Checkpoint(name, disk.image)
+    if name in w.used:
+        checkpoint.excuses.add('old name')  # nobody can tell that it is not the old one
 
 
 def create_again_late(w, r):
@@ -72,7 +74,13 @@ def create_again_late(w, r):
 
 def drop(w, name, disk):
     w.log(f'delete {name} on {disk.name if disk else "all disks"}')
-    w.ask('checkpoint-delete', vm='vm', name=name, disk=disk and disk.name)
+    try:
+        w.ask('checkpoint-delete', vm='vm', name=name, disk=disk and disk.name)
+    except QmpError as e:
+        if 'readonly' not in e.desc:
+            raise
+        w.stats['delete refused: a record in a read-only layer'] += 1
+        return
     for d in w.disks:
         if disk in (None, d) and name in d.checkpoints:
             w.forget(d, name)
@@ -129,15 +137,14 @@ def finish_job(w, job, at_ready=None):
         at_ready()
         w.qmp('block-job-complete', {'device': job})
     done = w.qmp.wait_event('BLOCK_JOB_COMPLETED', JOB_TIMEOUT, lambda d: d['device'] == job)['data']
-    if 'error' in done:
-        raise Found('test', f'job {job}: {done["error"]}')
+    return done.get('error')
 
 
-def close_layers(w, disk, first, end):
+def close_layers(w, disk, first, end, still_open=None):
     """Layers first … end - 1 are no part of the disk any more: as other tools do, from the top."""
     gone = disk.layers[first:end]
     del disk.layers[first:end]
-    for layer in reversed(gone):
+    for layer in reversed(gone if still_open is None else still_open):
         w.qmp('blockdev-del', {'node-name': layer.node})
     w.cleanup_files(gone)
     disk.cluster = w.nodes()[disk.top.node]['image']['cluster-size']
@@ -161,7 +168,7 @@ def merge_records(w, disk, base, sources):
 
 
 def merge_once(w, disk, base, sources):
-    """The records of layers `sources` into layer `base`'s, which gets those that it has not. Like libvirt, it leaves out
+    """The records of layers `sources` into layer `base`'s, which gets what it has not. Like libvirt, it leaves out
     (and returns) what is not whole: each layer between the deepest one that has the record and the last source must."""
     records, target, sizes = w.records(disk), disk.layers[base].node, layer_sizes(w, disk)
     actions, broken = [], set()
@@ -215,7 +222,13 @@ def commit(w, r, active, merging):
         def at_ready():
             broken.update(merge_records(w, disk, base, range(base + 1, top + 1)))
     w.qmp('block-commit', arguments)
-    finish_job(w, job, (at_ready if merging else lambda: None) if active else None)
+    error = finish_job(w, job, (at_ready if merging else lambda: None) if active else None)
+    if error:  # a base that is shorter, and cannot be made longer for the sake of a broken record
+        w.stats[f'commit by others: {error}'] += 1
+        if len(set(layer_sizes(w, disk))) == 1:
+            raise Found('test', f'{job}: {error}')
+        w.relearn(disk, excuse='commit')
+        return
     for name, checkpoint in disk.checkpoints.items():
         checkpoint.excuses.add('commit')  # carried over or not: the daemon cannot always tell
         if merging and name not in broken:
@@ -224,10 +237,14 @@ def commit(w, r, active, merging):
             checkpoint.troubles.add('commit')
     close_layers(w, disk, base + 1, top + 1)
     w.relearn(disk)
-    # QEMU flushes a base only when it is opened anew: its tables would be lost with it.
-    w.qmp('human-monitor-command', {'command-line': f'qemu-io {disk.layers[base].node} flush'})
-    if not active and w.lower_read_only:
+    flush(w, disk.layers[base])
+    if not active and merging and w.lower_read_only:
         reopen(w, disk, base, read_only=True)
+
+
+def flush(w, layer):
+    """QEMU flushes what a job wrote into a lower layer only when it is opened anew: else its tables are lost."""
+    w.qmp('human-monitor-command', {'command-line': f'qemu-io {layer.node} flush'})
 
 
 def reopen(w, disk, index, read_only):
@@ -264,7 +281,10 @@ def stream(w, r):
     if base >= 0:
         arguments['base-node'] = disk.layers[base].node
     w.qmp('block-stream', arguments)
-    finish_job(w, job)
+    error = finish_job(w, job)
+    if error:
+        raise Found('test', f'{job}: {error}')
+    flush(w, disk.layers[target])
     for name, checkpoint in disk.checkpoints.items():
         has = [name in x for x in records]
         below, kept = any(has[:target]), any(has[:base + 1])
@@ -295,7 +315,36 @@ def resize(w, r):
     disk.size = size
 
 
-# -- qpull's own work on layers: its rows of the table come here ------------------------------------------------------
+# -- qpull's own work on layers --------------------------------------------------------------------------------------
+
+
+def commit_by_qpull(w, r):
+    """Nothing is lost: what was usable before is usable after it."""
+    if 'block-commit' not in {c['name'] for c in w.ask('query-commands')}:
+        raise Skip
+    active = r.random() < 0.5
+    disk, base, top = commit_range(w, r, active)
+    before = w.check_list()
+    w.log(f'qpull commit of {disk.name}: layers {base + 1} to {top} into {base}')
+    arguments = ['commit', f'vm/{disk.name}', '--base', disk.layers[base].node]
+    arguments += ['--active'] if active else ['--top', disk.layers[top].node]
+    done = w.daemon.qpull(*arguments, check=False)
+    w.wait_ready()
+    if done.returncode:
+        w.log(done.stdout + done.stderr)
+        w.stats['qpull commit refused'] += 1
+        if not any(c.excuses for c in disk.checkpoints.values()):
+            raise Found('commit', f'{disk.name}: {done.stdout}{done.stderr}')
+        w.relearn(disk)
+        return
+    nodes = w.nodes()
+    gone = disk.layers[base + 1:top + 1]
+    close_layers(w, disk, base + 1, top + 1, [layer for layer in gone if layer.node in nodes])
+    w.relearn(disk)
+    after = w.check_list()
+    worse = {key: reason for key, reason in after.items() if before.get(key) == 'NONE' != reason}
+    if worse:
+        raise Found('commit', f'{disk.name}: no longer usable: {worse}')
 
 
 # -- processes that end ----------------------------------------------------------------------------------------------
@@ -527,6 +576,7 @@ OPERATIONS = (
     (commit_active_merging, 4),
     (commit_intermediate, 2),
     (commit_intermediate_merging, 4),
+    (commit_by_qpull, 6),
     (stream, 3),
     (resize, 3),
     (restart_qemu, 5),

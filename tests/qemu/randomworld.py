@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QEMU without a guest, its disks as layers of images, a qpulld, and everything that may happen to them in a year. The
-test knows every byte of every disk, at each checkpoint's instant and now; what it can be asked, and what it checks,
-stands in randomops.py.
+"""A QEMU without a guest, its disks as layers of images, a qpulld, and everything that may happen to them in a year.
+The test knows every byte of every disk, at each checkpoint's instant and now. What can happen stands in randomops.py.
 
 An operation of a sequence draws all its choices from a generator of its own, seeded with the sequence's seed and the
 operation's number, and picks among things by a hash of each. So an operation means (nearly) the same when others before
@@ -116,6 +115,7 @@ class World:
         self.log = log or (lambda words: None)
         self.stats = collections.Counter()
         self.numbers = collections.Counter()  # of nodes, jobs, names
+        self.used = set()                     # names of checkpoints that were
         self.dropped = []                     # names of checkpoints that are gone from all disks
         self.control = None
         r = Choices(seed, 'world')
@@ -247,6 +247,7 @@ class World:
             checkpoint.excuses.add(excuse)
 
     def forget(self, disk, name):
+        self.used.add(name)
         del disk.checkpoints[name]
         if not any(name in d.checkpoints for d in self.disks) and name not in self.dropped:
             self.dropped.append(name)
@@ -312,6 +313,9 @@ class World:
         # What is gone may be told as gone: a note about it is left, or a record in a layer that QEMU does not write.
         for key in [k for k, reason in listed.items() if k not in expected and reason == 'NO_SUCH_CHECKPOINT']:
             del listed[key]
+        for disk in self.disks if 'undead' in self.known_trouble else ():
+            for key in [(disk.name, name) for name in disk.husks if (disk.name, name) in listed]:
+                self.stats[f'deleted, and back as {listed.pop(key)}'] += 1
         if set(listed) != expected:
             more = {key: reason for key, reason in listed.items() if key not in expected}
             raise Found('list', f'listed but not there: {more}, '

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import harness
+import nbd
 import nbdpull
 from harness import MIB, Disk, wait_until
 from qmpclient import QmpError, bitmaps
@@ -211,6 +212,51 @@ class Connected(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def pull_beside(self, job):
+        """A pull while a job of others is at work is right, or refused in words; the job goes on."""
+        usable = [name for name, reason in self.look().items() if reason == 'NONE' and name in self.images]
+        try:
+            h = nbdpull.connect(self.daemon.uri('vm/vda'), map(nbdpull.dirty_context, usable))
+        except nbd.Error as e:
+            self.assertTrue(str(e))
+            self.refused.append(job)
+        else:
+            truth = nbdpull.read_all(h)
+            self.assertModel(self.disk.model, truth, job)
+            for name in usable:
+                self.assertSame(replay(h, name, self.images[name])[0], truth, f'{job}, since {name}')
+            h.shutdown()
+            self.pulled.append(job)
+        settle(self.vm)
+        self.daemon.wait_idle()
+
+    def test_a_pull_beside_a_job_is_right_or_refused(self):
+        self.pulled, self.refused = [], []
+        target = f'{self.folder}/target.qcow2'
+        harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', target, str(self.disk.size)])
+        self.vm.look('blockdev-add', {'driver': 'qcow2', 'node-name': 'target',
+                                      'file': {'driver': 'file', 'filename': target}})
+        self.checkpoint('c1')
+        base = self.snapshot(['c1'])
+        self.write(0, 7 * MIB)
+        middle = self.snapshot(['c1'])
+        self.some()
+        slow = {'job-id': 'j', 'device': self.disk.node, 'speed': 65536}
+        jobs = {'block-stream': {}, 'block-commit': {'top-node': middle, 'base-node': base},
+                'blockdev-mirror': {'target': 'target', 'sync': 'full'},
+                'blockdev-mirror with a name': {'target': 'target', 'sync': 'full', 'filter-node-name': 'filter'}}
+        for job, arguments in jobs.items():
+            self.vm.look(job.split()[0], {**slow, **arguments})
+            self.pull_beside(job)
+            self.assertEqual([j['device'] for j in self.vm.look('query-block-jobs')], ['j'])
+            self.vm.look('block-job-cancel', {'device': 'j', 'force': True})
+            self.vm.look.wait_event('JOB_STATUS_CHANGE', 60, lambda d: d['status'] == 'null')
+            self.some()
+        self.assertEqual(len(self.pulled) + len(self.refused), len(jobs))
+        print(f'(pulled beside {self.pulled}, refused beside {self.refused})', end=' ')
+        self.check()
+        self.daemon.stop()
+
     def test_a_disk_of_another_size_is_refused_also_when_it_is_as_before(self):
         self.checkpoint('c1')
         self.some()
@@ -327,6 +373,52 @@ class Away(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def test_what_qemu_img_commits_and_writes_offline_is_in_the_record(self):
+        self.checkpoint('c1')
+        self.some()
+        base = self.disk.path
+        self.snapshot([])
+        self.write(2 * MIB, MIB)
+        self.checkpoint('c2')
+        self.some()
+        self.away()
+        self.vm.quit()
+        overlay = f'{self.folder}/layer1.qcow2'
+        harness.run(['qemu-img', 'rebase', '-u', '-F', 'qcow2', '-b', base, overlay])
+        harness.run(['qemu-img', 'commit', '-q', '-d', overlay])
+        harness.run(['qemu-io', '-f', 'qcow2', '-c', 'write -q -P 99 5M 64k', base])
+        self.restart_on(base)
+        self.back()
+        self.check(c2=NEVER)
+        self.daemon.stop()
+
+    def test_a_record_that_was_cleared_or_moved_offline_is_found_out(self):
+        for name in ('c1', 'c2', 'c3'):
+            self.checkpoint(name)
+        self.some()
+        self.look()
+        self.away()
+        self.vm.quit()
+        harness.run(['qemu-img', 'bitmap', '--clear', self.disk.path, 'c1'])
+        harness.run(['qemu-img', 'bitmap', '--remove', self.disk.path, 'c2'])
+        harness.run(['qemu-img', 'bitmap', '--add', '-g', '32K', self.disk.path, 'c2'])
+        self.vm.start()
+        self.back()
+        self.check(c1='GAP', c2='GAP')
+        self.daemon.stop()
+
+    def test_a_size_that_changed_while_we_were_away_is_found_out(self):
+        self.checkpoint('c1')
+        self.some()
+        self.away()
+        self.vm.quit()
+        harness.run(['qemu-img', 'resize', '-q', '--shrink', self.disk.path, str(4 * MIB)])
+        self.disk.size = 4 * MIB
+        self.vm.start()
+        self.back()
+        self.check(c1='RESIZED')
+        self.daemon.stop()
+
     def test_a_moved_image_is_the_same(self):
         self.checkpoint('c1')
         self.some()
@@ -393,7 +485,8 @@ class Away(ByOthers):
             self.some()
             self.check()
             self.away()
-        self.assertIn('cannot be read', self.daemon.log())
+        with open(self.daemon.log_path) as f:
+            self.assertIn('cannot be read', f.read())
 
     def damage(self, folder):
         with open(f'{folder}/vm.json', 'wb') as f:

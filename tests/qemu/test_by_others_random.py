@@ -26,7 +26,7 @@ class World:
 
     def __init__(self, case, number):
         self.case, self.number, self.done = case, number, []
-        self.disk = Disk(f'vda', 4 * MIB)
+        self.disk = Disk('vda', 4 * MIB)
         self.disk.path = f'{case.folder}/{number}-0.qcow2'
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', self.disk.path, str(self.disk.size)])
         self.vm = case.bare(self.disk, name=f'vm{number}')
@@ -73,9 +73,21 @@ class World:
 
     def forget(self, layers):
         """Another tool closes what a job has made superfluous; what QEMU opened by itself it has closed."""
+        def is_gone():
+            try:
+                if any(n['node-name'] == node for n in self.vm.look('query-named-block-nodes', {'flat': True})):
+                    self.vm.look('blockdev-del', {'node-name': node})
+            except QmpError as e:  # QEMU lets go of it a little after the job's last event
+                if 'in use' in str(e):
+                    return False
+                raise
+            return True
+
         for _, node in reversed(layers):
-            if any(n['node-name'] == node for n in self.vm.look('query-named-block-nodes', {'flat': True})):
-                self.vm.look('blockdev-del', {'node-name': node})
+            try:
+                harness.wait_until(is_gone, 5, f'the end of {node}')
+            except TimeoutError as e:
+                raise TimeoutError(f'{e}: {harness.graph_edges(self.vm.look)} {self.vm.look("query-block-exports")}') from None
 
     def boot(self):
         """QEMU comes again on the chain as it is, opened by file names but for the top."""
@@ -291,7 +303,8 @@ class World:
         for name in usable:
             former = self.images[name][:len(truth)] + bytes(max(0, len(truth) - len(self.images[name])))
             restored, _ = replay(h, name, former)
-            self.case.assertSame(restored, truth, f'since {name}; {self.describe()}')
+            if restored != truth:
+                self.case.assertSame(restored, truth, f'since {name}; {self.describe()}')
         h.shutdown()
         settle(self.vm)
         self.daemon.wait_idle()
@@ -330,6 +343,7 @@ class Random(harness.Case):
             except Exception as e:
                 raise AssertionError(f'sequence {number}: {" ".join(world.done)}: {e}') from e
             told.update(world.told)
+            world.images.clear()  # megabytes each, and the world stays until the end
         print(f'({SEQUENCES} sequences of {STEPS}: {dict(told)})', end=' ')
         self.assertGreater(told['NONE'], SEQUENCES)
 

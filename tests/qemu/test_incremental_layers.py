@@ -8,7 +8,7 @@ import harness
 import nbdpull
 from harness import MIB, Disk
 from qmpclient import Qmp
-from truth import SECTOR, Chain, find_cut, own_copy, random_work, replay, settle
+from truth import SECTOR, Chain, find_cut, own_copy, own_export, random_work, replay, settle
 
 
 class Layers(harness.Case):
@@ -188,6 +188,42 @@ class Layers(harness.Case):
                 self.chain.images[name] = image[:size] + bytes(max(0, size - len(image)))
             truth, _ = self.chain.back_up(since=usable, expected=own_copy(self.vm, 'vda'))
             self.assertEqual(len(truth), size)
+        self.daemon.stop()
+
+
+    def test_after_a_resize_above_it_a_record_is_refused_and_the_session_is_up_all_the_same(self):
+        self.back_up()
+        names = list(self.chain.images)
+        self.snapshot(names)
+        size = 20 * MIB
+        self.vm.look('block_resize', {'node-name': self.disk.node, 'size': size})
+        self.assertEqual(self.reasons(), {names[0]: 'RESIZED'})
+        self.assertEqual(self.offered(), set())
+        truth, _ = self.chain.back_up(since=[], checkpoint=False)
+        self.assertEqual(len(truth), size)
+        h = nbdpull.connect(self.daemon.uri('vm/vda'), [nbdpull.dirty_context(names[0]), nbdpull.ALLOCATION])
+        self.assertFalse(h.can_meta_context(nbdpull.dirty_context(names[0])))
+        h.shutdown()
+        self.daemon.stop()
+
+    def test_a_checkpoint_in_two_layers_is_deleted_as_a_whole_or_not_at_all(self):
+        self.back_up()
+        name, lower = list(self.chain.images)[0], self.disk.node
+        self.snapshot([name])
+        graph = self.vm.look('x-debug-query-block-graph')  # QEMU closed it for writing; some tools leave it open
+        ids = {n['name']: n['id'] for n in graph['nodes']}
+        file = next(n['name'] for e in graph['edges'] for n in graph['nodes']
+                    if (e['parent'], e['name'], e['child']) == (ids[lower], 'file', n['id']))
+        self.vm.look('blockdev-reopen', {'options': [{'driver': 'qcow2', 'node-name': lower, 'file': file,
+                                                      'discard': 'unmap', 'read-only': False}]})
+        self.vm.look('block-dirty-bitmap-disable', {'node': lower, 'name': name})
+        with own_export(self.vm, lower, name):
+            with self.assertRaisesRegex(harness.QmpError, 'in use|busy'):
+                self.daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': name})
+            self.assertEqual({node for node, n in harness.bitmaps(self.vm.look) if n == name}, {lower, self.disk.node})
+        self.vm.look('block-dirty-bitmap-enable', {'node': lower, 'name': name})
+        self.assertEqual(self.daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': name})['records'], 2)
+        self.assertEqual(self.reasons(), {})
         self.daemon.stop()
 
 

@@ -402,6 +402,26 @@ static void counts_are_written_when_they_grew_by_much(void **state)
     assert_true(lineage_is_dirty(s->lineage));
 }
 
+static void of_names_long_gone_the_oldest_are_forgotten(void **state)
+{
+    struct story *s = *state;
+    char first[] = "c0", kept[16];
+
+    for (unsigned i = 0; i <= LINEAGE_ABSENT_MAX; i++) {
+        struct disk_list *l = make_list(s, (const struct level[]){{"b", 0}, {NULL, NONE}});
+
+        free(l->disks[0].checkpoints[0].name);
+        assert_true(asprintf(&l->disks[0].checkpoints[0].name, "c%u", i) > 0);
+        assert_int_equal(lineage_look(s->lineage, l, false), 0);
+        disk_list_free(l);
+    }
+    assert_int_equal(look(s, {"b", 0}), REASON_NONE); /* "c": now all the others are gone */
+    (void)snprintf(kept, sizeof(kept), "c%u", LINEAGE_ABSENT_MAX);
+    assert_null(lineage_why_lost(s->lineage, "vda", first));
+    assert_non_null(lineage_why_lost(s->lineage, "vda", "c1"));
+    assert_non_null(lineage_why_lost(s->lineage, "vda", kept));
+}
+
 /* -- the file ------------------------------------------------------------------------------------------------------ */
 
 static void damaged_memory_is_told_and_set_aside(void **state)
@@ -415,8 +435,8 @@ static void damaged_memory_is_told_and_set_aside(void **state)
         "{\"format\": 1, \"disks\": [{}]}",
         "{\"format\": 1, \"disks\": [{\"name\": \"vda\", \"images\": [{}]}]}",
         "{\"format\": 1, \"disks\": [{\"name\": \"vda\", \"checkpoints\": [{\"name\": 1}]}]}",
-        "{\"format\": 1, \"disks\": [{\"name\": \"vda\", \"checkpoints\": [{\"name\": \"c\", \"roots\": "
-        "[{},{},{},{},{}]}]}]}",
+        ("{\"format\": 1, \"disks\": [{\"name\": \"vda\", \"checkpoints\": [{\"name\": \"c\", "
+         "\"roots\": [{},{},{},{},{}]}]}]}"),
     };
     char dir[] = "/tmp/qpull-lineage-XXXXXX", command[64];
     struct failure f = {0};
@@ -484,6 +504,7 @@ int main(void)
         story_test(what_is_accepted_is_taken_for_right),
         story_test(a_buried_record_is_nobodys_until_its_layer_is_gone),
         story_test(counts_are_written_when_they_grew_by_much),
+        story_test(of_names_long_gone_the_oldest_are_forgotten),
         story_test(damaged_memory_is_told_and_set_aside),
         story_test(what_a_newer_program_held_against_a_checkpoint_stays),
     };
