@@ -4,8 +4,8 @@
  * It finds the program, starts it, opens every image for reading under QEMU's image lock, hears of its death, and ends
  * it in order. What is done with the images is the VM's business (server/vm_images).
  *
- * Only while it is open does anybody hold a file. The daemon dies with us, in order (its parent-death signal is
- * SIGTERM), and opens no image before we tell it to: nothing is left behind by a kill -9 of ours.
+ * Only while it is open does anybody hold a file. The storage daemon dies with us, in order (server/child): nothing is
+ * left behind by a kill -9 of ours.
  *
  * Loop thread only. Owned by its VM.
  */
