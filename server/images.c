@@ -470,8 +470,8 @@ static int make_listener(const struct images *im, const char *name, struct failu
     if (r == 0) {
         (void)unlinkat(im->state_dir, name, 0);
         /*
-         * Not blocking: while QEMU's monitor moves to a thread of its own, both threads may see one connection come, and
-         * the one that is late would wait in accept() for ever, deaf to SIGTERM (7.2).
+         * Not blocking: while QEMU's monitor moves to a thread of its own, both threads may see one connection come,
+         * and the one that is late would wait in accept() for ever, deaf to SIGTERM (7.2).
          */
         fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         /* 128: all connections of many disks are made at once */
@@ -614,6 +614,15 @@ void images_rest(struct images *im)
 const char *images_nbd_socket(const struct images *im)
 {
     return im->nbd_socket;
+}
+
+const char *images_path(const struct images *im, const char *disk)
+{
+    for (size_t i = 0; i < im->nimages; i++) {
+        if (strcmp(im->images[i].disk, disk) == 0)
+            return im->images[i].path;
+    }
+    return NULL;
 }
 
 const char *images_state_name(const struct images *im)

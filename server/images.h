@@ -52,6 +52,7 @@ bool images_is_closed(const struct images *im);
 
 /* The socket of the daemon's NBD server, a name in the state directory; it listens while the images are open. */
 const char *images_nbd_socket(const struct images *im);
+const char *images_path(const struct images *im, const char *disk); /* NULL: no such disk */
 /* What query-block would say if each image were a device's; the caller owns it. */
 struct json_object *images_query_block(const struct images *im);
 /* [{"disk", "path", "format"}]; the caller owns it. */

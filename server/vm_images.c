@@ -216,9 +216,18 @@ static void hand_over(struct vm_write *w, const struct failure *f)
 static void on_writable(struct reopen *r, const struct failure *f)
 {
     struct vm_write *w = container_of(r, struct vm_write, reopen);
+    struct failure mine = {0};
 
     w->open = true;
-    hand_over(w, f);
+    for (size_t i = 0; f && strstr(f->text, "lock") && i < w->list->ndisks; i++) {
+        if (wants_disk(r, i) && !r->done[i])
+            (void)failure_set(
+                &mine, -EBUSY,
+                "%s is in use by another process, which reads it (a qemu-img, another backup?); try again "
+                "when that has ended; %s",
+                images_path(w->vm->images, w->list->disks[i].name), f->text);
+    }
+    hand_over(w, mine.err ? &mine : f);
 }
 
 static void on_write_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
