@@ -451,9 +451,12 @@ static void on_lost(void *arg, const struct failure *why)
         fail(im, &f);
         return;
     }
+    if (im->dying)
+        return;
     im->dying = true;
     (void)uv_process_kill(&im->process, SIGTERM);
     (void)uv_timer_start(&im->timer, on_end_deadline, IMAGES_END_MS, 0);
+    im->ops->on_dying(im->arg);
 }
 
 static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost = on_lost};

@@ -30,6 +30,8 @@ struct images_config {
 struct images_ops {
     /* All images are open for reading; their nodes are called disk0, disk1, … in the order of the configuration. */
     void (*on_open)(void *arg, struct qmp_client *qmp /* borrowed until on_closed */, const char *version);
+    /* The daemon's monitor is gone, and so is what was asked of it; on_lost comes when the daemon has ended. */
+    void (*on_dying)(void *arg);
     /* They could not be opened, or the daemon died. At most once after each images_open(); images_close() is due. */
     void (*on_lost)(void *arg, const struct failure *why);
     /* Nobody has wanted them for IMAGES_REST_MS: images_close(), unless somebody does now. */

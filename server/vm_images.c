@@ -116,6 +116,14 @@ static void on_lost(void *arg, const struct failure *why)
     give_up(vm, why);
 }
 
+/* Who comes now waits for the end, and hears what it was. */
+static void on_dying(void *arg)
+{
+    struct vm *vm = arg;
+
+    vm->state = VM_CONNECTING;
+}
+
 static void on_rested(void *arg)
 {
     struct vm *vm = arg;
@@ -142,6 +150,7 @@ static void on_closed(void *arg)
 
 static const struct images_ops images_ops = {
     .on_open = on_open,
+    .on_dying = on_dying,
     .on_lost = on_lost,
     .on_rested = on_rested,
     .on_closed = on_closed,
