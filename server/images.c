@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "images.h"
 
+#include "child.h"
 #include "images_look.h"
 #include "qmp/commands.h"
 
@@ -50,7 +51,6 @@ struct images {
     bool working;
     struct image_kind *kinds; /* owned: of nimages */
     char *program_path;       /* owned */
-    char *setpriv_path;       /* owned */
     struct failure found;
     bool locked; /* the thread looks for who holds images[next] */
     pid_t pid;
@@ -142,7 +142,8 @@ bool images_is_closed(const struct images *im)
 
 static void set_state(struct images *im, enum images_state state)
 {
-    log_debug("VM %s: images: %s -> %s", im->vm, state_names[im->state], state_names[state]);
+    if (strcmp(state_names[im->state], state_names[state]) != 0)
+        log_debug("VM %s: images: %s -> %s", im->vm, state_names[im->state], state_names[state]);
     (void)uv_timer_stop(&im->timer);
     im->state = state;
 }
@@ -173,7 +174,6 @@ static void on_part_closed(void *arg)
     if (--im->nclosing > 0)
         return;
     free(TAKE_PTR(im->program_path));
-    free(TAKE_PTR(im->setpriv_path));
     set_state(im, IMAGES_CLOSED);
     im->ops->on_closed(im->arg);
 }
@@ -456,9 +456,12 @@ static void on_lost(void *arg, const struct failure *why)
         fail(im, &f);
         return;
     }
+    if (im->dying)
+        return;
     im->dying = true;
     (void)uv_process_kill(&im->process, SIGTERM);
     (void)uv_timer_start(&im->timer, on_end_deadline, IMAGES_END_MS, 0);
+    im->ops->on_dying(im->arg);
 }
 
 static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost = on_lost};
@@ -474,7 +477,11 @@ static int make_listener(const struct images *im, const char *name, struct failu
         r = -ENAMETOOLONG;
     if (r == 0) {
         (void)unlinkat(im->state_dir, name, 0);
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        /*
+         * Not blocking: while QEMU's monitor moves to a thread of its own, both threads may see one connection come,
+         * and the one that is late would wait in accept() for ever, deaf to SIGTERM (7.2).
+         */
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         /* 128: all connections of many disks are made at once */
         if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&sa, sizeof sa) < 0 || listen(fd, 128) < 0)
             r = -errno;
@@ -490,22 +497,17 @@ static int make_listener(const struct images *im, const char *name, struct failu
 #define NBD_FD 4
 
 /*
- * The images are opened over QMP, not by arguments: QEMU's refusals come as sentences, and a daemon whose parent died
- * before it could be told so holds nothing.
+ * The images are opened over QMP, not by arguments: QEMU's refusals come as sentences.
  */
 static int spawn(struct images *im, int qmp_fd, int nbd_fd)
 {
+    char parent[16];
     const char *args[] = {
-        im->setpriv_path,
-        "--pdeathsig", /* of this thread, which is main()'s: the loop's */
-        "TERM",        /* in order: bitmaps are stored */
-        im->program_path,
-        "--chardev",
-        "socket,id=qmp,fd=3,server=on,wait=off",
-        "--monitor",
-        "chardev=qmp",
-        "--nbd-server",
-        "addr.type=fd,addr.str=4",
+        CHILD_SELF,     CHILD_WORD,
+        parent,         im->program_path,
+        "--chardev",    "socket,id=qmp,fd=3,server=on,wait=off",
+        "--monitor",    "chardev=qmp",
+        "--nbd-server", "addr.type=fd,addr.str=4",
         NULL,
     };
     uv_stdio_container_t stdio[] = {
@@ -517,7 +519,7 @@ static int spawn(struct images *im, int qmp_fd, int nbd_fd)
     };
     uv_process_options_t options = {
         .exit_cb = on_exited,
-        .file = im->setpriv_path,
+        .file = CHILD_SELF,
         .args = (char **)args, /* libuv does not change them */
         /* A Ctrl-C at our terminal is for us: we end it in order. */
         .flags = UV_PROCESS_DETACHED,
@@ -526,6 +528,7 @@ static int spawn(struct images *im, int qmp_fd, int nbd_fd)
     };
     int r;
 
+    (void)snprintf(parent, sizeof parent, "%d", (int)getpid());
     (void)uv_pipe_init(im->loop, &im->words, /* ipc= */ 0);
     r = uv_spawn(im->loop, &im->process, &options);
     im->pid = r == 0 ? im->process.pid : -1; /* either way both handles are to be closed */
@@ -577,9 +580,6 @@ static void look(uv_work_t *w)
                           "%s; it serves the disks of VMs that are powered off (Debian: qemu-system-common, elsewhere "
                           "often qemu-storage-daemon; --storage-daemon tells where it is)",
                           why.text);
-    else if (images_find_program("setpriv", &im->setpriv_path, &why) < 0)
-        (void)failure_set(&im->found, why.err, "%s; it is a part of util-linux, and starts qemu-storage-daemon",
-                          why.text);
 }
 
 static void after_look(uv_work_t *w, int status)
@@ -623,6 +623,15 @@ void images_rest(struct images *im)
 const char *images_nbd_socket(const struct images *im)
 {
     return im->nbd_socket;
+}
+
+const char *images_path(const struct images *im, const char *disk)
+{
+    for (size_t i = 0; i < im->nimages; i++) {
+        if (strcmp(im->images[i].disk, disk) == 0)
+            return im->images[i].path;
+    }
+    return NULL;
 }
 
 const char *images_state_name(const struct images *im)

@@ -4,8 +4,8 @@
  * It finds the program, starts it, opens every image for reading under QEMU's image lock, hears of its death, and ends
  * it in order. What is done with the images is the VM's business (server/vm_images).
  *
- * Only while it is open does anybody hold a file. The daemon dies with us, in order (its parent-death signal is
- * SIGTERM), and opens no image before we tell it to: nothing is left behind by a kill -9 of ours.
+ * Only while it is open does anybody hold a file. The storage daemon dies with us, in order (server/child): nothing is
+ * left behind by a kill -9 of ours.
  *
  * Loop thread only. Owned by its VM.
  */
@@ -30,6 +30,8 @@ struct images_config {
 struct images_ops {
     /* All images are open for reading; their nodes are called disk0, disk1, … in the order of the configuration. */
     void (*on_open)(void *arg, struct qmp_client *qmp /* borrowed until on_closed */, const char *version);
+    /* The daemon's monitor is gone, and so is what was asked of it; on_lost comes when the daemon has ended. */
+    void (*on_dying)(void *arg);
     /* They could not be opened, or the daemon died. At most once after each images_open(); images_close() is due. */
     void (*on_lost)(void *arg, const struct failure *why);
     /* Nobody has wanted them for IMAGES_REST_MS: images_close(), unless somebody does now. */
@@ -52,6 +54,7 @@ bool images_is_closed(const struct images *im);
 
 /* The socket of the daemon's NBD server, a name in the state directory; it listens while the images are open. */
 const char *images_nbd_socket(const struct images *im);
+const char *images_path(const struct images *im, const char *disk); /* NULL: no such disk */
 /* What query-block would say if each image were a device's; the caller owns it. */
 struct json_object *images_query_block(const struct images *im);
 /* [{"disk", "path", "format"}]; the caller owns it. */

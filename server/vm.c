@@ -544,7 +544,7 @@ int vm_query_start(struct vm *vm, struct vm_query *q,
     if (q->next)
         q->next->prev = q;
     vm->waiting = q;
-    vm_ask_if_waiting(vm);
+    vm_pump_later(vm); /* what cannot be asked answers at once: not from in here */
     return 0;
 }
 

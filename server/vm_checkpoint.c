@@ -40,8 +40,7 @@ struct work {
     size_t nnoted;
 
     /* delete */
-    struct disk_list *deleted; /* owned: the disks as they were before */
-    struct going *going;       /* owned */
+    struct going *going; /* owned */
     size_t ngoing;
 };
 

@@ -117,6 +117,14 @@ static void on_lost(void *arg, const struct failure *why)
     give_up(vm, why);
 }
 
+/* Who comes now waits for the end, and hears what it was. */
+static void on_dying(void *arg)
+{
+    struct vm *vm = arg;
+
+    vm->state = VM_CONNECTING;
+}
+
 static void on_rested(void *arg)
 {
     struct vm *vm = arg;
@@ -143,6 +151,7 @@ static void on_closed(void *arg)
 
 static const struct images_ops images_ops = {
     .on_open = on_open,
+    .on_dying = on_dying,
     .on_lost = on_lost,
     .on_rested = on_rested,
     .on_closed = on_closed,
@@ -220,13 +229,22 @@ static void hand_over(struct vm_write *w, const struct failure *f)
 static void on_writable(struct reopen *r, const struct failure *f)
 {
     struct vm_write *w = container_of(r, struct vm_write, reopen);
+    struct failure mine = {0};
 
     w->open = true;
     for (size_t i = 0; i < w->list->ndisks; i++) {
         if (r->done[i])
             w->list->disks[i].images[0].read_only = false;
     }
-    hand_over(w, f);
+    for (size_t i = 0; f && strstr(f->text, "lock") && i < w->list->ndisks; i++) {
+        if (wants_disk(r, i) && !r->done[i])
+            (void)failure_set(
+                &mine, -EBUSY,
+                "%s is in use by another process, which reads it (a qemu-img, another backup?); try again "
+                "when that has ended; %s",
+                images_path(w->vm->images, w->list->disks[i].name), f->text);
+    }
+    hand_over(w, mine.err ? &mine : f);
 }
 
 static void on_write_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)

@@ -156,6 +156,7 @@ int vm_write_end(struct vm_write *w, void (*cb)(struct vm_write *w, const struct
 
 /* vm_session.c */
 void vm_pump(struct vm *vm);                                      /* whatever can go on, goes on */
+void vm_pump_later(struct vm *vm);                                /* from the loop */
 void vm_move_waiting(struct vm *vm, struct vm *to);               /* stays, that is */
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);

@@ -502,7 +502,7 @@ static void on_kick(uv_timer_t *t)
 }
 
 /* Callbacks come from the loop, never from inside vm_enter() or vm_leave(). */
-static void vm_pump_later(struct vm *vm)
+void vm_pump_later(struct vm *vm)
 {
     (void)uv_timer_start(&vm->kick, on_kick, 0, 0);
 }

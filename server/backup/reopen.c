@@ -31,8 +31,11 @@ static void on_all(struct calls *c, const struct failure *f)
 {
     struct reopen *r = container_of(c, struct reopen, calls);
 
-    if (f)
-        (void)failure_copy(&r->failure, f);
+    for (size_t i = 0; f && i < r->disks->ndisks; i++) {
+        if (r->wanted[i] && !r->done[i])
+            (void)failure_set(&r->failure, f->err, "the image of disk '%s' cannot be made %s: %s",
+                              r->disks->disks[i].name, r->writable ? "writable" : "read-only again", f->text);
+    }
     r->cb(r, r->failure.err ? &r->failure : NULL);
 }
 

@@ -4,6 +4,7 @@
 """Who may touch an image: the running QEMU before all, a guest that starts soon after a pull, and nobody at once with
 another."""
 import itertools
+import os
 import subprocess
 import threading
 import time
@@ -167,7 +168,7 @@ class Locks(OfflineCase):
         self.assertEqual(nbdpull.pull(daemon.uri('vm/vda@monday')), bytes(8 * MIB))
         self.wait_closed(daemon)
         self.assertRegex(daemon.vm()['last-session']['problems'], 'monday.*vda.*not kept.*lock')
-        with self.assertRaisesRegex(qmpclient.QmpError, 'lock'):
+        with self.assertRaisesRegex(qmpclient.QmpError, f'{path} is in use by another process.*vda.*lock'):
             daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
         reader.kill()
         reader.wait()
@@ -236,6 +237,38 @@ class Deaths(OfflineCase):
             nbdpull.pull(daemon.uri('vm/vda'))
             self.wait_closed(daemon)
         daemon.stop()
+
+    def test_a_qpulld_that_is_killed_at_any_moment_of_the_storage_daemon_s_start_leaves_none(self):
+        os.environ['QPULL_TEST_MARK'] = self.folder  # inherited by all that the daemon starts
+        daemon = self.serve({'vda': self.path})
+        started = 0
+        for _ in range(30):
+            client = harness.spawn([f'{harness.bin_dir()}/qpull', '--control', daemon.control, 'disks', 'vm'],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(harness.rng.random() * 0.15)
+            started += len(self.marked())
+            daemon.kill()
+            client.wait()
+            harness.wait_until(lambda: not self.marked(), 10, 'the end of what it started')
+            daemon.start()
+        self.assertGreater(started, 0)
+        daemon.stop()
+        self.still_right()
+
+    def marked(self):
+        """Living storage daemons, or what was to become one, that a daemon of this test has started."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            try:
+                with open(f'/proc/{pid}/environ', 'rb') as f:
+                    ours = f'QPULL_TEST_MARK={self.folder}'.encode() in f.read()
+                with open(f'/proc/{pid}/cmdline', 'rb') as f:
+                    ours = ours and b'storage-daemon\0' in f.read()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if ours and is_alive(pid):
+                found.append(int(pid))
+        return found
 
     def test_the_end_in_order_during_a_pull_leaves_nothing(self):
         daemon = self.serve({'vda': self.path})
