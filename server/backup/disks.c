@@ -85,7 +85,7 @@ char *qdev_to_qom_path(const char *qdev)
 
 /* -- nodes and layers ---------------------------------------------------------------------------------------------- */
 
-static struct json_object *find_named(struct json_object *named, const char *node)
+struct json_object *graph_named(struct json_object *named, const char *node)
 {
     for (size_t i = 0; node && i < qmp_array_length(named); i++) {
         struct json_object *n = json_object_array_get_idx(named, i);
@@ -100,7 +100,8 @@ static struct json_object *find_named(struct json_object *named, const char *nod
 /* Filters of others that pass offsets through unchanged, so that what is below them records the same writes. */
 static bool is_plain_filter(const char *driver)
 {
-    static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", "copy-before-write"};
+    static const char *const filters[] = {"throttle",          "copy-on-read", "compress",  "preallocate",
+                                          "copy-before-write", "commit_top",   "mirror_top"};
 
     for (size_t i = 0; driver && i < ARRAY_SIZE(filters); i++) {
         if (strcmp(driver, filters[i]) == 0)
@@ -109,17 +110,20 @@ static bool is_plain_filter(const char *driver)
     return false;
 }
 
-static const char *see_through(struct json_object *named, struct json_object *graph, const char *node)
+const char *graph_see_through(struct json_object *named, struct json_object *graph, const char *node)
 {
+    const char *child;
+
     for (unsigned i = 0; node && i < GRAPH_MAX_DEPTH; i++) {
-        if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(find_named(named, node), "drv")))
+        if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(graph_named(named, node), "drv")))
             return node;
-        node = graph_child(graph, node, "file");
+        child = graph_child(graph, node, "file");
+        node = child ? child : graph_child(graph, node, "backing"); /* commit_top, mirror_top: of QEMU's jobs */
     }
     return NULL;
 }
 
-static struct json_object *find_bitmap(struct json_object *named_node, const char *name)
+struct json_object *named_bitmap(struct json_object *named_node, const char *name)
 {
     struct json_object *bitmaps = qmp_get(named_node, "dirty-bitmaps");
 
@@ -135,7 +139,7 @@ static struct json_object *find_bitmap(struct json_object *named_node, const cha
 
 #define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
 
-static enum reason judge_bitmap(struct json_object *b)
+enum reason bitmap_reason(struct json_object *b)
 {
     if (qmp_get_bool(b, "inconsistent"))
         return REASON_INCONSISTENT;
@@ -144,10 +148,18 @@ static enum reason judge_bitmap(struct json_object *b)
     return REASON_NONE;
 }
 
-static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct json_object *bitmap)
+static int64_t virtual_size(struct json_object *named_node)
+{
+    return qmp_get_int(qmp_get(named_node, "image"), "virtual-size");
+}
+
+static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct json_object *bitmap, bool same_size)
 {
     struct layer *layers = realloc(c->layers, (c->nlayers + 1) * sizeof(*layers));
-    enum reason reason = judge_bitmap(bitmap);
+    enum reason reason = bitmap_reason(bitmap);
+
+    if (reason == REASON_NONE && !same_size) /* QEMU merges bitmaps of one size only */
+        reason = REASON_RESIZED;
 
     if (!layers)
         return -ENOMEM;
@@ -171,17 +183,18 @@ static int checkpoint_add_layer(struct checkpoint *c, const char *node, struct j
 static int judge_checkpoint(struct json_object *named, struct json_object *graph, const char *top, struct checkpoint *c)
 {
     const char *node = top;
+    int64_t size = virtual_size(graph_named(named, top));
     uint64_t missing = 0;
     bool too_deep = false, gap = false;
 
     for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
-        struct json_object *bitmap = find_bitmap(find_named(named, node), c->name);
+        struct json_object *layer = graph_named(named, node), *bitmap = named_bitmap(layer, c->name);
         int r;
 
         if (bitmap) {
             c->allocation_layers = missing;
             gap = too_deep;
-            if ((r = checkpoint_add_layer(c, node, bitmap)) < 0)
+            if ((r = checkpoint_add_layer(c, node, bitmap, virtual_size(layer) == size)) < 0)
                 return r;
         }
         if (!bitmap || !c->layers[c->nlayers - 1].merge) {
@@ -190,7 +203,7 @@ static int judge_checkpoint(struct json_object *named, struct json_object *graph
             else
                 too_deep = true;
         }
-        node = see_through(named, graph, graph_child(graph, node, "backing"));
+        node = graph_see_through(named, graph, graph_child(graph, node, "backing"));
     }
     if (c->reason == REASON_NONE && gap)
         c->reason = REASON_GAP;
@@ -227,7 +240,7 @@ static int find_checkpoints(struct json_object *named, struct json_object *graph
     int r;
 
     for (unsigned depth = 0; node && depth < GRAPH_MAX_DEPTH; depth++) {
-        struct json_object *bitmaps = qmp_get(find_named(named, node), "dirty-bitmaps");
+        struct json_object *bitmaps = qmp_get(graph_named(named, node), "dirty-bitmaps");
 
         for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
             struct json_object *b = json_object_array_get_idx(bitmaps, i);
@@ -239,7 +252,7 @@ static int find_checkpoints(struct json_object *named, struct json_object *graph
             if ((r = add_checkpoint(d, name)) < 0)
                 return r;
         }
-        node = see_through(named, graph, graph_child(graph, node, "backing"));
+        node = graph_see_through(named, graph, graph_child(graph, node, "backing"));
     }
     for (size_t i = 0; i < d->ncheckpoints; i++) {
         if ((r = judge_checkpoint(named, graph, d->top, &d->checkpoints[i])) < 0)
@@ -278,7 +291,7 @@ static char *choose_name(const struct disk_list *l, const char *drive, const cha
 }
 
 /* qcow2 v3 ("compat": "1.1") is the one format in QEMU that stores bitmaps. */
-static bool keeps_bitmaps(struct json_object *named_node)
+bool named_keeps_bitmaps(struct json_object *named_node)
 {
     struct json_object *specific = qmp_get(qmp_get(named_node, "image"), "format-specific");
     const char *type = qmp_get_string(specific, "type"), *compat = qmp_get_string(qmp_get(specific, "data"), "compat");
@@ -294,9 +307,9 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     node = graph_first_foreign(graph, node);
     if (!node)
         return -EPROTO;
-    top_node = find_named(named, see_through(named, graph, node));
+    top_node = graph_named(named, graph_see_through(named, graph, node));
     if (!top_node)
-        top_node = find_named(named, node);
+        top_node = graph_named(named, node);
     if (!top_node)
         return -EPROTO;
     d->name = name_of_qdev(qdev);
@@ -305,8 +318,8 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     d->node = strdup(node);
     d->top = strdup(qmp_get_string(top_node, "node-name"));
     d->format = strdup(qmp_get_string(top_node, "drv") ?: "unknown");
-    d->size = (uint64_t)qmp_get_int(qmp_get(find_named(named, node), "image"), "virtual-size");
-    d->tracked = keeps_bitmaps(top_node);
+    d->size = (uint64_t)qmp_get_int(qmp_get(graph_named(named, node), "image"), "virtual-size");
+    d->tracked = named_keeps_bitmaps(top_node);
     if (!d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
         return -ENOMEM;
     return find_checkpoints(named, graph, d);
