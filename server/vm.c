@@ -22,6 +22,7 @@ static void vm_free(struct vm *vm)
 {
     vm_session_done(vm);
     vm_notes_done(vm);
+    vm_commit_done(vm);
     json_object_put(vm->last);
     for (size_t i = 0; vm->only && i < vm->nonly; i++)
         free(vm->only[i]);
@@ -83,7 +84,7 @@ static void on_resumed(struct qmp_watch *watch, const char *event, struct json_o
 {
     struct vm *vm = container_of(watch, struct vm, resumed);
 
-    if (vm->session || vm->starting || vm->state != VM_READY)
+    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
         vm->sweep_wanted = true;
     else if (!vm->stopping)
         vm_sweep(vm);
@@ -178,7 +179,8 @@ static void refuse_questions(struct vm *vm, const struct failure *f)
  */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm->note_writing)
+    if (!vm->stopping || vm->session || vm_is_committing(vm) || vm->state == VM_SWEEPING || vm->state == VM_TESTING ||
+        vm->note_writing)
         return;
     if (vm->qmp) {
         qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
@@ -200,6 +202,7 @@ void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
     vm_refuse_waiting(vm, &f);
     if (vm->session)
         vm_end_session(vm);
+    vm_commit_stop(vm);
     vm_stop_if_idle(vm);
 }
 
@@ -215,7 +218,7 @@ static void on_ready(void *arg, struct json_object *greeting)
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
     vm->tested = false;
-    if (!vm->session && vm->state <= VM_LOST)
+    if (!vm->session && !vm_is_committing(vm) && vm->state <= VM_LOST)
         vm_sweep(vm);
     else
         vm->sweep_wanted = true; /* what still walks on the old connection ends first */

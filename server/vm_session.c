@@ -461,7 +461,7 @@ void vm_pump(struct vm *vm)
             ;
         return;
     }
-    if (vm->starting || vm->asking || !first_in_state(vm, STAY_WAITING))
+    if (vm->starting || vm->asking || !first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm))
         return;
     if (!vm->tested) {
         vm_test(vm);
