@@ -3,6 +3,8 @@
 # ctest: timeout 300
 """Block commits as people use them: wrong words, a guest that writes, cancelling, deleting, images that keep no records."""
 import os
+import re
+import select
 import signal
 
 import harness
@@ -103,7 +105,7 @@ class CommitUse(Layers):
         self.work()
         self.flush()
 
-    def begin_commit(self, *flags):
+    def begin_commit(self, *flags, stderr=-1):
         """`qpull commit` under way, slowed down by the test before it can end."""
         def slow(command):
             if command == 'query-jobs':
@@ -113,7 +115,7 @@ class CommitUse(Layers):
                     self.proxy.each = None
         self.proxy.each = slow
         tool = harness.spawn([f'{harness.bin_dir()}/qpull', '--control', self.daemon.control, 'commit', 'vm/vda', *flags],
-                             stdout=-1, stderr=-1, text=True)
+                             stdout=-1, stderr=stderr, text=True)
         harness.wait_until(lambda: self.proxy.each is None, 20, 'the job')
         harness.wait_until(lambda: (self.job() or {}).get('current-progress'), 20, 'progress')
         return tool
@@ -144,6 +146,23 @@ class CommitUse(Layers):
             self.check(self.names, 'done')
             self.daemon.stop()
             self.vm.quit()
+
+    def test_a_terminal_sees_how_far_it_is(self):
+        self.slow_start()
+        ours, theirs = os.openpty()
+        tool = self.begin_commit('--active', stderr=theirs)
+        os.close(theirs)
+        seen = b''
+        while not re.search(rb'\r\[#*\.+\] .* of .*MiB', seen):  # the first one comes after a second
+            self.assertTrue(select.select([ours], [], [], 10)[0], seen)
+            seen += os.read(ours, 4096)
+        self.daemon.ask('job-cancel', {'id': self.job()['id']})
+        self.assertEqual(tool.wait(20), 1)
+        self.assertIn(b'cancelled', os.read(ours, 1 << 16))
+        os.close(ours)
+        tool.communicate()
+        self.check(self.names)
+        self.daemon.stop()
 
     def test_the_daemon_is_told_to_stop(self):
         self.slow_start()
