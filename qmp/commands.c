@@ -203,9 +203,36 @@ void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target,
     put_action(args, "block-dirty-bitmap-merge", data);
 }
 
+void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b)
+{
+    put_action(args, "block-dirty-bitmap-clear", qmp_args_strings("node", b.node, "name", b.name, NULL));
+}
+
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b)
 {
     put_action(args, "block-dirty-bitmap-remove", qmp_args_strings("node", b.node, "name", b.name, NULL));
+}
+
+/* -- jobs ---------------------------------------------------------------------------------------------------------- */
+
+struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,
+                                          bool auto_finalize, uint64_t speed)
+{
+    struct json_object *o = qmp_args_strings("job-id", job, "device", device, "top-node", top, "base-node", base, NULL);
+
+    put(o, "auto-finalize", json_object_new_boolean(auto_finalize));
+    put(o, "auto-dismiss", json_object_new_boolean(false));
+    put(o, "speed", json_object_new_int64((int64_t)speed));
+    return o;
+}
+
+struct json_object *qmp_args_flush(const char *node)
+{
+    char line[64];
+
+    /* Node names are letters, digits, '-', '.', '_' and '#', at most 31 of them: nothing to quote. */
+    (void)snprintf(line, sizeof(line), "qemu-io %.31s flush", node);
+    return new_args("command-line", line);
 }
 
 /* -- exports ------------------------------------------------------------------------------------------------------- */

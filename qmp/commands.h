@@ -45,8 +45,16 @@ void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64
                            bool disabled);
 void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources,
                              size_t nsources);
+void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b);
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
 struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
+
+/* speed: bytes a second, 0: as fast as it goes. The job stays when it has ended, until it is dismissed. */
+struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,
+                                          bool auto_finalize, uint64_t speed);
+
+/* human-monitor-command: QMP has no flush. It answers with what went wrong, or "". */
+struct json_object *qmp_args_flush(const char *node);
 
 struct json_object *qmp_args_nbd_server_start_fd(const char *fdname);
 struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,

@@ -22,6 +22,7 @@ static void vm_free(struct vm *vm)
 {
     vm_session_done(vm);
     vm_notes_done(vm);
+    vm_commit_done(vm);
     vm_watch_done(vm);
     json_object_put(vm->last);
     for (size_t i = 0; vm->only && i < vm->nonly; i++)
@@ -85,7 +86,7 @@ static void on_resumed(struct qmp_watch *watch, const char *event, struct json_o
 {
     struct vm *vm = container_of(watch, struct vm, resumed);
 
-    if (vm->session || vm->starting || vm->state != VM_READY)
+    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
         vm->sweep_wanted = true;
     else if (!vm->stopping)
         vm_sweep(vm);
@@ -212,8 +213,8 @@ void vm_refuse_questions(struct vm *vm, const struct failure *f)
  */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm->state == VM_SWEEPING || vm->state == VM_TESTING || vm->twin ||
-        vm->note_writing || vm_watch_is_busy(vm))
+    if (!vm->stopping || vm->session || vm_is_committing(vm) || vm->state == VM_SWEEPING || vm->state == VM_TESTING ||
+        vm->twin || vm->note_writing || vm_watch_is_busy(vm))
         return;
     if (vm->images) {
         vm_images_stop(vm);
@@ -247,6 +248,7 @@ void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
         vm_end_session(vm);
     if (vm->twin)
         vm_stop(vm->twin, on_twin_stopped, vm);
+    vm_commit_stop(vm);
     vm_stop_if_idle(vm);
 }
 
@@ -263,7 +265,7 @@ static void on_ready(void *arg, struct json_object *greeting)
     memset(&vm->lost, 0, sizeof(vm->lost));
     vm_images_yield(vm);
     vm->tested = false;
-    if (!vm->session && vm->state <= VM_LOST)
+    if (!vm->session && !vm_is_committing(vm) && vm->state <= VM_LOST)
         vm_sweep(vm);
     else
         vm->sweep_wanted = true; /* what still walks on the old connection ends first */

@@ -103,6 +103,23 @@ const char *vm_current(const struct vm *vm); /* the current checkpoint, or NULL;
 struct json_object *vm_export(const struct vm *vm); /* owned by the caller; NULL: out of memory */
 
 /*
+ * A block commit of one disk (backup/commit): cb comes once, later: the job has begun (f NULL, its id), or why it has
+ * not. The caller sets all fields; strings are copied, or NULL where there is a default. One at a time for each VM; it
+ * goes on whoever leaves, and is remembered until the next one.
+ */
+struct vm_commit {
+    const char *disk, *top, *base;
+    bool shallow, active, delete, force;
+    void (*cb)(struct vm_commit *request, const char *job, const struct failure *f);
+};
+int vm_commit_start(struct vm *vm, struct vm_commit *request, struct failure *f);
+/* -ENOENT: no such job; a job that has ended stays as it is. */
+int vm_commit_cancel(struct vm *vm, const char *job);
+/* {"id", "type", "vm", "disk", "status", "step", "current-progress", "total-progress", "top", "base", "base-file",
+ * "error", "problem", "checkpoints": [{"name", "state", "text"}], "deleted": […]}; NULL: there was none. */
+struct json_object *vm_commit_to_json(const struct vm *vm);
+
+/*
  * A stay: one NBD connection's part in a session. Enter starts a session or joins the live one (same identity, same
  * checkpoint name); a session that only lingers makes way for a different wish of the same identity.
  */

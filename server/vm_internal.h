@@ -106,6 +106,8 @@ struct vm {
     struct images *images; /* owned: this VM is images only, and qmp is theirs, NULL while they are closed */
     bool images_lost;      /* they are closed as soon as nothing uses them */
     unsigned nwrites;      /* under way; 1 at most on images */
+
+    struct vm_job *job; /* owned: the commit under way, or the last one; NULL: there was none */
 };
 
 /* -- images (vm_images.c) ------------------------------------------------------------------------------------------ */
@@ -174,6 +176,12 @@ void vm_notes_of_session(struct vm *vm);                                 /* whic
 
 /* vm_checkpoint.c */
 void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are more than keep_checkpoints */
+
+/* vm_commit.c */
+bool vm_is_committing(const struct vm *vm);
+bool vm_commit_refuses(struct vm *vm); /* those who wait for a session; says whether one may not begin */
+void vm_commit_stop(struct vm *vm);    /* cancels; vm_stop_if_idle() comes after it */
+void vm_commit_done(struct vm *vm);    /* frees what is left of it */
 
 /* vm.c */
 void vm_sweep(struct vm *vm);

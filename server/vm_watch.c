@@ -567,8 +567,13 @@ void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoin
     save(vm);
 }
 
+void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint)
+{
+    lineage_accept(vm->watch.lineage, disk, checkpoint);
+    save(vm);
+}
+
 void vm_accept(struct vm *vm, const char *checkpoint)
 {
-    lineage_accept(vm->watch.lineage, NULL, checkpoint);
-    save(vm);
+    vm_watch_accept(vm, NULL, checkpoint);
 }

@@ -97,6 +97,19 @@ static const struct command commands[] = {
      .min_words = 2,
      .max_words = 2,
      .run = run_checkpoint_rename_vm},
+    {.name = "commit",
+     .usage = "VM/DISK",
+     .summary = "merge images of a disk into one below them; checkpoints stay right",
+     .help = "The data of the images from top down to above base go into base, and so do their checkpoints' records.\n"
+             "NODE is the name of a node in QEMU, or of an image file as QEMU knows it.\n"
+             "When the live image was committed, the guest goes on in base: start the VM with that one from then on.\n"
+             "QEMU closes the images that were merged, unless something else uses them.\n"
+             "Interrupted (^C), the commit is cancelled.",
+     .options = OPTION_JSON | OPTION_TOP | OPTION_BASE | OPTION_SHALLOW | OPTION_ACTIVE | OPTION_DELETE | OPTION_FORCE |
+                OPTION_QUIET,
+     .min_words = 1,
+     .max_words = 1,
+     .run = run_commit},
 };
 
 /* What a command may take besides its words. */
@@ -118,6 +131,14 @@ static const struct {
     {OPTION_WITH_DESCENDANTS, "with-descendants", "--with-descendants", "and all that descend from it", no_argument},
     {OPTION_ACCEPT, "accept", "--accept", "its records are right, whatever others did", no_argument},
     {OPTION_NOTE_ONLY, "note-only", "--note-only", "forget the note, keep the records", no_argument},
+    {OPTION_TOP, "top", "--top NODE", "begin with this image (default: the live one, which needs --active)",
+     required_argument},
+    {OPTION_BASE, "base", "--base NODE", "into this one (default: the deepest)", required_argument},
+    {OPTION_SHALLOW, "shallow", "--shallow", "into the one right below top", no_argument},
+    {OPTION_ACTIVE, "active", "--active", "top is the live image; the guest goes on in base", no_argument},
+    {OPTION_DELETE, "delete", "--delete", "delete the merged images' files in the end", no_argument},
+    {OPTION_FORCE, "force", "--force", "base keeps no bitmaps: checkpoints may be lost", no_argument},
+    {OPTION_QUIET, "quiet", "--quiet", "no progress bar, no report", no_argument},
     {OPTION_JSON, "json", "--json", "for programs", no_argument},
 };
 
@@ -236,6 +257,10 @@ static int take_switch(struct args *args, unsigned bit, const char *name, const 
         args->description = value;
     if (bit == OPTION_PARENT)
         args->parent = value;
+    if (bit == OPTION_TOP)
+        args->top = value;
+    if (bit == OPTION_BASE)
+        args->base = value;
     if (bit != OPTION_DISK)
         return 0;
     if (args->ndisks == QPULL_DISKS_MAX) {

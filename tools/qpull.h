@@ -34,6 +34,13 @@ enum option_bit {
     OPTION_WITH_DESCENDANTS = 1 << 11,
     OPTION_NOTE_ONLY = 1 << 12,
     OPTION_ACCEPT = 1 << 13,
+    OPTION_TOP = 1 << 14, /* this and the next ones: of a commit */
+    OPTION_BASE = 1 << 15,
+    OPTION_SHALLOW = 1 << 16,
+    OPTION_ACTIVE = 1 << 17,
+    OPTION_DELETE = 1 << 18,
+    OPTION_FORCE = 1 << 19,
+    OPTION_QUIET = 1 << 20,
 };
 #define QPULL_DISKS_MAX 64 /* --disk on one command line */
 
@@ -43,6 +50,7 @@ struct args {
     const char *disks[QPULL_DISKS_MAX]; /* none: all */
     size_t ndisks;
     const char *description, *parent;   /* NULL: not given */
+    const char *top, *base;             /* likewise */
     const char *words[QPULL_WORDS_MAX]; /* the command's arguments, without its name */
     size_t nwords;
 };
@@ -75,6 +83,11 @@ enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const ch
 /* Passes time without losing sight of the daemon. EXIT_FAILED: it is gone, and that is said. */
 enum exit_status daemon_wait(struct daemon *d, unsigned ms);
 
+/* From now on SIGINT and SIGTERM do not end the program, but daemon_wait(), once; and as usual again. */
+void daemon_catch_signals(struct daemon *d);
+void daemon_release_signals(struct daemon *d);
+bool daemon_was_interrupted(const struct daemon *d);
+
 /* -- output: qpull_table.c ----------------------------------------------------------------------------------------- */
 #define TABLE_COLUMNS_MAX 12
 
@@ -103,7 +116,8 @@ uint64_t answer_number(struct json_object *o, const char *key);
 bool answer_bool(struct json_object *o, const char *key);
 struct json_object *answer_array(struct json_object *o, const char *key);
 
-/* -- commands: qpull_show.c, qpull_checkpoint.c -------------------------------------------------------------------- */
+/* -- commands: qpull_show.c, qpull_checkpoint.c, qpull_commit.c
+ * -------------------------------------------------------------------- */
 enum exit_status run_vms(const struct args *args);
 enum exit_status run_disks(const struct args *args);
 enum exit_status run_status(const struct args *args);
@@ -116,5 +130,6 @@ enum exit_status run_checkpoint_import(const struct args *args);
 enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
+enum exit_status run_commit(const struct args *args);
 
 #endif

@@ -4,6 +4,7 @@
 #include "qpull.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 
 /* The daemon asks QEMU for some answers, and gives up on it after 30 s a command. */
@@ -15,6 +16,8 @@ struct daemon {
     struct qmp_client *client; /* owned */
     bool closed;
     bool time_is_up;
+    uv_signal_t signals[2]; /* of SIGINT and SIGTERM, once they are caught */
+    bool catching, interrupted;
     struct failure lost; /* the connection, or the attempt */
     /* the question */
     bool answered;
@@ -95,6 +98,8 @@ void daemon_close(struct daemon *d)
     if (d->client)
         qmp_client_close(d->client, on_closed, d);
     uv_close((uv_handle_t *)&d->timer, NULL);
+    for (size_t i = 0; d->catching && i < ARRAY_SIZE(d->signals); i++)
+        uv_close((uv_handle_t *)&d->signals[i], NULL);
     (void)uv_run(&d->loop, UV_RUN_DEFAULT);
     (void)uv_loop_close(&d->loop);
     free(d);
@@ -145,6 +150,36 @@ enum exit_status daemon_call(struct daemon *d, struct json_object **ret, const c
     return EXIT_DONE;
 }
 
+static void on_signal(uv_signal_t *signal, int number)
+{
+    struct daemon *d = signal->data;
+
+    d->interrupted = true;
+}
+
+void daemon_catch_signals(struct daemon *d)
+{
+    static const int numbers[] = {SIGINT, SIGTERM};
+
+    d->catching = true;
+    for (size_t i = 0; i < ARRAY_SIZE(numbers); i++) {
+        (void)uv_signal_init(&d->loop, &d->signals[i]);
+        d->signals[i].data = d;
+        (void)uv_signal_start(&d->signals[i], on_signal, numbers[i]);
+    }
+}
+
+void daemon_release_signals(struct daemon *d)
+{
+    for (size_t i = 0; d->catching && i < ARRAY_SIZE(d->signals); i++)
+        (void)uv_signal_stop(&d->signals[i]);
+}
+
+bool daemon_was_interrupted(const struct daemon *d)
+{
+    return d->interrupted;
+}
+
 static void on_time(uv_timer_t *timer)
 {
     struct daemon *d = timer->data;
@@ -154,9 +189,11 @@ static void on_time(uv_timer_t *timer)
 
 enum exit_status daemon_wait(struct daemon *d, unsigned ms)
 {
+    bool was_interrupted = d->interrupted;
+
     d->time_is_up = false;
     (void)uv_timer_start(&d->timer, on_time, ms, 0);
-    while (!d->time_is_up && !d->lost.err)
+    while (!d->time_is_up && !d->lost.err && d->interrupted == was_interrupted)
         (void)uv_run(&d->loop, UV_RUN_ONCE);
     return d->lost.err ? complain("qpulld is gone: %s", d->lost.text) : EXIT_DONE;
 }

@@ -89,7 +89,7 @@ char *qdev_to_qom_path(const char *qdev)
 
 /* -- nodes and layers ---------------------------------------------------------------------------------------------- */
 
-static struct json_object *find_named(struct json_object *named, const char *node)
+struct json_object *graph_named(struct json_object *named, const char *node)
 {
     for (size_t i = 0; node && i < qmp_array_length(named); i++) {
         struct json_object *n = json_object_array_get_idx(named, i);
@@ -112,7 +112,7 @@ bool answers_agree(struct json_object *named_nodes, struct json_object *graph)
 
         if (!type || strcmp(type, "block-driver") != 0)
             continue;
-        if (!find_named(named_nodes, qmp_get_string(node, "name")))
+        if (!graph_named(named_nodes, qmp_get_string(node, "name")))
             return false;
         n++;
     }
@@ -132,17 +132,20 @@ static bool is_plain_filter(const char *driver)
     return false;
 }
 
-static const char *see_through(struct json_object *named, struct json_object *graph, const char *node)
+const char *graph_see_through(struct json_object *named, struct json_object *graph, const char *node)
 {
+    const char *child;
+
     for (unsigned i = 0; node && i < GRAPH_MAX_DEPTH; i++) {
-        if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(find_named(named, node), "drv")))
+        if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(graph_named(named, node), "drv")))
             return node;
-        node = graph_child(graph, node, "file") ?: graph_child(graph, node, "backing"); /* the latter: of jobs */
+        child = graph_child(graph, node, "file");
+        node = child ? child : graph_child(graph, node, "backing"); /* commit_top, mirror_top: of QEMU's jobs */
     }
     return NULL;
 }
 
-static struct json_object *find_bitmap(struct json_object *named_node, const char *name)
+struct json_object *named_bitmap(struct json_object *named_node, const char *name)
 {
     struct json_object *bitmaps = qmp_get(named_node, "dirty-bitmaps");
 
@@ -158,16 +161,24 @@ static struct json_object *find_bitmap(struct json_object *named_node, const cha
 
 #define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
 
-/* A bitmap is as long as its node, and QEMU merges only bitmaps of one length. */
-static enum reason judge_bitmap(struct json_object *named_node, struct json_object *b, uint64_t disk_size)
+enum reason bitmap_reason(struct json_object *b)
 {
     if (qmp_get_bool(b, "inconsistent"))
         return REASON_INCONSISTENT;
-    if ((uint64_t)qmp_get_int(qmp_get(named_node, "image"), "virtual-size") != disk_size)
-        return REASON_RESIZED;
     if (!qmp_get_bool(b, "recording") || qmp_get_bool(b, "busy"))
         return REASON_BUSY;
     return REASON_NONE;
+}
+
+/* A bitmap is as long as its node, and QEMU merges only bitmaps of one length. */
+static enum reason judge_bitmap(struct json_object *named_node, struct json_object *b, uint64_t disk_size)
+{
+    enum reason reason = bitmap_reason(b);
+
+    if (reason != REASON_INCONSISTENT &&
+        (uint64_t)qmp_get_int(qmp_get(named_node, "image"), "virtual-size") != disk_size)
+        reason = REASON_RESIZED;
+    return reason;
 }
 
 static int checkpoint_add_layer(struct checkpoint *c, const char *node, unsigned depth, struct json_object *bitmap,
@@ -206,7 +217,7 @@ static int judge_checkpoint(struct json_object *named, const struct disk *d, str
     unsigned deepest = 0;
 
     for (unsigned depth = 0; depth < d->nimages; depth++) {
-        struct json_object *node = find_named(named, d->images[depth].node), *bitmap = find_bitmap(node, c->name);
+        struct json_object *node = graph_named(named, d->images[depth].node), *bitmap = named_bitmap(node, c->name);
         int r = bitmap
                     ? checkpoint_add_layer(c, d->images[depth].node, depth, bitmap, judge_bitmap(node, bitmap, d->size))
                     : 0;
@@ -255,7 +266,7 @@ const char *graph_file(struct json_object *named, struct json_object *graph, con
         node = below;
         below = graph_child(graph, node, "file");
     }
-    return qmp_get_string(qmp_get(find_named(named, node), "image"), "filename") ?: "";
+    return qmp_get_string(qmp_get(graph_named(named, node), "image"), "filename") ?: "";
 }
 
 static int find_images(struct json_object *named, struct json_object *graph, struct disk *d)
@@ -272,11 +283,11 @@ static int find_images(struct json_object *named, struct json_object *graph, str
         *images = (struct image){
             .node = strdup(node),
             .file = strdup(graph_file(named, graph, node)),
-            .read_only = qmp_get_bool(find_named(named, node), "ro"),
+            .read_only = qmp_get_bool(graph_named(named, node), "ro"),
         };
         if (!images->node || !images->file)
             return -ENOMEM;
-        node = see_through(named, graph, graph_child(graph, node, "backing"));
+        node = graph_see_through(named, graph, graph_child(graph, node, "backing"));
     }
     return 0;
 }
@@ -286,7 +297,7 @@ static int find_checkpoints(struct json_object *named, struct disk *d)
     int r;
 
     for (size_t k = 0; k < d->nimages; k++) {
-        struct json_object *bitmaps = qmp_get(find_named(named, d->images[k].node), "dirty-bitmaps");
+        struct json_object *bitmaps = qmp_get(graph_named(named, d->images[k].node), "dirty-bitmaps");
 
         for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
             struct json_object *b = json_object_array_get_idx(bitmaps, i);
@@ -336,7 +347,7 @@ static char *choose_name(const struct disk_list *l, const char *drive, const cha
 }
 
 /* qcow2 v3 ("compat": "1.1") is the one format in QEMU that stores bitmaps. */
-static bool keeps_bitmaps(struct json_object *named_node)
+bool named_keeps_bitmaps(struct json_object *named_node)
 {
     struct json_object *specific = qmp_get(qmp_get(named_node, "image"), "format-specific");
     const char *type = qmp_get_string(specific, "type"), *compat = qmp_get_string(qmp_get(specific, "data"), "compat");
@@ -353,9 +364,9 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     node = graph_first_foreign(graph, node);
     if (!node)
         return -EPROTO;
-    top_node = find_named(named, see_through(named, graph, node));
+    top_node = graph_named(named, graph_see_through(named, graph, node));
     if (!top_node)
-        top_node = find_named(named, node);
+        top_node = graph_named(named, node);
     if (!top_node)
         return -EPROTO;
     d->name = name_of_qdev(qdev);
@@ -364,8 +375,8 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     d->node = strdup(node);
     d->top = strdup(qmp_get_string(top_node, "node-name"));
     d->format = strdup(qmp_get_string(top_node, "drv") ?: "unknown");
-    d->size = (uint64_t)qmp_get_int(qmp_get(find_named(named, node), "image"), "virtual-size");
-    d->tracked = keeps_bitmaps(top_node);
+    d->size = (uint64_t)qmp_get_int(qmp_get(graph_named(named, node), "image"), "virtual-size");
+    d->tracked = named_keeps_bitmaps(top_node);
     if (!d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
         return -ENOMEM;
     if ((r = find_images(named, graph, d)) < 0)

@@ -116,6 +116,14 @@ const char *graph_child(struct json_object *graph, const char *node, const char 
 const char *graph_first_foreign(struct json_object *graph, const char *node);
 /* The name of the file at the end of "file" below a node, "" when QEMU does not say. Borrowed from named_nodes. */
 const char *graph_file(struct json_object *named_nodes, struct json_object *graph, const char *node);
+/* query-named-block-nodes: the node of that name. Borrowed from named, or NULL. */
+struct json_object *graph_named(struct json_object *named, const char *node);
+/* `node` itself, or the first below it that is neither ours nor a filter that leaves offsets alone. NULL: none. */
+const char *graph_see_through(struct json_object *named, struct json_object *graph, const char *node);
+/* Of a node out of query-named-block-nodes: its bitmap of that name, borrowed, or NULL; and whether it stores them. */
+struct json_object *named_bitmap(struct json_object *named_node, const char *name);
+bool named_keeps_bitmaps(struct json_object *named_node);
+enum reason bitmap_reason(struct json_object *bitmap);
 /* The absolute QOM path of query-block's "qdev". Owned by the caller; NULL: out of memory. */
 char *qdev_to_qom_path(const char *qdev);
 

@@ -30,6 +30,7 @@ enum names_kind {
     NAMES_WRITTEN, /* bitmap on the cbw node: what the guest wrote since the freeze */
     NAMES_KEEP,    /* bitmap on the disk, for the blink of an eye in which a checkpoint is made */
     NAMES_SERVER,  /* name of the NBD server's fd (getfd) */
+    NAMES_JOB,     /* block job */
     NAMES_NKINDS
 };
 

@@ -444,6 +444,114 @@ int rig_no_bitmaps(struct seq *s, struct failure *f)
     return calls_wait(&r->calls, on_bitmaps, f);
 }
 
+/* -- block jobs ---------------------------------------------------------------------------------------------------- */
+
+static int query_jobs(struct rig *r, struct failure *f);
+
+static void jobs_gone(struct rig *r, const struct failure *f)
+{
+    qmp_watch_remove(&r->watch);
+    step_done(r, f);
+}
+
+static void on_jobs_told(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
+
+    if (f)
+        (void)failure_copy(&r->first, f); /* what counts is whether they are still there */
+    if (query_jobs(r, &next) < 0)
+        jobs_gone(r, &next);
+}
+
+static void on_job_deadline(struct seq *s)
+{
+    struct rig *r = rig_of_seq(s);
+    struct failure f = {0};
+
+    (void)failure_copy(&f, &r->first);
+    (void)failure_set(&f, -ETIMEDOUT, "QEMU has not ended a block job within %u ms", r->timeout_ms);
+    r->event_wanted = false;
+    jobs_gone(r, &f);
+}
+
+static void on_job_event(struct qmp_watch *w, const char *event, struct json_object *data)
+{
+    struct rig *r = container_of(w, struct rig, watch);
+    struct failure next = {0};
+
+    r->event_seen = true;
+    if (!r->event_wanted)
+        return;
+    r->event_wanted = false;
+    (void)uv_timer_stop(&r->seq.timer);
+    if (query_jobs(r, &next) < 0)
+        jobs_gone(r, &next);
+}
+
+/* Cancels each once, then waits for "concluded", the only state in which a job that is kept may be dismissed. */
+static void on_jobs_listed(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
+    unsigned nleft = 0;
+
+    if (f) {
+        jobs_gone(r, f);
+        return;
+    }
+    for (size_t i = 0; i < qmp_array_length(r->answers[0]); i++) {
+        struct json_object *job = json_object_array_get_idx(r->answers[0], i);
+        const char *id = qmp_get_string(job, "id"), *status = qmp_get_string(job, "status");
+        bool concluded = status && strcmp(status, "concluded") == 0;
+        enum names_kind kind;
+
+        if (!is_mine(r, id, &kind))
+            continue;
+        nleft++;
+        if (concluded || !r->found)
+            calls_add(&r->calls, concluded ? "job-dismiss" : "job-cancel", qmp_args_strings("id", id, NULL), QMP_NO_FD,
+                      0, NULL);
+    }
+    r->found = true;
+    if (nleft == 0) {
+        jobs_gone(r, NULL);
+    } else if (r->calls.npending) {
+        (void)calls_wait(&r->calls, on_jobs_told, &next);
+    } else if (r->calls.failure.err) { /* none could be sent */
+        (void)calls_wait(&r->calls, on_jobs_told, &next);
+        jobs_gone(r, &next);
+    } else if (r->event_seen) {
+        if (query_jobs(r, &next) < 0)
+            jobs_gone(r, &next);
+    } else {
+        r->event_wanted = true;
+        seq_deadline(&r->seq, r->timeout_ms, on_job_deadline);
+    }
+}
+
+static int query_jobs(struct rig *r, struct failure *f)
+{
+    r->event_seen = false;
+    calls_add(&r->calls, "query-jobs", NULL, QMP_NO_FD, 0, keep_answer);
+    return calls_wait(&r->calls, on_jobs_listed, f);
+}
+
+int rig_no_jobs(struct seq *s, struct failure *f)
+{
+    struct rig *r = rig_of_seq(s);
+    int result;
+
+    memset(&r->first, 0, sizeof(r->first));
+    r->event_wanted = r->found = false;
+    qmp_watch_add(r->qmp, &r->watch, "JOB_STATUS_CHANGE", on_job_event, r);
+    result = query_jobs(r, f);
+    if (result < 0)
+        qmp_watch_remove(&r->watch);
+    return result;
+}
+
 /* -- work that blocks ---------------------------------------------------------------------------------------------- */
 
 static void on_work(uv_work_t *w)

@@ -34,6 +34,7 @@ static const struct seq_step steps[] = {
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
     {"bitmaps", NULL, rig_no_bitmaps, NULL},
+    {"block jobs", NULL, rig_no_jobs, NULL},
 };
 
 static void found(struct sweep *s, const char *name)
@@ -86,6 +87,15 @@ static int on_fdsets(struct calls *c, unsigned index, struct json_object *ret, s
         for (size_t k = 0; k < qmp_array_length(fds); k++)
             found(s, qmp_get_string(json_object_array_get_idx(fds, k), "opaque"));
     }
+    return 0;
+}
+
+static int on_jobs(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct sweep *s = container_of(c, struct sweep, calls);
+
+    for (size_t i = 0; i < qmp_array_length(ret); i++)
+        found(s, qmp_get_string(json_object_array_get_idx(ret, i), "id"));
     return 0;
 }
 
@@ -163,6 +173,7 @@ int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struc
     calls_add(&s->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 0, on_nodes);
     calls_add(&s->calls, "query-block-exports", NULL, QMP_NO_FD, 0, on_exports);
     calls_add(&s->calls, "query-fdsets", NULL, QMP_NO_FD, 0, on_fdsets);
+    calls_add(&s->calls, "query-jobs", NULL, QMP_NO_FD, 0, on_jobs);
     r = calls_wait(&s->calls, on_searched, f);
     if (r < 0)
         free(s);

@@ -22,7 +22,7 @@
 #define PATIENT_MS 20000   /* deadline of calls where none is meant to pass */
 #define SHORT_MS 400       /* … where one is */
 #define RUN_MS 60000       /* a run that takes longer hangs */
-#define SWEEP_NQUESTIONS 3 /* what a sweep cannot do without: it looks before it undoes */
+#define SWEEP_NQUESTIONS 4 /* what a sweep cannot do without: it looks before it undoes */
 #define SMALL_SCRATCH (6 * GUEST_CLUSTER)
 #define FLOOD 40       /* writes that it cannot hold */
 #define SETTLE_MS 2000 /* QEMU closes a dead NBD connection when its loop comes to it */

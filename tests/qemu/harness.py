@@ -207,7 +207,7 @@ class Guest:
         args = [self.qemu, '-accel', 'tcg', '-machine', self.machine, '-smp', str(self.smp), '-m', str(self.memory),
                 '-nodefaults', '-no-user-config', '-display', 'none', '-name', self.name,
                 '-kernel', parts['kernel'], '-initrd', parts['initrd'],
-                '-append', f'console=ttyS0 quiet loglevel=4 panic=-1 qpull_modules={",".join(modules)}',
+                '-append', f'console=ttyS0 quiet loglevel=4 panic=-1 no_timer_check qpull_modules={",".join(modules)}',
                 '-chardev', f'file,id=console,path={self.console_path},append=on', '-serial', 'chardev:console',
                 '-device', 'virtio-serial-pci', '-device', 'virtserialport,chardev=cmd,name=qpull.cmd',
                 '-chardev', f'socket,id=cmd,path={self.folder}/{self.name}.cmd,server=on,wait=off']

@@ -17,12 +17,13 @@ class QmpProxy:
     at(n, before=…) or at(n, after=…) arms it: `before` is called when command number n (from 0) has come but QEMU
     does not have it yet, `after` when QEMU has answered it but the client does not know. Only commands that a client
     sends after at() count. A command that `before` returns False for is never sent, the client's connection is closed
-    instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called."""
+    instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called.
+    .each, if set, is called with the name of every command that comes, before anything else."""
 
     def __init__(self, folder, guest, name='proxy'):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
         self.commands = []  # names, since at()
-        self.number, self.before, self.after = None, None, None
+        self.number, self.before, self.after, self.each = None, None, None, None
         self.lock = threading.RLock()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.qmp_path)
@@ -89,6 +90,8 @@ class QmpProxy:
     def _command(self, client, qemu, line, fds):
         message = json.loads(line)
         with self.lock:
+            if self.each:
+                self.each(message.get('execute'))
             mine = self.number is not None and len(self.commands) == self.number
             self.commands.append(message.get('execute'))
             if mine and self.before and self.before() is False:

@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The block commit of a VM: one at a time, and never beside a session: both build on the disk's graph. The one that has
+ * ended is remembered until the next begins, so that whoever asked for it can learn how it went.
+ */
+#include "vm_internal.h"
+
+#include "backup/commit.h"
+#include "log.h"
+
+#include <errno.h>
+#include <stdio.h>
+
+struct vm_job {
+    struct vm *vm;
+    struct vm_commit *request; /* NULL: answered */
+    struct vm_query query;
+    struct commit *commit;   /* owned; NULL: QEMU is asked for the disks */
+    char *disk, *top, *base; /* owned */
+    char **usable;           /* owned, each too: checkpoints that were usable when it began */
+    size_t nusable;
+    bool ended, cancelled;
+    struct failure failure, problems;
+};
+
+static void job_free(struct vm_job *job)
+{
+    if (!job)
+        return;
+    commit_free(job->commit);
+    for (size_t i = 0; i < job->nusable; i++)
+        free(job->usable[i]);
+    free(job->usable);
+    free(job->disk);
+    free(job->top);
+    free(job->base);
+    free(job);
+}
+
+bool vm_is_committing(const struct vm *vm)
+{
+    return vm->job && !vm->job->ended;
+}
+
+bool vm_commit_refuses(struct vm *vm)
+{
+    struct failure f = {0};
+
+    if (!vm_is_committing(vm))
+        return false;
+    (void)failure_set(&f, -EBUSY, "disk '%s' of VM '%s' is being committed; try again when that has ended",
+                      vm->job->disk, vm->name);
+    vm_refuse_waiting(vm, &f);
+    return true;
+}
+
+void vm_commit_stop(struct vm *vm)
+{
+    if (!vm_is_committing(vm))
+        return;
+    vm->job->cancelled = true;
+    if (vm->job->commit)
+        commit_cancel(vm->job->commit);
+}
+
+void vm_commit_done(struct vm *vm)
+{
+    job_free(TAKE_PTR(vm->job));
+}
+
+static void answer(struct vm_job *job, const struct failure *f)
+{
+    struct vm_commit *request = TAKE_PTR(job->request);
+
+    if (request)
+        request->cb(request, job->commit ? commit_job(job->commit) : NULL, f);
+}
+
+/* -- what is remembered of the disk -------------------------------------------------------------------------------- */
+
+static int remember_usable(struct vm_job *job, const struct disk *d)
+{
+    job->usable = calloc(d->ncheckpoints + 1, sizeof(*job->usable));
+    for (size_t i = 0; job->usable && i < d->ncheckpoints; i++) {
+        const struct checkpoint *c = &d->checkpoints[i];
+
+        if (c->reason == REASON_NONE && !(job->usable[job->nusable++] = strdup(c->name)))
+            return -ENOMEM;
+    }
+    return job->usable ? 0 : -ENOMEM;
+}
+
+static bool was_usable(const struct vm_job *job, const char *checkpoint)
+{
+    for (size_t i = 0; i < job->nusable; i++) {
+        if (strcmp(job->usable[i], checkpoint) == 0)
+            return true;
+    }
+    return false;
+}
+
+/*
+ * A record that lies in another layer than before looks like a lost one to whoever does not know why. We do: what was
+ * usable and has been kept is right as it is now. What was refused before is as wrong as it was.
+ */
+static void tell_watch(struct vm_job *job)
+{
+    for (size_t i = 0; i < commit_nresults(job->commit); i++) {
+        const struct commit_result *r = commit_result_at(job->commit, i);
+
+        if (r->state == COMMIT_KEPT && was_usable(job, r->checkpoint))
+            vm_watch_accept(job->vm, job->disk, r->checkpoint);
+    }
+    vm_watch_wake(job->vm);
+}
+
+/* -- its end ------------------------------------------------------------------------------------------------------- */
+
+/* A note tells of it even when the record is gone. */
+static void mark_broken(const struct vm_job *job, const struct commit_result *r)
+{
+    struct vm *vm = job->vm;
+    struct failure f = {0};
+
+    log_error("VM %s: the commit of disk \"%s\" has spoiled checkpoint \"%s\": %s", vm->name, job->disk, r->checkpoint,
+              r->why.text);
+    if (notes_mark_broken(vm->notes, r->checkpoint, job->disk, REASON_INCONSISTENT, r->why.text, &vm->note_changes,
+                          &f) < 0 &&
+        f.err != -ENOENT) /* not every checkpoint has a note */
+        log_error("VM %s: that is not noted: %s", vm->name, f.text);
+}
+
+static void tell_results(const struct vm_job *job)
+{
+    for (size_t i = 0; i < commit_nresults(job->commit); i++) {
+        const struct commit_result *r = commit_result_at(job->commit, i);
+
+        if (r->state == COMMIT_BROKEN)
+            mark_broken(job, r);
+    }
+    vm_notes_write(job->vm, NULL, NULL);
+    for (size_t i = 0; i < commit_ndeleted(job->commit); i++)
+        log_info("VM %s: deleted image %s", job->vm->name, commit_deleted_at(job->commit, i));
+}
+
+static void end(struct vm_job *job, const struct failure *f)
+{
+    struct vm *vm = job->vm;
+
+    job->ended = true;
+    if (f)
+        job->failure = *f;
+    answer(job, f);
+    /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
+    if (job->commit && qmp_client_is_ready(vm->qmp) && !vm->stopping &&
+        ((f && job->problems.err) || vm->sweep_wanted || vm->state == VM_LOST))
+        vm_sweep(vm);
+    vm_pump(vm);
+    vm_stop_if_idle(vm);
+}
+
+static void on_started(void *arg)
+{
+    struct vm_job *job = arg;
+
+    log_info("VM %s: commit %s of disk \"%s\" begins: '%s' into '%s'", job->vm->name, commit_job(job->commit),
+             job->disk, commit_top_node(job->commit), commit_base_node(job->commit));
+    answer(job, NULL);
+}
+
+static void on_end(void *arg, const struct failure *f, const struct failure *problems)
+{
+    struct vm_job *job = arg;
+
+    job->problems = *problems;
+    if (f)
+        log_warning("VM %s: commit of disk \"%s\" failed: %s", job->vm->name, job->disk, f->text);
+    else
+        log_info("VM %s: commit %s of disk \"%s\" is done", job->vm->name, commit_job(job->commit), job->disk);
+    if (problems->err)
+        log_error("VM %s: commit of disk \"%s\": %s", job->vm->name, job->disk, problems->text);
+    tell_results(job);
+    if (!f)
+        tell_watch(job);
+    end(job, f);
+}
+
+static void on_trace(void *arg, const char *text)
+{
+    struct vm_job *job = arg;
+
+    log_debug("VM %s: commit of disk \"%s\": %s", job->vm->name, job->disk, text);
+}
+
+static const struct commit_ops commit_ops = {.on_started = on_started, .on_end = on_end, .on_trace = on_trace};
+
+/* -- its beginning ------------------------------------------------------------------------------------------------- */
+
+static void on_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+{
+    struct vm_job *job = container_of(q, struct vm_job, query);
+    struct vm *vm = job->vm;
+    const struct disk *d = disks ? disk_list_find(disks, job->disk) : NULL;
+    struct failure mine = {0};
+
+    if (!f && !d)
+        (void)failure_set(&mine, -ENODEV, "VM '%s' has no disk '%s'", vm->name, job->disk);
+    else if (!f && job->cancelled)
+        (void)failure_set(&mine, -ECANCELED, "the commit was cancelled");
+    else if (!f && remember_usable(job, d) < 0)
+        (void)failure_set(&mine, -ENOMEM, "out of memory");
+    else if (!f) {
+        struct commit_config config = {
+            .loop = vm->loop,
+            .qmp = vm->qmp,
+            .node = d->node,
+            .top = job->top,
+            .base = job->base,
+            .shallow = job->request->shallow,
+            .active = job->request->active,
+            .delete = job->request->delete,
+            .force = job->request->force,
+            .timeout_ms = VM_CALL_TIMEOUT_MS,
+        };
+
+        if (commit_start(&config, &commit_ops, job, &job->commit, &mine) == 0)
+            return;
+    }
+    end(job, f ? f : &mine);
+}
+
+int vm_commit_start(struct vm *vm, struct vm_commit *request, struct failure *f)
+{
+    struct vm_job *job;
+    int r;
+
+    if (vm->session || vm->starting)
+        return failure_set(f, -EBUSY, "VM '%s' is in a session; try again when it has ended", vm->name);
+    if (vm_is_committing(vm))
+        return failure_set(f, -EBUSY, "disk '%s' of VM '%s' is being committed already", vm->job->disk, vm->name);
+    if (vm->images || vm_now(vm) != vm)
+        return failure_set(f, -ENOTSUP, "VM '%s' is powered off; its images are committed when it runs", vm->name);
+    if (!(job = calloc(1, sizeof(*job))))
+        return failure_set(f, -ENOMEM, "out of memory");
+    job->vm = vm;
+    job->request = request;
+    job->disk = strdup(request->disk);
+    job->top = request->top ? strdup(request->top) : NULL;
+    job->base = request->base ? strdup(request->base) : NULL;
+    job_free(vm->job);
+    vm->job = job;
+    r = job->disk && !request->top == !job->top && !request->base == !job->base
+            ? vm_query_start(vm, &job->query, on_disks, job)
+            : -ENOMEM;
+    if (r < 0) {
+        vm_commit_done(vm);
+        return failure_set(f, r, "VM '%s' cannot be asked now: %s", vm->name,
+                           r == -ENOTCONN || r == -ESHUTDOWN ? vm_trouble(vm) : strerror(-r));
+    }
+    return 0;
+}
+
+int vm_commit_cancel(struct vm *vm, const char *job)
+{
+    if (!vm->job || !vm->job->commit || strcmp(commit_job(vm->job->commit), job) != 0)
+        return -ENOENT;
+    vm_commit_stop(vm);
+    return 0;
+}
+
+/* -- for the control socket ---------------------------------------------------------------------------------------- */
+
+static void put_text(struct json_object *o, const char *key, const char *text)
+{
+    (void)json_object_object_add(o, key, text && *text ? json_object_new_string(text) : NULL);
+}
+
+static struct json_object *results_to_json(const struct commit *c)
+{
+    static const char *const states[] = {
+        [COMMIT_KEPT] = "kept", [COMMIT_UNUSABLE] = "unusable", [COMMIT_BROKEN] = "broken"};
+    struct json_object *list = json_object_new_array();
+
+    for (size_t i = 0; i < commit_nresults(c); i++) {
+        const struct commit_result *r = commit_result_at(c, i);
+        struct json_object *o = qmp_args_strings("name", r->checkpoint, "state", states[r->state], NULL);
+
+        put_text(o, "text", r->why.text);
+        (void)json_object_array_add(list, o);
+    }
+    return list;
+}
+
+struct json_object *vm_commit_to_json(const struct vm *vm)
+{
+    const struct vm_job *job = vm->job;
+    struct json_object *o, *deleted;
+    uint64_t current, total;
+
+    if (!job || !job->commit)
+        return NULL;
+    commit_progress(job->commit, &current, &total);
+    o = qmp_args_strings("id", commit_job(job->commit), "type", "block-commit", "vm", vm->name, "disk", job->disk,
+                         "status",
+                         job->ended       ? "concluded"
+                         : job->cancelled ? "aborting"
+                                          : "running",
+                         "step", commit_step(job->commit), NULL);
+    (void)json_object_object_add(o, "current-progress", json_object_new_uint64(current));
+    (void)json_object_object_add(o, "total-progress", json_object_new_uint64(total));
+    put_text(o, "top", commit_top_node(job->commit));
+    put_text(o, "top-file", commit_top_file(job->commit));
+    put_text(o, "base", commit_base_node(job->commit));
+    put_text(o, "base-file", commit_base_file(job->commit));
+    put_text(o, "error", job->failure.text);
+    put_text(o, "problem", job->problems.text);
+    (void)json_object_object_add(o, "checkpoints", results_to_json(job->commit));
+    deleted = json_object_new_array();
+    for (size_t i = 0; i < commit_ndeleted(job->commit); i++)
+        (void)json_object_array_add(deleted, json_object_new_string(commit_deleted_at(job->commit, i)));
+    (void)json_object_object_add(o, "deleted", deleted);
+    return o;
+}
