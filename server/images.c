@@ -296,7 +296,9 @@ static void tell_line(struct images *im, size_t len)
     if (len == 0)
         return;
     log_warning("VM %s: qemu-storage-daemon says: %.*s", im->vm, (int)len, im->line);
-    (void)snprintf(im->last_line, sizeof im->last_line, "%.*s", (int)MIN(len, sizeof im->last_line - 1), im->line);
+    len = MIN(len, sizeof im->last_line - 1); /* for a sentence */
+    memcpy(im->last_line, im->line, len);
+    im->last_line[len] = 0;
 }
 
 static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *buf)
