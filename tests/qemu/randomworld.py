@@ -366,7 +366,7 @@ class World:
 
     def check_guest(self):
         """After QEMU's end: what its qemu-io commands complained of, which it says to its standard output alone."""
-        said = re.search(r'.*(failed|rror).*', self.vm.log())
+        said = re.search(r'^(write|discard|flush) failed.*', self.vm.log(), re.M)
         if said:
             raise Found('guest', said.group())
 
