@@ -176,12 +176,15 @@ static void add_note(const struct vm *vm, struct json_object *o, const struct no
 }
 
 /* A note that tells of a record on this disk, and there is none. */
-static struct json_object *broken_to_json(const struct note *n, const struct note_disk *nd, const struct disk *d)
+static struct json_object *broken_to_json(const struct vm *vm, const struct note *n, const struct note_disk *nd,
+                                          const struct disk *d)
 {
     struct json_object *o = qmp_args_strings("name", n->name, "disk", nd->name, NULL);
     enum reason reason = d ? note_reason(n, d) : REASON_NO_SUCH_CHECKPOINT;
+    const char *lost = lineage_why_lost(vm->watch.lineage, nd->name, n->name);
     const char *text = !d                 ? "the VM has no such disk any more"
                        : n->broken.reason ? n->broken.text
+                       : lost             ? lost
                                           : "its record is not in the image any more: QEMU stopped before it was "
                                             "stored, or somebody removed it";
 
@@ -217,7 +220,7 @@ static void add_noted(const struct vm *vm, struct json_object *all, const struct
         const struct disk *d = disk_list_find(disks, n->disks[i].name);
 
         if ((!d || !disk_checkpoint(d, n->name)) && is_about(only, n->disks[i].name)) {
-            struct json_object *o = broken_to_json(n, &n->disks[i], d);
+            struct json_object *o = broken_to_json(vm, n, &n->disks[i], d);
 
             add_note(vm, o, n);
             json_object_array_add(all, o);
