@@ -133,9 +133,11 @@ def snapshot_of_some(w, r):
 
 def finish_job(w, job, at_ready=None):
     if at_ready:
-        w.qmp.wait_event('BLOCK_JOB_READY', JOB_TIMEOUT, lambda d: d['device'] == job)
-        at_ready()
-        w.qmp('block-job-complete', {'device': job})
+        status = w.qmp.wait_event('JOB_STATUS_CHANGE', JOB_TIMEOUT,
+                                  lambda d: d['id'] == job and d['status'] in ('ready', 'aborting'))['data']['status']
+        if status == 'ready':
+            at_ready()
+            w.qmp('block-job-complete', {'device': job})
     done = w.qmp.wait_event('BLOCK_JOB_COMPLETED', JOB_TIMEOUT, lambda d: d['device'] == job)['data']
     return done.get('error')
 
