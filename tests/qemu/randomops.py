@@ -133,9 +133,11 @@ def snapshot_of_some(w, r):
 
 def finish_job(w, job, at_ready=None):
     if at_ready:
-        w.qmp.wait_event('BLOCK_JOB_READY', JOB_TIMEOUT, lambda d: d['device'] == job)
-        at_ready()
-        w.qmp('block-job-complete', {'device': job})
+        status = w.qmp.wait_event('JOB_STATUS_CHANGE', JOB_TIMEOUT,
+                                  lambda d: d['id'] == job and d['status'] in ('ready', 'aborting'))['data']['status']
+        if status == 'ready':
+            at_ready()
+            w.qmp('block-job-complete', {'device': job})
     done = w.qmp.wait_event('BLOCK_JOB_COMPLETED', JOB_TIMEOUT, lambda d: d['device'] == job)['data']
     return done.get('error')
 
@@ -311,8 +313,12 @@ def resize(w, r):
             checkpoint.troubles.add('shrink')
         if size < disk.size:
             checkpoint.excuses.add('shrunk')
-    disk.image[size:] = bytes(max(0, size - disk.size))
-    disk.size = size
+    old, disk.size = disk.size, size
+    disk.image[size:] = bytes(max(0, size - old))
+    if size > old and disk.fmt == 'qcow2':  # QEMU clears whole clusters only: what a shrink cut off may be back
+        end = min(size, old + -old % disk.cluster)
+        if end > old:
+            disk.image[old:end] = w.look_at(disk, old, end - old)
 
 
 # -- qpull's own work on layers --------------------------------------------------------------------------------------
@@ -353,6 +359,7 @@ def commit_by_qpull(w, r):
 def restart_qemu(w, r):
     w.log('QEMU: quit and start')
     w.vm.quit()
+    w.check_guest()
     w.wait_qemu_lost()
     come_back(w, r)
 

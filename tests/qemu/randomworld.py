@@ -10,12 +10,14 @@ import collections
 import json
 import os
 import random
+import re
 import zlib
 
 import harness
 import nbdpull
 from harness import MIB
 from qmpclient import Qmp, QmpError
+from truth import own_export
 
 SECTOR = 512
 CLUSTERS = (512, 4096, 16384, 65536, 65536, 262144)
@@ -265,9 +267,15 @@ class World:
     # -- what a guest does --------------------------------------------------------------------------------------------
 
     def io(self, disk, words):
+        """Failures are seen in check_guest()."""
         said = self.vm.hmp(f'qemu-io -d {self.paths[disk.name]} "{words}"')
         if said.strip():
             raise Found('guest', f'{disk.name}: {words}: {said.strip()}')
+
+    def look_at(self, disk, at, length):
+        """What a guest reads there; while there is no session."""
+        with own_export(self.vm, disk.top.node) as h:
+            return h.pread(length, at)
 
     def place(self, disk, r):
         """A range that often begins or ends at some unit's edge, sometimes at the disk's end."""
@@ -355,6 +363,12 @@ class World:
                              f'{sorted(checkpoint.troubles)}): {len(bad)} sectors are wrong, {bad[0]} to {bad[-1]}; '
                              f'{len(missed)} of them are not in the map; layers '
                              f'{[{n: b["count"] for n, b in x.items()} for x in self.records(disk)]}')
+
+    def check_guest(self):
+        """After QEMU's end: what its qemu-io commands complained of, which it says to its standard output alone."""
+        said = re.search(r'^(write|discard|flush) failed.*', self.vm.log(), re.M)
+        if said:
+            raise Found('guest', said.group())
 
     def check_content(self, disk):
         """While QEMU is down: are the images what the model says?"""

@@ -22,7 +22,7 @@ import harness
 import randomops
 from randomworld import Choices, Found, World
 
-KNOWN_TROUBLE = 'undead'
+KNOWN_TROUBLE = ''  # names, with commas between
 SHORTEN_SECONDS = 900
 
 
