@@ -515,13 +515,43 @@ static void put_questions(struct vm *vm)
         on_answers(&vm->calls, &f);
 }
 
-/* One round of questions to QEMU answers everybody who asked before it began. */
+static int see_jobs(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    for (size_t i = 0; i < qmp_array_length(ret); i++) {
+        struct json_object *job = json_object_array_get_idx(ret, i);
+        const char *type = qmp_get_string(job, "type"), *id = qmp_get_string(job, "device");
+
+        if (type && (strcmp(type, "stream") == 0 || strcmp(type, "commit") == 0) && !qmp_get_bool(job, "ready"))
+            return failure_set(f, -EBUSY,
+                               "job '%s' (%s) of others is changing a disk's layers, and QEMU must not be asked about "
+                               "its disks meanwhile; try again when it has ended",
+                               id ? id : "?", type);
+    }
+    return 0;
+}
+
+static void on_jobs_seen(struct calls *c, const struct failure *f)
+{
+    if (f)
+        on_answers(c, f);
+    else
+        put_questions(container_of(c, struct vm, calls));
+}
+
+/*
+ * One round of questions to QEMU answers everybody who asked before it began. QEMU 7.2 reads the bitmap directories of
+ * all images for query-block and query-named-block-nodes, and crashes when a stream or a commit ends just then.
+ */
 static void ask(struct vm *vm)
 {
+    struct failure f = {0};
+
     vm->asking = true;
     vm->nasks = 0;
     vm->answering = TAKE_PTR(vm->waiting);
-    put_questions(vm);
+    calls_add(&vm->calls, "query-block-jobs", NULL, QMP_NO_FD, 0, see_jobs);
+    if (calls_wait(&vm->calls, on_jobs_seen, &f) < 0)
+        on_answers(&vm->calls, &f);
 }
 
 void vm_ask_if_waiting(struct vm *vm)

@@ -58,6 +58,7 @@ void vm_watch_done(struct vm *vm)
 {
     drop_cargo(&vm->watch);
     drop_jobs(&vm->watch.jobs, &vm->watch.targets);
+    disk_list_free(TAKE_PTR(vm->watch.last));
     if (vm->keeper == vm)
         lineage_free(TAKE_PTR(vm->watch.lineage));
 }
@@ -151,6 +152,8 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
     (void)uv_timer_stop(&w->deadline);
     if (lineage_look(w->lineage, list, jobs) < 0)
         (void)failure_set(&f, -ENOMEM, "out of memory");
+    disk_list_free(w->last);
+    w->last = disk_list_copy(list); /* NULL: nothing is carried until the next look */
     save(vm);
     cb(vm, list, f.err ? &f : NULL);
 }
@@ -339,13 +342,14 @@ static int load_disk(struct vm_watch *w, const struct job *j, const struct image
     return 0;
 }
 
+/* All that goes are layers of that disk as we know it: no snapshot was taken since the last look. */
 static bool takes_from(const struct job *j, const struct disk *d)
 {
-    for (size_t i = 0; i < d->nimages; i++) {
-        if (goes(j, d->images[i].node))
-            return true;
-    }
-    return false;
+    size_t n = 0;
+
+    for (size_t i = 0; i < d->nimages; i++)
+        n += goes(j, d->images[i].node);
+    return n == j->nfrom;
 }
 
 static int load_all(struct vm_watch *w)
@@ -353,7 +357,7 @@ static int load_all(struct vm_watch *w)
     for (size_t i = 0; i < w->carry_jobs.njobs; i++) {
         const struct job *j = &w->carry_jobs.jobs[i];
 
-        for (size_t k = 0; is_at_work(w, j) && k < w->disks->ndisks; k++) {
+        for (size_t k = 0; w->carry_targets[i].node && is_at_work(w, j) && k < w->disks->ndisks; k++) {
             if (takes_from(j, &w->disks->disks[k]) && load_disk(w, j, &w->carry_targets[i], &w->disks->disks[k]) < 0)
                 return -ENOMEM;
         }
@@ -362,6 +366,7 @@ static int load_all(struct vm_watch *w)
 }
 
 static void carry_next(struct vm *vm);
+static void meet_jobs(struct vm *vm);
 
 static void carried(struct vm *vm, const struct failure *f)
 {
@@ -474,7 +479,9 @@ static void carry_next(struct vm *vm)
 
         w->carrying = false;
         drop_cargo(w);
-        if (any || w->wanted)
+        if (w->jobs_wanted)
+            meet_jobs(vm);
+        else if (any || w->wanted)
             vm_watch_wake(vm);
         return;
     }
@@ -513,7 +520,7 @@ static void on_look(struct vm_query *q, const struct disk_list *disks, const str
     struct vm *vm = container_of(w, struct vm, watch);
     struct failure mine = {0};
 
-    if (f || !w->jobs.njobs || vm->stopping || !(w->disks = disk_list_copy(disks))) {
+    if (f || w->carrying || !w->jobs.njobs || vm->stopping || !(w->disks = disk_list_copy(disks))) {
         if (w->wanted)
             vm_watch_wake(vm);
         return;
@@ -527,6 +534,58 @@ static void on_look(struct vm_query *q, const struct disk_list *disks, const str
         on_status(&w->calls, &mine);
 }
 
+static const struct image *find_image(const struct disk_list *l, const char *node)
+{
+    for (size_t i = 0; i < l->ndisks; i++) {
+        for (size_t k = 0; k < l->disks[i].nimages; k++) {
+            if (strcmp(l->disks[i].images[k].node, node) == 0)
+                return &l->disks[i].images[k];
+        }
+    }
+    return NULL;
+}
+
+static int keep_jobs(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    struct vm_watch *w = container_of(c, struct vm_watch, calls);
+
+    if (jobs_parse(ret, &w->carry_jobs) < 0 ||
+        !(w->carry_targets = calloc(w->carry_jobs.njobs + 1, sizeof(*w->carry_targets))))
+        return failure_set(f, -ENOMEM, "out of memory");
+    for (size_t i = 0; i < w->carry_jobs.njobs; i++) {
+        const struct image *to = find_image(w->disks, w->carry_jobs.jobs[i].to);
+        struct image *copy = &w->carry_targets[i];
+
+        if (!to)
+            continue; /* of a mirror: a look when it is ready tells more */
+        *copy = *to;
+        copy->node = strdup(to->node);
+        copy->file = strdup(to->file);
+        if (!copy->node || !copy->file)
+            return failure_set(f, -ENOMEM, "out of memory");
+    }
+    return 0;
+}
+
+/*
+ * A stream or a commit runs to its end by itself, and meanwhile QEMU must not be asked about its disks (vm.c): what was
+ * seen last must do, and these two questions, which touch no image.
+ */
+static void meet_jobs(struct vm *vm)
+{
+    struct vm_watch *w = &vm->watch;
+    struct failure f = {0};
+
+    w->jobs_wanted = w->carrying;
+    if (w->carrying || vm->stopping || !w->last || !(w->disks = disk_list_copy(w->last)))
+        return;
+    w->carrying = true;
+    calls_add(&w->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 0, keep_jobs);
+    calls_add(&w->calls, "query-block-jobs", NULL, QMP_NO_FD, 0, keep_status);
+    if (calls_wait(&w->calls, on_status, &f) < 0)
+        on_status(&w->calls, &f);
+}
+
 /* -- when ---------------------------------------------------------------------------------------------------------- */
 
 void vm_watch_wake(struct vm *vm)
@@ -538,12 +597,17 @@ void vm_watch_wake(struct vm *vm)
         (void)vm_query_start(vm, &w->query, on_look, NULL); /* else: without a connection; the next one looks */
 }
 
-/* Every step of a job of others: it is a few questions, and the one that matters may be any of them. */
+/* At work: records can be carried over. Ready to change over, or gone: a look. */
 static void on_job_changed(struct qmp_watch *watch, const char *event, struct json_object *data)
 {
     struct vm *vm = watch->arg;
+    const char *status = qmp_get_string(data, "status");
 
-    if (!names_is_ours(qmp_get_string(data, "id")))
+    if (!status || names_is_ours(qmp_get_string(data, "id")))
+        return;
+    if (strcmp(status, "running") == 0)
+        meet_jobs(vm);
+    else if (strcmp(status, "ready") == 0 || strcmp(status, "null") == 0)
         vm_watch_wake(vm);
 }
 

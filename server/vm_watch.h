@@ -32,9 +32,10 @@ struct vm_watch {
     /* looks of our own, and what comes of them */
     struct qmp_watch job_changed;
     struct vm_query query;
-    bool wanted;
-    struct job_list jobs;  /* as at the last look */
-    struct image *targets; /* owned: of the jobs */
+    bool wanted, jobs_wanted;
+    struct disk_list *last; /* owned: as at the last look */
+    struct job_list jobs;   /* as at the last look */
+    struct image *targets;  /* owned: of the jobs */
 
     /* records being carried over; what the cargo points to stands until the last of it */
     bool carrying;

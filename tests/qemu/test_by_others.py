@@ -214,11 +214,11 @@ class Connected(ByOthers):
 
     def pull_beside(self, job):
         """A pull while a job of others is at work is right, or refused in words; the job goes on."""
-        usable = [name for name, reason in self.look().items() if reason == 'NONE' and name in self.images]
         try:
+            usable = [name for name, reason in self.look().items() if reason == 'NONE' and name in self.images]
             h = nbdpull.connect(self.daemon.uri('vm/vda'), map(nbdpull.dirty_context, usable))
-        except nbd.Error as e:
-            self.assertTrue(str(e))
+        except (nbd.Error, QmpError) as e:
+            self.assertIn('try again when it has ended', str(e))
             self.refused.append(job)
         else:
             truth = nbdpull.read_all(h)

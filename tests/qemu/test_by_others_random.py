@@ -69,7 +69,9 @@ class World:
                 self.write()
                 writes -= 1
         self.vm.look.wait_event('JOB_STATUS_CHANGE', 60, lambda d: d['id'] == 'j' and d['status'] == 'null')
+        errors = [e['data']['error'] for e in self.vm.look.events if e.get('data', {}).get('error')]
         self.vm.look.events.clear()
+        self.case.assertEqual(errors, [], 'the job failed')
 
     def forget(self, layers):
         """Another tool closes what a job has made superfluous; what QEMU opened by itself it has closed."""
