@@ -521,6 +521,8 @@ static int see_jobs(struct calls *c, unsigned index, struct json_object *ret, st
         struct json_object *job = json_object_array_get_idx(ret, i);
         const char *type = qmp_get_string(job, "type"), *id = qmp_get_string(job, "device");
 
+        if (names_is_ours(id)) /* on_jobs_seen() knows how it stands */
+            continue;
         if (type && (strcmp(type, "stream") == 0 || strcmp(type, "commit") == 0) && !qmp_get_bool(job, "ready"))
             return failure_set(f, -EBUSY,
                                "job '%s' (%s) of others is changing a disk's layers, and QEMU must not be asked about "
@@ -532,10 +534,19 @@ static int see_jobs(struct calls *c, unsigned index, struct json_object *ret, st
 
 static void on_jobs_seen(struct calls *c, const struct failure *f)
 {
-    if (f)
-        on_answers(c, f);
+    struct vm *vm = container_of(c, struct vm, calls);
+    struct failure mine = {0};
+
+    if (!f && !vm_commit_may_ask(vm))
+        (void)failure_set(
+            &mine, -EBUSY,
+            "a commit of VM '%s' is about to change a disk's layers, and QEMU must not be asked about its "
+            "disks meanwhile; try again in a moment",
+            vm->name);
+    if (f || mine.err)
+        on_answers(c, f ? f : &mine);
     else
-        put_questions(container_of(c, struct vm, calls));
+        put_questions(vm);
 }
 
 /*

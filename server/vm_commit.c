@@ -42,6 +42,11 @@ bool vm_is_committing(const struct vm *vm)
     return vm->job && !vm->job->ended;
 }
 
+bool vm_commit_may_ask(const struct vm *vm)
+{
+    return !vm_is_committing(vm) || !vm->job->commit || (!vm->job->cancelled && commit_may_ask(vm->job->commit));
+}
+
 bool vm_commit_refuses(struct vm *vm)
 {
     struct failure f = {0};
@@ -90,10 +95,12 @@ static int remember_usable(struct vm_job *job, const struct disk *d)
     return job->usable ? 0 : -ENOMEM;
 }
 
-static bool was_usable(const struct vm_job *job, const char *checkpoint)
+static bool is_broken(const struct vm_job *job, const char *checkpoint)
 {
-    for (size_t i = 0; i < job->nusable; i++) {
-        if (strcmp(job->usable[i], checkpoint) == 0)
+    for (size_t i = 0; i < commit_nresults(job->commit); i++) {
+        const struct commit_result *r = commit_result_at(job->commit, i);
+
+        if (r->state == COMMIT_BROKEN && strcmp(r->checkpoint, checkpoint) == 0)
             return true;
     }
     return false;
@@ -101,15 +108,14 @@ static bool was_usable(const struct vm_job *job, const char *checkpoint)
 
 /*
  * A record that lies in another layer than before looks like a lost one to whoever does not know why. We do: what was
- * usable and has been kept is right as it is now. What was refused before is as wrong as it was.
+ * usable is right as it is now, also where the commit has ended before its time: it only adds to records. What was
+ * refused before is as wrong as it was, so it is not forgiven.
  */
 static void tell_watch(struct vm_job *job)
 {
-    for (size_t i = 0; i < commit_nresults(job->commit); i++) {
-        const struct commit_result *r = commit_result_at(job->commit, i);
-
-        if (r->state == COMMIT_KEPT && was_usable(job, r->checkpoint))
-            vm_watch_accept(job->vm, job->disk, r->checkpoint);
+    for (size_t i = 0; i < job->nusable; i++) {
+        if (!is_broken(job, job->usable[i]))
+            vm_watch_accept(job->vm, job->disk, job->usable[i]);
     }
     vm_watch_wake(job->vm);
 }
@@ -180,8 +186,7 @@ static void on_end(void *arg, const struct failure *f, const struct failure *pro
     if (problems->err)
         log_error("VM %s: commit of disk \"%s\": %s", job->vm->name, job->disk, problems->text);
     tell_results(job);
-    if (!f)
-        tell_watch(job);
+    tell_watch(job);
     end(job, f);
 }
 

@@ -245,9 +245,6 @@ struct json_object *vm_checkpoints_to_json(const struct vm *vm, const struct dis
             for (size_t k = 0; k < disks->disks[i].ncheckpoints; k++) {
                 const char *name = disks->disks[i].checkpoints[k].name;
 
-                /* Deleted, but for a part in a layer that cannot be written: for people it is gone. */
-                if (disks->disks[i].checkpoints[k].reason == REASON_NO_SUCH_CHECKPOINT)
-                    continue;
                 if (strcmp(name, last) > 0 && (!next || strcmp(name, next) < 0) && !notes_find(vm->notes, name))
                     next = name;
             }

@@ -475,6 +475,11 @@ void commit_cancel(struct commit *c)
     }
 }
 
+bool commit_may_ask(const struct commit *c)
+{
+    return c->done || (c->begun && !c->finishing && !c->failure.err);
+}
+
 /* -- for those who ask --------------------------------------------------------------------------------------------- */
 
 const char *commit_job(const struct commit *c)

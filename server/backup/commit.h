@@ -60,6 +60,11 @@ void commit_free(struct commit *c); /* NULL is fine */
 const char *commit_job(const struct commit *c); /* the job's id in QEMU, and everywhere */
 /* For people: "5/9 copy". Borrowed until the next call. */
 const char *commit_step(struct commit *c);
+/*
+ * Whether QEMU may be asked about its disks now: it copies, and the end of the job is ours to call; or that is past.
+ * QEMU 7.2 crashes on query-block when a commit ends just then.
+ */
+bool commit_may_ask(const struct commit *c);
 /* Bytes of QEMU's own reckoning; total may grow while the guest writes. */
 void commit_progress(const struct commit *c, uint64_t *ret_current, uint64_t *ret_total);
 /* Known from on_started on; borrowed. */

@@ -18,6 +18,7 @@ class Layers(harness.Case):
 
     def begin(self, proxy=None, size=SIZE, options='', fmt='qcow2', kind=Disk):
         self.names, self.count = {}, 0
+        self.life = getattr(self, 'life', 0) + 1
         self.disk = kind('vda', size, options=options, fmt=fmt)
         self.vm = self.bare(self.disk)
         self.nodes = [self.disk.node]
@@ -27,7 +28,9 @@ class Layers(harness.Case):
             self.addCleanup(self.proxy.close)
 
     def serve(self, **options):
-        self.daemon = self.qpulld({'vm': self.proxy or self.vm}, linger=0, **options)
+        # Another disk under an old name is another life: what is remembered of the one before would be held against it.
+        state = f'{self.folder}/state{self.life}'
+        self.daemon = self.qpulld({'vm': self.proxy or self.vm}, linger=0, state=state, **options)
         self.daemon.wait_idle()
 
     def work(self, operations=6):

@@ -62,7 +62,7 @@ class Mistakes(harness.Case):
                                     (2, 'unknown section', '\n[servr]\nlinger=5\n'),
                                     (3, 'unknown key "qpm"', '\n[vm "a"]\nqpm=/x\n'),
                                     (4, 'twice', '[vm "a"]\nqmp=/x\n\n[vm "a"]\n'),
-                                    (1, 'has no "qmp"', '[vm "a"]\ndisks=vda\n'),
+                                    (1, 'has neither "qmp" nor', '[vm "a"]\ndisks=vda\n'),
                                     (2, 'neither a section nor', '[server]\nwhat\n'),
                                     (3, 'twice', '[server]\nlinger=1\nlinger=2\n'),
                                     (2, 'disk', '[vm "a"]\ndisks=\nqmp=/x\n'),
