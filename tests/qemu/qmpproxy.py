@@ -18,7 +18,7 @@ class QmpProxy:
     does not have it yet, `after` when QEMU has answered it but the client does not know. Only commands that a client
     sends after at() count. A command that `before` returns False for is never sent, the client's connection is closed
     instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called.
-    .each, if set, is called with the name of every command that comes, before anything else."""
+    at_each(f): f is called with the name of every command that comes, before anything else; at_each(None) waits likewise."""
 
     def __init__(self, folder, guest, name='proxy'):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
@@ -36,6 +36,10 @@ class QmpProxy:
         with self.lock:
             self.commands = []
             self.number, self.before, self.after = number, before, after
+
+    def at_each(self, each):
+        with self.lock:
+            self.each = each
 
     def off(self):
         self.at(None)

@@ -32,9 +32,9 @@ class Commit(Layers):
         self.build(LAYERS)
         self.serve()
         self.check(self.names, 'before')
-        self.proxy.each = lambda command: self.work(1)
+        self.proxy.at_each(lambda command: self.work(1))
         self.commit(*self.commit_of(top, base))
-        self.proxy.each = None
+        self.proxy.at_each(None)
         self.assertNotIn('broken', self.states().values())
         self.assertNoJobs()
         self.check(self.names, f'{top} into {base}')
@@ -192,9 +192,9 @@ class Commit(Layers):
         top = harness.rng.randrange(1, len(self.files))
         base = harness.rng.randrange(top)
         live = top == len(self.files) - 1
-        self.proxy.each = lambda command: self.work(1)
+        self.proxy.at_each(lambda command: self.work(1))
         self.commit('--base', self.files[base], *(['--active'] if live else ['--top', self.files[top]]))
-        self.proxy.each = None
+        self.proxy.at_each(None)
         self.assertNoJobs()
         del self.files[base + 1:top + 1]
         if len(self.nodes) > 1 or live:

@@ -47,9 +47,9 @@ class CommitKilled(Layers):
                 setattr(self.proxy, when, strike)
             seen.append(command)
         self.proxy.off()
-        self.proxy.each = count
+        self.proxy.at_each(count)
         done = self.commit(*self.arguments, check=False)
-        self.proxy.each = None
+        self.proxy.at_each(None)
         self.proxy.off()
         if not struck.is_set():
             self.assertEqual(done.returncode, 0, done.stderr)
@@ -99,9 +99,11 @@ class CommitKilled(Layers):
                 self.daemon.kill()
             self.daemon.start()
             self.daemon.wait_idle()
-            self.assertEqual(self.offered(), set(self.names), f'{number}: {self.reasons()}')
+            # A record that came into base unseen cannot be told from one that somebody put there: refused, never wrong.
+            self.assertLessEqual(set(self.reasons().values()), {'NONE', 'GAP'}, number)
 
-        self.every_command(layers, lambda: self.daemon.kill(), recover)
+        offered, _ = self.every_command(layers, lambda: self.daemon.kill(), recover)
+        self.assertGreater(offered, 0)
 
     def qemu_dies(self, layers, *arguments):
         self.arguments = arguments
@@ -149,9 +151,9 @@ class CommitKilled(Layers):
             if command == 'job-finalize':
                 self.vm.process.kill()
                 finalize.append(command)
-        self.proxy.each = count
+        self.proxy.at_each(count)
         done = self.commit(*self.arguments, check=False)
-        self.proxy.each = None
+        self.proxy.at_each(None)
         self.assertEqual((len(finalize), done.returncode), (1, 1))
         self.vm.kill()
         harness.run(['qemu-img', 'rebase', '-u', '-b', self.files[0], '-F', 'qcow2', self.files[2]])
