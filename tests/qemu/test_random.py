@@ -22,7 +22,7 @@ import harness
 import randomops
 from randomworld import Choices, Found, World
 
-KNOWN_TROUBLE = ''  # names, with commas between
+KNOWN_TROUBLE = 'undead'  # names, with commas between
 SHORTEN_SECONDS = 900
 
 
