@@ -12,7 +12,7 @@ struct control_call;
 
 #define CONTROL_ARGS_MAX 8
 
-/* Arguments are strings, unless said otherwise here; a "disk" may also be an array of strings. */
+/* What an argument must be. STRINGS: one string, or an array of them. */
 enum control_type { CONTROL_STRING, CONTROL_STRINGS, CONTROL_OBJECT, CONTROL_NUMBER, CONTROL_BOOL };
 
 struct control_param {

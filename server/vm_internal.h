@@ -180,9 +180,9 @@ void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are m
 /* vm_commit.c */
 bool vm_is_committing(const struct vm *vm);
 bool vm_commit_may_ask(const struct vm *vm); /* whether QEMU may be asked about its disks */
-bool vm_commit_refuses(struct vm *vm); /* those who wait for a session; says whether one may not begin */
-void vm_commit_stop(struct vm *vm);    /* cancels; vm_stop_if_idle() comes after it */
-void vm_commit_done(struct vm *vm);    /* frees what is left of it */
+bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; says whether one may not begin */
+void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
+void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 
 /* vm.c */
 void vm_sweep(struct vm *vm);

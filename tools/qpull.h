@@ -75,6 +75,8 @@ struct daemon;
 enum exit_status daemon_open(const char *path, struct daemon **ret_daemon);
 void daemon_close(struct daemon *d); /* NULL is fine */
 
+/* An argument that is a string; NULL: left out. */
+void put_text(struct json_object *o, const char *key, const char *text);
 /* One command; its arguments are given. *ret is owned by the caller (json_object_put()). */
 enum exit_status daemon_call(struct daemon *d, struct json_object **ret, const char *command, struct json_object *args);
 /* The same with string arguments: pairs of key and value, ended by NULL; a pair whose value is NULL is left out. */

@@ -11,12 +11,6 @@
 
 #define IMPORT_MAX (64u << 20) /* bytes of a document: all notes that one VM may have */
 
-static void put_text(struct json_object *o, const char *key, const char *text)
-{
-    if (text)
-        json_object_object_add(o, key, json_object_new_string(text));
-}
-
 static void put_disks(struct json_object *o, const struct args *args)
 {
     struct json_object *disks = json_object_new_array();

@@ -21,12 +21,6 @@ static char *absolute(const char *what)
     return what ? strdup(what) : NULL;
 }
 
-static void put_text(struct json_object *o, const char *key, const char *text)
-{
-    if (text)
-        json_object_object_add(o, key, json_object_new_string(text));
-}
-
 static void put_flag(struct json_object *o, const char *key, bool flag)
 {
     if (flag)

@@ -116,6 +116,12 @@ static void on_answer(struct qmp_call *call, struct json_object *ret, const stru
         d->answer = json_object_get(ret);
 }
 
+void put_text(struct json_object *o, const char *key, const char *text)
+{
+    if (text)
+        (void)json_object_object_add(o, key, json_object_new_string(text));
+}
+
 enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const char *command, ...)
 {
     struct json_object *args = json_object_new_object();
@@ -125,8 +131,7 @@ enum exit_status daemon_ask(struct daemon *d, struct json_object **ret, const ch
     va_start(ap, command);
     while ((key = va_arg(ap, const char *))) {
         value = va_arg(ap, const char *);
-        if (value)
-            (void)json_object_object_add(args, key, json_object_new_string(value));
+        put_text(args, key, value);
     }
     va_end(ap);
     return daemon_call(d, ret, command, args);

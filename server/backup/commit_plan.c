@@ -96,28 +96,15 @@ static bool is_layer(const struct chain *c, const char *node)
     return false;
 }
 
-static struct json_object *graph_node(struct json_object *graph, int64_t id)
-{
-    struct json_object *nodes = qmp_get(graph, "nodes");
-
-    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
-        struct json_object *n = json_object_array_get_idx(nodes, i);
-
-        if (qmp_get_int(n, "id") == id)
-            return n;
-    }
-    return NULL;
-}
-
 const char *chain_job(const struct chain *c, const char *except)
 {
     struct json_object *edges = qmp_get(c->graph, "edges");
 
     for (size_t i = 0; i < qmp_array_length(edges); i++) {
         struct json_object *e = json_object_array_get_idx(edges, i);
-        struct json_object *parent = graph_node(c->graph, qmp_get_int(e, "parent"));
+        struct json_object *parent = graph_node_of_id(c->graph, qmp_get_int(e, "parent"));
         const char *type = qmp_get_string(parent, "type"), *id = qmp_get_string(parent, "name");
-        const char *child = qmp_get_string(graph_node(c->graph, qmp_get_int(e, "child")), "name");
+        const char *child = qmp_get_string(graph_node_of_id(c->graph, qmp_get_int(e, "child")), "name");
 
         if (type && strcmp(type, "block-job") == 0 && id && (!except || strcmp(id, except) != 0) &&
             is_layer(c, graph_see_through(c->named, c->graph, child)))

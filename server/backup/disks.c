@@ -38,7 +38,7 @@ const char *reason_text(enum reason r)
 
 /* -- the graph ----------------------------------------------------------------------------------------------------- */
 
-static struct json_object *graph_node_by(struct json_object *graph, const char *name, int64_t id)
+static struct json_object *graph_driver(struct json_object *graph, const char *name)
 {
     struct json_object *nodes = qmp_get(graph, "nodes");
 
@@ -46,9 +46,20 @@ static struct json_object *graph_node_by(struct json_object *graph, const char *
         struct json_object *n = json_object_array_get_idx(nodes, i);
         const char *type = qmp_get_string(n, "type"), *n_name = qmp_get_string(n, "name");
 
-        if (!type || strcmp(type, "block-driver") != 0 || !n_name)
-            continue;
-        if (name ? strcmp(n_name, name) == 0 : qmp_get_int(n, "id") == id)
+        if (name && n_name && type && strcmp(type, "block-driver") == 0 && strcmp(n_name, name) == 0)
+            return n;
+    }
+    return NULL;
+}
+
+struct json_object *graph_node_of_id(struct json_object *graph, int64_t id)
+{
+    struct json_object *nodes = qmp_get(graph, "nodes");
+
+    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
+        struct json_object *n = json_object_array_get_idx(nodes, i);
+
+        if (qmp_get_int(n, "id") == id)
             return n;
     }
     return NULL;
@@ -56,14 +67,14 @@ static struct json_object *graph_node_by(struct json_object *graph, const char *
 
 const char *graph_child(struct json_object *graph, const char *node, const char *role)
 {
-    struct json_object *parent = graph_node_by(graph, node, 0), *edges = qmp_get(graph, "edges");
+    struct json_object *parent = graph_driver(graph, node), *edges = qmp_get(graph, "edges");
 
     for (size_t i = 0; parent && i < qmp_array_length(edges); i++) {
         struct json_object *e = json_object_array_get_idx(edges, i);
         const char *name = qmp_get_string(e, "name");
 
         if (name && strcmp(name, role) == 0 && qmp_get_int(e, "parent") == qmp_get_int(parent, "id"))
-            return qmp_get_string(graph_node_by(graph, NULL, qmp_get_int(e, "child")), "name");
+            return qmp_get_string(graph_node_of_id(graph, qmp_get_int(e, "child")), "name");
     }
     return NULL;
 }

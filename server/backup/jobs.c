@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/jobs.h"
 
+#include "backup/disks.h"
 #include "backup/names.h"
 #include "qmp/commands.h"
 
@@ -12,19 +13,6 @@
 #define ROLE_BASE "base"
 #define ROLE_SOURCE "source"
 #define ROLE_TARGET "target"
-
-static struct json_object *node_of_id(struct json_object *graph, int64_t id)
-{
-    struct json_object *nodes = qmp_get(graph, "nodes");
-
-    for (size_t i = 0; i < qmp_array_length(nodes); i++) {
-        struct json_object *n = json_object_array_get_idx(nodes, i);
-
-        if (qmp_get_int(n, "id") == id)
-            return n;
-    }
-    return NULL;
-}
 
 static int add_from(struct job *j, const char *node)
 {
@@ -75,7 +63,7 @@ static int parse_job(struct json_object *graph, int64_t id, struct job *j)
     for (size_t i = 0; i < qmp_array_length(edges); i++) {
         struct json_object *e = json_object_array_get_idx(edges, i);
         const char *role = qmp_get_string(e, "name"),
-                   *node = qmp_get_string(node_of_id(graph, qmp_get_int(e, "child")), "name");
+                   *node = qmp_get_string(graph_node_of_id(graph, qmp_get_int(e, "child")), "name");
 
         if (qmp_get_int(e, "parent") == id && role && node && add_edge(j, role, node) < 0)
             return -ENOMEM;
