@@ -11,7 +11,9 @@
 #include <stdbool.h>
 
 #define NAMES_PREFIX "qpull-"
-#define NAMES_ID_SIZE 9          /* eight hex digits and the NUL */
+#define NAMES_ID_SIZE 9 /* eight hex digits and the NUL */
+/* Of the NBD server's fd, whatever the session: only the next daemon can close one that nothing else in QEMU names. */
+#define NAMES_ID_SERVER "00000000"
 #define NAMES_SIZE 32            /* QEMU: a node name is at most 31 bytes (block.c, bdrv_assign_node_name) */
 #define NAMES_MAX_DISKS 999      /* what the longest name still has room for, and a bound for what a sweep believes */
 #define NAMES_CHECKPOINT_MAX 255 /* bytes; qcow2 allows 1023, NBD 4096 with the prefix of the context */

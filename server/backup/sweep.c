@@ -129,7 +129,7 @@ static void next_id(struct sweep *s)
     struct rig_config rig = {
         .loop = s->config.loop,
         .qmp = s->config.qmp,
-        .id = last ? "00000000" : s->found[s->next].id,
+        .id = last ? NAMES_ID_SERVER : s->found[s->next].id,
         .ndisks = last ? 0 : s->found[s->next].ndisks,
         .timeout_ms = s->config.timeout_ms,
         .server_socket = s->config.server_socket,
