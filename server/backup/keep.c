@@ -209,6 +209,17 @@ static void on_graph(struct calls *c, const struct failure *f)
         on_merged(&r->calls, result < 0 ? &next : NULL);
 }
 
+/* Asks QEMU for its bitmaps only where there may be one: asking is dangerous while somebody's job ends (0009). */
+int step_keep_undo(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    bool any = false;
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        any |= s->disks[i].keep_node != NULL;
+    return any ? rig_no_bitmaps(q, f) : SEQ_DONE;
+}
+
 int step_keep(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);

@@ -248,9 +248,24 @@ static bool is_stuck(const struct session *s)
     return s->ask_failure.err == -ETIMEDOUT;
 }
 
+/* A refusal says that it is not there: it stands on a node of ours, of which nobody else knows. */
+static void on_late_bitmap_gone(struct calls *c, const struct failure *f)
+{
+    seq_done(&rig_of_calls(c)->seq, f && f->err != -EREMOTEIO ? f : NULL);
+}
+
 static int late_no_bitmaps(struct seq *q, struct failure *f)
 {
-    return is_stuck(session_of_late(q)) ? SEQ_DONE : rig_no_bitmaps(q, f);
+    struct session *s = session_of_late(q);
+    char access[NAMES_SIZE], late[NAMES_SIZE];
+
+    if (is_stuck(s))
+        return SEQ_DONE;
+    calls_add(&s->late.calls, "block-dirty-bitmap-remove",
+              qmp_args_strings("node", session_view(s, s->asks->disk, access), "name",
+                               names_make(late, s->rig.id, NAMES_LATE, 0), NULL),
+              QMP_NO_FD, 0, NULL);
+    return calls_wait(&s->late.calls, on_late_bitmap_gone, f);
 }
 
 static int late_no_exports(struct seq *q, struct failure *f)
@@ -331,7 +346,7 @@ static void start_late(struct session *s)
 
     s->late_running = true;
     (void)rig_init(&s->late, &config, late_steps, ARRAY_SIZE(late_steps), &late_ops); /* only a timer: cannot fail */
-    s->late.only_export = s->late.only_bitmap = NAMES_LATE;
+    s->late.only_export = NAMES_LATE;
     seq_start(&s->late.seq);
 }
 

@@ -25,7 +25,7 @@ int rig_init(struct rig *r, const struct rig_config *config, const struct seq_st
     (void)snprintf(r->server_address, sizeof(r->server_address), "/proc/self/fd/%d/%s", config->server_dir,
                    config->server_socket);
     r->listen_fd = -1;
-    r->only_export = r->only_bitmap = NAMES_NKINDS;
+    r->only_export = NAMES_NKINDS;
     calls_init(&r->calls, r->qmp, r->timeout_ms);
     return seq_init(&r->seq, r->loop, steps, nsteps, ops);
 }
@@ -225,7 +225,11 @@ static void on_thaw_looked_up(struct calls *c, const struct failure *f)
 
 int rig_thaw(struct seq *s, struct failure *f)
 {
-    return rig_ask_graph(rig_of_seq(s), on_thaw_looked_up, f);
+    struct rig *r = rig_of_seq(s);
+
+    rig_drop_answers(r);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    return calls_wait(&r->calls, on_thaw_looked_up, f);
 }
 
 /* -- devices ------------------------------------------------------------------------------------------------------- */
@@ -423,8 +427,7 @@ static void on_bitmaps(struct calls *c, const struct failure *f)
             const char *name = qmp_get_string(json_object_array_get_idx(bitmaps, k), "name");
             enum names_kind kind;
 
-            if (!is_mine(r, name, &kind) ||
-                (r->only_bitmap == NAMES_NKINDS ? names_is_ours(node_name) : kind != r->only_bitmap))
+            if (!is_mine(r, name, &kind) || names_is_ours(node_name))
                 continue;
             calls_add(&r->calls, "block-dirty-bitmap-remove", qmp_args_strings("node", node_name, "name", name, NULL),
                       QMP_NO_FD, 0, NULL);

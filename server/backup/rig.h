@@ -38,8 +38,8 @@ struct rig {
         SERVER_OURS
     } server;      /* PASSED: not started, but QEMU may hold our socket */
     int listen_fd; /* until QEMU has it */
-    /* Narrows two undo functions to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
-    enum names_kind only_export, only_bitmap;
+    /* Narrows rig_no_exports() to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
+    enum names_kind only_export;
     /* private: of the step function under way */
     struct failure first;
     const enum names_kind *kinds;
@@ -98,7 +98,7 @@ int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes 
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
 int rig_no_fds(struct seq *s, struct failure *f);
-int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours that are left on any node */
+int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours on nodes that are not */
 int rig_no_jobs(struct seq *s, struct failure *f);    /* cancelled unless they have ended, and dismissed */
 
 /* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into

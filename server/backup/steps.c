@@ -525,6 +525,6 @@ const struct seq_step session_steps[] = {
     {"read maps", step_read_maps, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},
-    {"keep checkpoint", NULL, rig_no_bitmaps, step_keep},
+    {"keep checkpoint", NULL, step_keep_undo, step_keep},
 };
 const unsigned session_nsteps = ARRAY_SIZE(session_steps);

@@ -122,6 +122,7 @@ void session_late_idle(struct session *s);
 int step_probe_and_close(struct seq *q, struct failure *f);
 int step_close_sources(struct seq *q, struct failure *f);
 int step_keep(struct seq *q, struct failure *f);
+int step_keep_undo(struct seq *q, struct failure *f);
 /* This disk's checkpoint will not be: the sentence goes to the session's problems. */
 void session_drop_keep(struct session *s, struct session_disk *d, const char *why);
 
