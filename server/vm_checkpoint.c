@@ -504,18 +504,35 @@ int vm_import_start(struct vm *vm, struct vm_change *change, struct json_object 
     return r;
 }
 
+/* The memory of the disks is there under the new name, too: now the notes. */
+static void on_inherited(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning)
+{
+    struct work *w = arg;
+
+    if (warning && w->change)
+        (void)failure_copy(&w->change->warning, warning);
+    if (f)
+        (void)failure_copy(&w->failure, f);
+    if (f || vm_notes_rename(vm, w->name, &w->failure) < 0) {
+        on_noted(&w->wait, NULL);
+        return;
+    }
+    vm_notes_write(vm, &w->wait, on_noted);
+    vm_watch_wake(vm);
+}
+
 int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, struct failure *f)
 {
-    struct work *w = work_new(vm, change, from, NULL, 0);
+    struct work *w;
     int r;
 
-    if (!w)
+    if (vm_notes_may_rename(vm, f) < 0)
+        return f->err;
+    if (!(w = work_new(vm, change, from, NULL, 0)))
         return failure_set(f, -ENOMEM, "out of memory");
     w->notes_only = true;
-    r = vm_notes_rename(vm, from, f);
-    if (r == 0)
-        vm_notes_write(vm, &w->wait, on_noted);
-    else
+    r = vm_inherit_start(vm, from, on_inherited, w);
+    if (r < 0)
         work_drop(w);
-    return r;
+    return r < 0 ? failure_set(f, r, "it cannot be done now: %s", strerror(-r)) : 0;
 }

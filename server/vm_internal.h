@@ -171,7 +171,8 @@ void vm_notes_done(struct vm *vm);
 int vm_notes_add(struct vm *vm, const struct note_spec *spec, struct failure *f);
 void vm_notes_write(struct vm *vm, struct vm_note_wait *wait,
                     void (*cb)(struct vm_note_wait *, const struct failure *));
-int vm_notes_rename(struct vm *vm, const char *from, struct failure *f); /* likewise */
+int vm_notes_may_rename(const struct vm *vm, struct failure *f);         /* -EEXIST: it has notes of its own */
+int vm_notes_rename(struct vm *vm, const char *from, struct failure *f); /* vm_notes_write() comes after it */
 void vm_notes_of_session(struct vm *vm);                                 /* which is down: what it has kept */
 
 /* vm_checkpoint.c */

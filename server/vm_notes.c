@@ -51,11 +51,12 @@ static void on_work(uv_work_t *work)
 {
     struct vm *vm = container_of(work, struct vm, note_work);
 
-    if (vm->note_rename)
-        (void)(notes_rename_vm(vm->state_dir, vm->note_rename, vm->name, &vm->note_failure) < 0 ||
-               notes_load(vm->state_dir, vm->name, &vm->note_renamed, NULL, &vm->note_failure) < 0);
-    else
+    if (!vm->note_rename)
         (void)notes_apply(vm->state_dir, vm->name, &vm->note_batch, &vm->note_failure);
+    else if (notes_rename_vm(vm->state_dir, vm->note_rename, vm->name, &vm->note_failure) == 0 &&
+             notes_load(vm->state_dir, vm->name, &vm->note_renamed, NULL, &vm->note_failure) == 0)
+        (void)lineage_remove(vm->state_dir,
+                             vm->note_rename); /* left there it refuses too much, should the name return */
 }
 
 static void after_work(uv_work_t *work, int status)
@@ -119,11 +120,18 @@ void vm_notes_write(struct vm *vm, struct vm_note_wait *wait, void (*cb)(struct 
     queue_work(vm); /* also where nothing has changed: the answer comes later, always */
 }
 
-int vm_notes_rename(struct vm *vm, const char *from, struct failure *f)
+int vm_notes_may_rename(const struct vm *vm, struct failure *f)
 {
     if (vm->notes->nnotes || vm->note_writing)
         return failure_set(f, -EEXIST, "VM '%s' has notes of its own already (%zu); export, delete and import them",
                            vm->name, vm->notes->nnotes);
+    return 0;
+}
+
+int vm_notes_rename(struct vm *vm, const char *from, struct failure *f)
+{
+    if (vm_notes_may_rename(vm, f) < 0)
+        return f->err;
     vm->note_rename = strdup(from);
     return vm->note_rename ? 0 : failure_set(f, -ENOMEM, "out of memory");
 }

@@ -65,7 +65,7 @@ void vm_watch_done(struct vm *vm)
 
 bool vm_watch_is_busy(const struct vm *vm)
 {
-    return vm->watch.look || vm->watch.saving;
+    return vm->watch.look || vm->watch.saving || vm->watch.heir.from;
 }
 
 /* -- the file ------------------------------------------------------------------------------------------------------ */
@@ -78,8 +78,6 @@ static void save_in_thread(uv_work_t *work)
     (void)lineage_save(vm->state_dir, vm->name, w->text, &w->save_failure);
 }
 
-static void save(struct vm *vm);
-
 static void on_saved(uv_work_t *work, int status)
 {
     struct vm_watch *w = container_of(work, struct vm_watch, save);
@@ -91,12 +89,13 @@ static void on_saved(uv_work_t *work, int status)
         log_warning("VM %s: %s", vm->name, w->save_failure.text);
         lineage_unsaved(w->lineage); /* the next look tries again */
     } else if (!vm->stopping) {
-        save(vm);
+        vm_watch_save(vm);
     }
+    vm_inherit_saved(vm, w->save_failure.err ? &w->save_failure : NULL);
     vm_stop_if_idle(vm);
 }
 
-static void save(struct vm *vm)
+void vm_watch_save(struct vm *vm)
 {
     struct vm_watch *w;
 
@@ -154,7 +153,7 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
         (void)failure_set(&f, -ENOMEM, "out of memory");
     disk_list_free(w->last);
     w->last = disk_list_copy(list); /* NULL: nothing is carried until the next look */
-    save(vm);
+    vm_watch_save(vm);
     cb(vm, list, f.err ? &f : NULL);
 }
 
@@ -628,13 +627,13 @@ void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoin
     else if (lineage_bury(vm->watch.lineage, d, checkpoint) < 0)
         log_warning("VM %s: out of memory: checkpoint '%s' of disk '%s' will be seen again", vm->name, checkpoint,
                     d->name);
-    save(vm);
+    vm_watch_save(vm);
 }
 
 void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint)
 {
     lineage_accept(vm->watch.lineage, disk, checkpoint);
-    save(vm);
+    vm_watch_save(vm);
 }
 
 void vm_accept(struct vm *vm, const char *checkpoint)

@@ -15,6 +15,17 @@
 #include "backup/jobs.h"
 #include "backup/lineage.h"
 
+/* What was remembered under another name of the VM, on its way in (vm_inherit.c). */
+struct vm_heir {
+    uv_work_t work;
+    char *from;             /* owned; NULL: nothing is on its way */
+    struct lineage *old;    /* owned */
+    struct failure failure; /* it could not be read */
+    bool storing;
+    void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning);
+    void *arg;
+};
+
 struct vm_watch {
     struct lineage *lineage; /* owned, or the keeper's: a twin has the same disks */
 
@@ -28,6 +39,7 @@ struct vm_watch {
     bool saving;
     char *text; /* owned */
     struct failure save_failure;
+    struct vm_heir heir;
 
     /* looks of our own, and what comes of them */
     struct qmp_watch job_changed;
@@ -63,6 +75,18 @@ int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *nam
                   void (*cb)(struct vm *vm, struct disk_list *list, const struct failure *f));
 /* Something may have changed: look, now or as soon as possible. */
 void vm_watch_wake(struct vm *vm);
+
+/* Writes the memory if what should be in its file has changed; vm_inherit_saved() is told of the end. */
+void vm_watch_save(struct vm *vm);
+
+/*
+ * The VM was called `from` before: what was remembered then counts. cb comes once, later, when all is stored (f NULL),
+ * perhaps with a warning: the old memory was damaged. The old file stays: lineage_remove(). -EBUSY: not two at once.
+ */
+int vm_inherit_start(struct vm *vm, const char *from,
+                     void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning),
+                     void *arg);
+void vm_inherit_saved(struct vm *vm, const struct failure *f);
 
 /* Whatever comes under that name on any disk is a new checkpoint. */
 void vm_watch_forget(struct vm *vm, const char *checkpoint);
