@@ -7,6 +7,7 @@
 #include "vm_internal.h"
 
 #include "backup/names.h"
+#include "backup/seq.h"
 
 #include <errno.h>
 
@@ -24,6 +25,7 @@ struct work {
     struct disk_list *deleted; /* owned: as it was before */
     struct vm_query query;
     struct calls calls;
+    struct vm_watch_wait remembered;
     struct vm_note_wait wait;
     struct vm_change *change; /* NULL: forgotten */
     char *name;               /* owned: the checkpoint's */
@@ -82,13 +84,32 @@ static void on_noted(struct vm_note_wait *wait, const struct failure *f)
     work_free(w);
 }
 
+static void on_remembered(struct vm_watch_wait *wait, const struct failure *f)
+{
+    struct work *w = container_of(wait, struct work, remembered);
+
+    if (f && w->change)
+        (void)failure_set(&w->change->warning, f->err, "done, but a record that is left may be seen again: %s",
+                          f->text);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+/* Whoever is told that a checkpoint is deleted does not see it again, even if we are killed just then. */
 static void note_it(struct work *w)
 {
+    struct failure f = {0};
+    int r = SEQ_DONE;
+
     if (w->note) {
         w->note(w);
         vm_watch_wake(w->write.vm);
     }
-    vm_notes_write(w->vm, &w->wait, on_noted);
+    if (w->deleted)
+        r = vm_watch_store(w->vm, &w->remembered, on_remembered);
+    if (r < 0)
+        (void)failure_set(&f, r, "%s", strerror(-r));
+    if (r != 0)
+        on_remembered(&w->remembered, f.err ? &f : NULL);
 }
 
 static void on_stored(struct vm_write *write, const struct failure *f)

@@ -95,6 +95,21 @@ static int remember_usable(struct vm_job *job, const struct disk *d)
     return job->usable ? 0 : -ENOMEM;
 }
 
+/* Deleted ones, of which a layer still holds a record. Borrowed from d, the array is the caller's. NULL: out of memory.
+ */
+static const char **list_dead(const struct disk *d, size_t *ret_n)
+{
+    const char **dead = calloc(d->ncheckpoints + 1, sizeof(*dead));
+    size_t n = 0;
+
+    for (size_t i = 0; dead && i < d->ncheckpoints; i++) {
+        if (d->checkpoints[i].reason == REASON_NO_SUCH_CHECKPOINT)
+            dead[n++] = d->checkpoints[i].name;
+    }
+    *ret_n = n;
+    return dead;
+}
+
 static bool is_broken(const struct vm_job *job, const char *checkpoint)
 {
     for (size_t i = 0; i < commit_nresults(job->commit); i++) {
@@ -206,13 +221,15 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
     struct vm_job *job = container_of(q, struct vm_job, query);
     struct vm *vm = job->vm;
     const struct disk *d = disks ? disk_list_find(disks, job->disk) : NULL;
+    _cleanup_free_ const char **dead = NULL;
     struct failure mine = {0};
+    size_t ndead = 0;
 
     if (!f && !d)
         (void)failure_set(&mine, -ENODEV, "VM '%s' has no disk '%s'", vm->name, job->disk);
     else if (!f && job->cancelled)
         (void)failure_set(&mine, -ECANCELED, "the commit was cancelled");
-    else if (!f && remember_usable(job, d) < 0)
+    else if (!f && (remember_usable(job, d) < 0 || !(dead = list_dead(d, &ndead))))
         (void)failure_set(&mine, -ENOMEM, "out of memory");
     else if (!f) {
         struct commit_config config = {
@@ -225,6 +242,8 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
             .active = job->request->active,
             .delete = job->request->delete,
             .force = job->request->force,
+            .dead = dead,
+            .ndead = ndead,
             .timeout_ms = VM_CALL_TIMEOUT_MS,
         };
 

@@ -22,16 +22,9 @@ static void end(struct vm *vm, const struct failure *f)
     vm_stop_if_idle(vm);
 }
 
-void vm_inherit_saved(struct vm *vm, const struct failure *f)
+static void on_stored(struct vm_watch_wait *wait, const struct failure *f)
 {
-    struct vm_watch *w = &vm->watch;
-    struct failure mine = {0};
-
-    if (!w->heir.storing || w->saving)
-        return;
-    if (lineage_is_dirty(w->lineage) && !f)
-        (void)failure_set(&mine, -ECANCELED, "what is remembered of the disks of VM '%s' was not stored", vm->name);
-    end(vm, f ? f : mine.err ? &mine : NULL);
+    end(container_of(wait, struct vm, watch.heir.wait), f);
 }
 
 static void load_in_thread(uv_work_t *work)
@@ -49,15 +42,13 @@ static void on_loaded(uv_work_t *work, int status)
     struct failure f = {0};
     int r = h->old ? lineage_inherit(vm->watch.lineage, h->old) : -ENOMEM;
 
-    if (r < 0) {
+    if (r == 0)
+        r = vm_watch_store(vm, &h->wait, on_stored);
+    if (r < 0)
         (void)failure_set(&f, r, "what is remembered of the disks of VM '%s' cannot be taken over: %s", h->from,
                           r == -ENOMEM ? "out of memory" : "it is too much for one VM");
-        end(vm, &f);
-        return;
-    }
-    h->storing = true;
-    vm_watch_save(vm);
-    vm_inherit_saved(vm, NULL); /* there was nothing to store */
+    if (r != 0)
+        end(vm, r < 0 ? &f : NULL);
 }
 
 int vm_inherit_start(struct vm *vm, const char *from,

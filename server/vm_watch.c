@@ -2,6 +2,7 @@
 #include "vm_internal.h"
 
 #include "backup/names.h"
+#include "backup/seq.h"
 #include "log.h"
 
 #include <errno.h>
@@ -78,24 +79,49 @@ static void save_in_thread(uv_work_t *work)
     (void)lineage_save(vm->state_dir, vm->name, w->text, &w->save_failure);
 }
 
+static void save(struct vm *vm);
+
+/* More may have changed meanwhile: those who wait are told when all is stored, or at once where it cannot be. */
+static void tell_saved(struct vm *vm, const struct failure *f)
+{
+    struct vm_watch *w = &vm->watch;
+    struct vm_watch_wait *waits;
+    struct failure full = {0};
+
+    if (w->saving)
+        return;
+    if (!f && lineage_is_dirty(w->lineage)) {
+        (void)failure_set(&full, -ENOMEM, "out of memory");
+        f = &full;
+    }
+    waits = TAKE_PTR(w->waits);
+    while (waits) {
+        struct vm_watch_wait *wait = waits;
+
+        waits = wait->next;
+        wait->cb(wait, f);
+    }
+}
+
 static void on_saved(uv_work_t *work, int status)
 {
     struct vm_watch *w = container_of(work, struct vm_watch, save);
     struct vm *vm = container_of(w, struct vm, watch);
+    const struct failure f = w->save_failure;
 
     w->saving = false;
     free(TAKE_PTR(w->text));
-    if (w->save_failure.err) {
-        log_warning("VM %s: %s", vm->name, w->save_failure.text);
+    if (f.err) {
+        log_warning("VM %s: %s", vm->name, f.text);
         lineage_unsaved(w->lineage); /* the next look tries again */
-    } else if (!vm->stopping) {
-        vm_watch_save(vm);
+    } else if (!vm->stopping || w->waits) {
+        save(vm);
     }
-    vm_inherit_saved(vm, w->save_failure.err ? &w->save_failure : NULL);
+    tell_saved(vm, f.err ? &f : NULL);
     vm_stop_if_idle(vm);
 }
 
-void vm_watch_save(struct vm *vm)
+static void save(struct vm *vm)
 {
     struct vm_watch *w;
 
@@ -111,6 +137,20 @@ void vm_watch_save(struct vm *vm)
     memset(&w->save_failure, 0, sizeof(w->save_failure));
     lineage_saved(w->lineage);
     w->saving = uv_queue_work(vm->loop, &w->save, save_in_thread, on_saved) == 0;
+}
+
+int vm_watch_store(struct vm *vm, struct vm_watch_wait *wait,
+                   void (*cb)(struct vm_watch_wait *, const struct failure *))
+{
+    struct vm_watch *w = &vm->keeper->watch;
+
+    save(vm);
+    if (!w->saving)
+        return lineage_is_dirty(w->lineage) ? -ENOMEM : SEQ_DONE;
+    wait->cb = cb;
+    wait->next = w->waits;
+    w->waits = wait;
+    return 0;
 }
 
 /* -- a look -------------------------------------------------------------------------------------------------------- */
@@ -153,7 +193,7 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
         (void)failure_set(&f, -ENOMEM, "out of memory");
     disk_list_free(w->last);
     w->last = disk_list_copy(list); /* NULL: nothing is carried until the next look */
-    vm_watch_save(vm);
+    save(vm);
     cb(vm, list, f.err ? &f : NULL);
 }
 
@@ -627,13 +667,13 @@ void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoin
     else if (lineage_bury(vm->watch.lineage, d, checkpoint) < 0)
         log_warning("VM %s: out of memory: checkpoint '%s' of disk '%s' will be seen again", vm->name, checkpoint,
                     d->name);
-    vm_watch_save(vm);
+    save(vm);
 }
 
 void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint)
 {
     lineage_accept(vm->watch.lineage, disk, checkpoint);
-    vm_watch_save(vm);
+    save(vm);
 }
 
 void vm_accept(struct vm *vm, const char *checkpoint)

@@ -15,13 +15,19 @@
 #include "backup/jobs.h"
 #include "backup/lineage.h"
 
+/* Answered once, later, when all that is remembered by now is on disk, or cannot be written. */
+struct vm_watch_wait {
+    void (*cb)(struct vm_watch_wait *w, const struct failure *f);
+    struct vm_watch_wait *next;
+};
+
 /* What was remembered under another name of the VM, on its way in (vm_inherit.c). */
 struct vm_heir {
     uv_work_t work;
     char *from;             /* owned; NULL: nothing is on its way */
     struct lineage *old;    /* owned */
     struct failure failure; /* it could not be read */
-    bool storing;
+    struct vm_watch_wait wait;
     void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning);
     void *arg;
 };
@@ -39,6 +45,7 @@ struct vm_watch {
     bool saving;
     char *text; /* owned */
     struct failure save_failure;
+    struct vm_watch_wait *waits;
     struct vm_heir heir;
 
     /* looks of our own, and what comes of them */
@@ -76,8 +83,9 @@ int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *nam
 /* Something may have changed: look, now or as soon as possible. */
 void vm_watch_wake(struct vm *vm);
 
-/* Writes the memory if what should be in its file has changed; vm_inherit_saved() is told of the end. */
-void vm_watch_save(struct vm *vm);
+/* SEQ_DONE: it is on disk; 0: cb comes when it is. -ENOMEM. */
+int vm_watch_store(struct vm *vm, struct vm_watch_wait *wait,
+                   void (*cb)(struct vm_watch_wait *w, const struct failure *f));
 
 /*
  * The VM was called `from` before: what was remembered then counts. cb comes once, later, when all is stored (f NULL),
@@ -86,7 +94,6 @@ void vm_watch_save(struct vm *vm);
 int vm_inherit_start(struct vm *vm, const char *from,
                      void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning),
                      void *arg);
-void vm_inherit_saved(struct vm *vm, const struct failure *f);
 
 /* Whatever comes under that name on any disk is a new checkpoint. */
 void vm_watch_forget(struct vm *vm, const char *checkpoint);
