@@ -5,6 +5,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -18,6 +19,7 @@ struct control_client {
     bool negotiated; /* qmp_capabilities was said */
     bool reading, closing;
     bool last_words;            /* closes when all is written */
+    bool heard_out;             /* it has shut its writing side: closes when all is answered */
     struct control_call *calls; /* owned */
     size_t ncalls;
     size_t unsent;      /* bytes handed to libuv and not written */
@@ -104,6 +106,12 @@ static void client_close(struct control_client *client)
 /* -- answers ------------------------------------------------------------------------------------------------------- */
 static void update_reading(struct control_client *client);
 
+/* Nothing more comes from it, or goes to it. */
+static bool is_answered(const struct control_client *client)
+{
+    return client->heard_out && client->ncalls == 0 && client->unsent == 0;
+}
+
 static void on_written(uv_write_t *req, int status)
 {
     struct answer *a = container_of(req, struct answer, write);
@@ -111,7 +119,7 @@ static void on_written(uv_write_t *req, int status)
 
     client->unsent -= a->len;
     free(a);
-    if (status < 0 || (client->last_words && client->unsent == 0))
+    if (status < 0 || (client->last_words && client->unsent == 0) || is_answered(client))
         client_close(client);
     else
         update_reading(client);
@@ -375,6 +383,14 @@ static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
     *buf = uv_buf_init(client->input, sizeof client->input);
 }
 
+/* At the end of its input: has the peer closed the socket, or only shut its writing side? (unix(7): POLLHUP) */
+static bool is_gone(const struct control_client *client)
+{
+    struct pollfd p = {.fd = -1};
+
+    return uv_fileno((const uv_handle_t *)&client->pipe, &p.fd) < 0 || poll(&p, 1, 0) < 0 || (p.revents & POLLHUP);
+}
+
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 {
     struct control_client *client = stream->data;
@@ -382,6 +398,14 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 
     if (nread == 0)
         return;
+    if (nread == UV_EOF && !is_gone(client)) {
+        client->heard_out = true; /* `echo … | socat` waits for its answers with its writing side shut */
+        if (is_answered(client))
+            client_close(client);
+        else
+            update_reading(client);
+        return;
+    }
     if (nread < 0) {
         client_close(client);
         return;
@@ -397,7 +421,7 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
  */
 static void update_reading(struct control_client *client)
 {
-    bool wanted = !client->closing && !client->last_words && client->ncalls < CONTROL_CALLS_MAX &&
+    bool wanted = !client->closing && !client->last_words && !client->heard_out && client->ncalls < CONTROL_CALLS_MAX &&
                   client->unsent < CONTROL_UNSENT_PAUSE;
 
     if (client->closing || wanted == client->reading)
@@ -419,6 +443,10 @@ static void on_tick(uv_timer_t *timer)
 
         if (client->closing)
             continue;
+        if (client->heard_out && is_gone(client)) { /* nobody reads: there is nothing to tell by that */
+            client_close(client);
+            continue;
+        }
         if (unsent != client->unsent_seen || unsent == 0) {
             client->unsent_seen = unsent;
             client->progress_ms = now;
