@@ -19,6 +19,7 @@ struct control_client {
     bool negotiated; /* qmp_capabilities was said */
     bool reading, closing;
     bool last_words;            /* closes when all is written */
+    bool doomed;                /* closed at the next tick */
     bool heard_out;             /* it has shut its writing side: closes when all is answered */
     struct control_call *calls; /* owned */
     size_t ncalls;
@@ -125,36 +126,73 @@ static void on_written(uv_write_t *req, int status)
         update_reading(client);
 }
 
+/* -ENOBUFS: the client does not read. Nothing is closed here. */
+static int send_text(struct control_client *client, const char *text, size_t len)
+{
+    struct answer *a;
+    uv_buf_t buf;
+    int r;
+
+    if (client->unsent + len > CONTROL_UNSENT_MAX)
+        return -ENOBUFS;
+    if (!text || !(a = malloc(sizeof *a + len + 2)))
+        return -ENOMEM;
+    memcpy(a->text, text, len);
+    memcpy(a->text + len, "\r\n", 2); /* as QEMU ends a line */
+    a->len = len + 2;
+    a->client = client;
+    if (client->unsent == 0)
+        client->progress_ms = uv_now(client->pipe.loop);
+    buf = uv_buf_init(a->text, (unsigned)a->len);
+    r = uv_write(&a->write, (uv_stream_t *)&client->pipe, &buf, 1, on_written);
+    if (r < 0)
+        free(a);
+    else
+        client->unsent += len + 2;
+    return r;
+}
+
+static void tell_unsent(const struct control_client *client, int r)
+{
+    if (r == -ENOBUFS || r == -ENOMEM)
+        log_warning("control client %llu is closed: %s", (unsigned long long)client->id,
+                    r == -ENOBUFS ? "it does not read its answers" : "out of memory");
+}
+
 /* doc is given. */
 static void send_document(struct control_client *client, struct json_object *doc)
 {
     size_t len = 0;
     const char *text = doc ? json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len) : NULL;
-    struct answer *a = text ? malloc(sizeof *a + len + 2) : NULL;
-    uv_buf_t buf;
+    int r = client->closing ? 0 : send_text(client, text, len);
 
-    if (!client->closing && (!a || client->unsent + len > CONTROL_UNSENT_MAX)) {
-        log_warning("control client %llu is closed: %s", (unsigned long long)client->id,
-                    a ? "it does not read its answers" : "out of memory");
+    if (r < 0) {
+        tell_unsent(client, r);
         client_close(client);
     }
-    if (a && !client->closing) {
-        memcpy(a->text, text, len);
-        memcpy(a->text + len, "\r\n", 2); /* as QEMU ends a line */
-        a->len = len + 2;
-        a->client = client;
-        if (client->unsent == 0)
-            client->progress_ms = uv_now(client->pipe.loop);
-        client->unsent += a->len;
-        buf = uv_buf_init(a->text, (unsigned)a->len);
-        if (uv_write(&a->write, (uv_stream_t *)&client->pipe, &buf, 1, on_written) == 0) {
-            a = NULL;
-        } else {
-            client->unsent -= a->len;
-            client_close(client);
-        }
+    json_object_put(doc);
+}
+
+void control_event(struct control *c, const char *event, struct json_object *data)
+{
+    struct json_object *doc = json_object_new_object(), *timestamp = json_object_new_object();
+    int64_t now_ms = unix_time_ms();
+    const char *text;
+    size_t len = 0;
+
+    json_object_object_add(timestamp, "seconds", json_object_new_int64(now_ms / 1000));
+    json_object_object_add(timestamp, "microseconds", json_object_new_int64(now_ms % 1000 * 1000));
+    json_object_object_add(doc, "timestamp", timestamp);
+    json_object_object_add(doc, "event", json_object_new_string(event));
+    json_object_object_add(doc, "data", data);
+    text = json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len);
+    for (struct control_client *client = c->clients; client; client = client->next) {
+        int r = client->negotiated && !client->closing && !client->doomed ? send_text(client, text, len) : 0;
+
+        if (r < 0)
+            tell_unsent(client, r);
+        client->doomed |= r < 0;
     }
-    free(a);
     json_object_put(doc);
 }
 
@@ -443,7 +481,7 @@ static void on_tick(uv_timer_t *timer)
 
         if (client->closing)
             continue;
-        if (client->heard_out && is_gone(client)) { /* nobody reads: there is nothing to tell by that */
+        if (client->doomed || (client->heard_out && is_gone(client))) {
             client_close(client);
             continue;
         }

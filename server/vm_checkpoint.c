@@ -230,6 +230,24 @@ static int drop_disks(struct work *w, const char *name)
     return r;
 }
 
+/* Told: from which disks. */
+static void tell_deleted(const struct work *w, const char *name)
+{
+    struct json_object *disks = json_object_new_array();
+
+    for (size_t i = 0; i < w->deleted->ndisks; i++) {
+        const struct disk *d = &w->deleted->disks[i];
+        const struct checkpoint *c = disk_checkpoint(d, name);
+
+        if (c && c->reason != REASON_NO_SUCH_CHECKPOINT && is_meant(w, d))
+            json_object_array_add(disks, json_object_new_string(d->name));
+    }
+    if (json_object_array_length(disks))
+        vm_tell_checkpoint(w->vm, "CHECKPOINT_DELETED", name, disks);
+    else
+        json_object_put(disks);
+}
+
 /* The records first, then the note: stopped in between, the note is shown as broken and can be deleted again. */
 static void note_deleted(struct work *w)
 {
@@ -239,6 +257,7 @@ static void note_deleted(struct work *w)
         if (g->ngone < g->nasked)
             continue; /* some are still there: failure says why */
         w->ndone += g->nrecords;
+        tell_deleted(w, g->name);
         for (size_t k = 0; k < w->deleted->ndisks; k++) {
             if (is_meant(w, &w->deleted->disks[k]))
                 vm_watch_deleted(w->vm, &w->deleted->disks[k], g->name);
@@ -419,8 +438,12 @@ static void note_created(struct work *w)
                              .description = w->description,
                              .disks = w->noted,
                              .ndisks = w->nnoted};
+    struct json_object *disks = json_object_new_array();
     struct failure why = {0};
 
+    for (size_t i = 0; i < w->nnoted; i++)
+        json_object_array_add(disks, json_object_new_string(w->noted[i].name));
+    vm_tell_checkpoint(w->vm, "CHECKPOINT_CREATED", w->name, disks);
     if (vm_notes_add(w->vm, &spec, &why) < 0 && w->change)
         (void)failure_set(&w->change->warning, why.err, "done, but it has no note: %s", why.text);
     vm_retire(w->vm);

@@ -19,7 +19,7 @@ struct vm_job {
     char *disk, *top, *base; /* owned */
     char **usable;           /* owned, each too: checkpoints that were usable when it began */
     size_t nusable;
-    bool ended, cancelled;
+    bool ended, cancelled, told;
     struct failure failure, problems;
 };
 
@@ -35,6 +35,19 @@ static void job_free(struct vm_job *job)
     free(job->top);
     free(job->base);
     free(job);
+}
+
+static void tell_status(const struct vm_job *job, const char *status)
+{
+    struct json_object *data;
+
+    if (!job->commit || !job->told)
+        return; /* it has not begun */
+    data = qmp_args_strings("id", commit_job(job->commit), "type", "block-commit", "disk", job->disk, "status", status,
+                            NULL);
+    if (job->failure.err)
+        json_object_object_add(data, "error", json_object_new_string(job->failure.text));
+    vm_tell(job->vm, "JOB_STATUS_CHANGE", data);
 }
 
 bool vm_is_committing(const struct vm *vm)
@@ -63,6 +76,8 @@ void vm_commit_stop(struct vm *vm)
 {
     if (!vm_is_committing(vm))
         return;
+    if (!vm->job->cancelled)
+        tell_status(vm->job, "aborting");
     vm->job->cancelled = true;
     if (vm->job->commit)
         commit_cancel(vm->job->commit);
@@ -171,6 +186,7 @@ static void end(struct vm_job *job, const struct failure *f)
     job->ended = true;
     if (f)
         job->failure = *f;
+    tell_status(job, "concluded");
     answer(job, f);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (job->commit && qmp_client_is_ready(vm->qmp) && !vm->stopping &&
@@ -186,6 +202,8 @@ static void on_started(void *arg)
 
     log_info("VM %s: commit %s of disk \"%s\" begins: '%s' into '%s'", job->vm->name, commit_job(job->commit),
              job->disk, commit_top_node(job->commit), commit_base_node(job->commit));
+    job->told = true;
+    tell_status(job, "running");
     answer(job, NULL);
 }
 

@@ -154,18 +154,25 @@ void vm_notes_of_session(struct vm *vm)
     const struct disk_list *disks = session_disks(vm->session);
     struct note_disk *kept;
     struct note_spec spec = {.name = session_checkpoint(vm->session), .created_ms = session_frozen_at_ms(vm->session)};
+    struct json_object *told;
     struct failure f = {0};
 
     if (!spec.name)
         return;
+    told = json_object_new_array();
     kept = calloc(disks->ndisks + 1, sizeof(*kept));
     for (size_t i = 0; kept && i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
 
-        if (session_kept(vm->session, d->name))
-            kept[spec.ndisks++] = (struct note_disk){.name = d->name, .size = d->size, .node = d->node};
+        if (!session_kept(vm->session, d->name))
+            continue;
+        kept[spec.ndisks++] = (struct note_disk){.name = d->name, .size = d->size, .node = d->node};
+        json_object_array_add(told, json_object_new_string(d->name));
     }
     spec.disks = kept;
+    if (spec.ndisks)
+        vm_tell_checkpoint(vm, "CHECKPOINT_CREATED", spec.name, json_object_get(told));
+    json_object_put(told);
     if (spec.ndisks && vm_notes_add(vm, &spec, &f) < 0)
         log_error("VM %s: checkpoint %s is kept, but without a note: %s", vm->name, spec.name, f.text);
     else if (spec.ndisks)

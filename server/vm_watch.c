@@ -191,6 +191,7 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
     (void)uv_timer_stop(&w->deadline);
     if (lineage_look(w->lineage, list, jobs) < 0)
         (void)failure_set(&f, -ENOMEM, "out of memory");
+    vm_tell_broken(vm, w->last, list);
     disk_list_free(w->last);
     w->last = disk_list_copy(list); /* NULL: nothing is carried until the next look */
     save(vm);
