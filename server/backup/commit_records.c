@@ -370,8 +370,9 @@ static void bury(struct commit *c)
     bool any = false;
 
     for (size_t i = 0; i < c->ndead; i++) {
-        if (!named_bitmap(c->now.layers[c->fresh.base], c->dead[i]))
-            continue;
+        if (!named_bitmap(c->chain.layers[c->plan.base], c->dead[i]) ||
+            !named_bitmap(c->now.layers[c->fresh.base], c->dead[i]))
+            continue; /* what came while the job ran is somebody else's */
         calls_add(&c->rig.calls, "block-dirty-bitmap-remove",
                   qmp_args_strings("node", c->base_node, "name", c->dead[i], NULL), QMP_NO_FD, 0, NULL);
         any = true;
