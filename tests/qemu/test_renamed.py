@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A VM that gets another name: what was done to its disks before is held against its checkpoints under the new name,
 too, wherever qpulld was killed in between."""
+import json
 import os
 import shutil
+import time
 
 import harness
 import nbdpull
 from harness import MIB, Disk
+from qmpclient import Qmp
 from truth import own_copy, replay
 
 OLD, NEW = 'vm', 'new name'
@@ -20,7 +23,7 @@ class Renamed(harness.Case):
 
     def setUp(self):
         self.vm = self.bare(Disk('vda', 8 * MIB))
-        self.daemons = 0
+        self.daemons = self.moved = 0
         first = self.qpulld(self.vm, linger=0)
         self.state = first.state
         for name in ('cleared', 'good'):
@@ -119,6 +122,28 @@ class Renamed(harness.Case):
                 daemon = self.daemon(OLD)
                 self.check(daemon, OLD)
                 daemon.stop()
+
+    def test_killed_at_any_moment_it_refuses_what_is_not_right(self):
+        before = f'{self.folder}/before'
+        shutil.copytree(self.state, before)
+        for _ in range(12):
+            shutil.rmtree(self.state)
+            shutil.copytree(before, self.state)
+            daemon = self.daemon(NEW)
+            control = Qmp(daemon.control)
+            command = {'execute': 'checkpoint-rename-vm', 'arguments': {'vm': NEW, 'from': OLD}}
+            control.sock.sendall(json.dumps(command).encode() + b'\n')
+            time.sleep(harness.rng.random() * 0.015)  # it takes some 6 ms
+            daemon.kill()
+            control.close()
+            moved = not self.there('checkpoints/vm')[0]
+            self.moved += moved
+            daemon = self.daemon(NEW)
+            if not moved:
+                self.rename(daemon)
+            self.check(daemon)
+            daemon.stop()
+        print(f'({self.moved} of 12 had moved)', end=' ')
 
     def test_the_notes_do_not_move_before_the_memory_is_stored_nor_the_memory_go_before_the_notes_have_moved(self):
         for block in (NEW_MEMORY, 'checkpoints/new%20name'):
