@@ -191,8 +191,7 @@ void qmp_action_bitmap_add(struct json_object *args, struct qmp_bitmap b, uint64
     put_action(args, "block-dirty-bitmap-add", qmp_args_bitmap_add(b, granularity, persistent, disabled));
 }
 
-void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources,
-                             size_t nsources)
+struct json_object *qmp_args_bitmap_merge(struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources)
 {
     struct json_object *data = qmp_args_strings("node", target.node, "target", target.name, NULL);
     struct json_object *list = json_object_new_array();
@@ -200,7 +199,13 @@ void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target,
     for (size_t i = 0; i < nsources; i++)
         (void)json_object_array_add(list, qmp_args_strings("node", sources[i].node, "name", sources[i].name, NULL));
     put(data, "bitmaps", list);
-    put_action(args, "block-dirty-bitmap-merge", data);
+    return data;
+}
+
+void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target, const struct qmp_bitmap *sources,
+                             size_t nsources)
+{
+    put_action(args, "block-dirty-bitmap-merge", qmp_args_bitmap_merge(target, sources, nsources));
 }
 
 void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b)

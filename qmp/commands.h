@@ -48,6 +48,7 @@ void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target,
 void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b);
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
 struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
+struct json_object *qmp_args_bitmap_merge(struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources);
 
 /* speed: bytes a second, 0: as fast as it goes. The job stays when it has ended, until it is dismissed. */
 struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,

@@ -18,6 +18,8 @@
 #define DEPTH_BELOW 2
 #define DEPTH_TOP 1 /* allocated in the top layer (QEMU, docs/interop/nbd.txt) */
 
+#define LATE_TIMEOUT_MS 5000u /* a command while our connections stand: a stuck QEMU may wait for them */
+
 struct map_job {
     struct session *session; /* borrowed */
     unsigned disk;
@@ -156,33 +158,50 @@ static struct session *session_of_late(struct seq *q)
     return container_of(rig_of_seq(q), struct session, late);
 }
 
+/* The record of what the guest wrote since the freeze. A transaction drains: writes in flight are in it before it is
+ * read. */
+static void merge_written(struct session *s, unsigned disk, struct qmp_bitmap target)
+{
+    struct json_object *args = qmp_args_transaction();
+    char cbw[NAMES_SIZE], written[NAMES_SIZE];
+    struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, disk),
+                                names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
+
+    qmp_action_bitmap_add(args, target, COPY_CLUSTER, false, true);
+    qmp_action_bitmap_merge(args, target, &source, 1);
+    calls_add(&s->late.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+}
+
+/*
+ * The freeze has drained, so the layers' records have all from before it; without a transaction, since somebody may run
+ * a block job by now (see 0009 on drains).
+ */
+static void merge_since(struct session *s, const struct session_ask *a, struct qmp_bitmap target)
+{
+    const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
+
+    calls_add(&s->late.calls, "block-dirty-bitmap-add",
+              qmp_args_bitmap_add(target, c ? c->granularity : 0, false, true), QMP_NO_FD, 0, NULL);
+    for (size_t l = 0; c && l < c->nlayers; l++) {
+        struct qmp_bitmap source = {c->layers[l].node, c->name};
+
+        if (c->layers[l].merge)
+            calls_add(&s->late.calls, "block-dirty-bitmap-merge", qmp_args_bitmap_merge(target, &source, 1), QMP_NO_FD,
+                      0, NULL);
+    }
+}
+
 static int late_merge_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
     const struct session_ask *a = s->asks;
-    struct json_object *args =
-        qmp_args_transaction(); /* it drains: writes in flight are in the record before it is read */
-    char access[NAMES_SIZE], late[NAMES_SIZE], cbw[NAMES_SIZE], written[NAMES_SIZE];
+    char access[NAMES_SIZE], late[NAMES_SIZE];
     struct qmp_bitmap target = {session_view(s, a->disk, access), names_make(late, s->rig.id, NAMES_LATE, 0)};
 
-    if (a->since) {
-        const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
-
-        qmp_action_bitmap_add(args, target, c ? c->granularity : 0, false, true);
-        for (size_t l = 0; c && l < c->nlayers; l++) {
-            struct qmp_bitmap source = {c->layers[l].node, c->name};
-
-            if (c->layers[l].merge)
-                qmp_action_bitmap_merge(args, target, &source, 1);
-        }
-    } else {
-        struct qmp_bitmap source = {names_make(cbw, s->rig.id, NAMES_CBW, a->disk),
-                                    names_make(written, s->rig.id, NAMES_WRITTEN, 0)};
-
-        qmp_action_bitmap_add(args, target, COPY_CLUSTER, false, true);
-        qmp_action_bitmap_merge(args, target, &source, 1);
-    }
-    calls_add(&s->late.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    if (a->since)
+        merge_since(s, a, target);
+    else
+        merge_written(s, a->disk, target);
     return rig_wait(&s->late, f);
 }
 
@@ -220,9 +239,28 @@ static int late_read_up(struct seq *q, struct failure *f)
     return source_nbd_map(s->rig.loop, &config, context, on_late_map, s, &s->late_reading);
 }
 
+/*
+ * A QEMU that does not answer may wait, in a drain, for our own connections: they close before anything else, and what
+ * the walk has made is undone with all else of the session.
+ */
+static bool is_stuck(const struct session *s)
+{
+    return s->ask_failure.err == -ETIMEDOUT;
+}
+
+static int late_no_bitmaps(struct seq *q, struct failure *f)
+{
+    return is_stuck(session_of_late(q)) ? SEQ_DONE : rig_no_bitmaps(q, f);
+}
+
+static int late_no_exports(struct seq *q, struct failure *f)
+{
+    return is_stuck(session_of_late(q)) ? SEQ_DONE : rig_no_exports(q, f);
+}
+
 static const struct seq_step late_steps[] = {
-    {"merge the record", late_merge_up, rig_no_bitmaps, NULL},
-    {"add an export for the map", late_export_up, rig_no_exports, NULL},
+    {"merge the record", late_merge_up, late_no_bitmaps, NULL},
+    {"add an export for the map", late_export_up, late_no_exports, NULL},
     {"read the map", late_read_up, NULL, NULL},
 };
 
@@ -247,9 +285,11 @@ static void on_late_end(struct seq *q, const struct failure *problems)
 
     rig_done(&s->late);
     s->late_running = false;
-    memset(&s->ask_failure, 0, sizeof(s->ask_failure));
     if (problems->err)
         (void)failure_copy(&s->problems, problems);
+    if (is_stuck(s) && s->status == SESSION_UP)
+        session_fail(s, &f);
+    memset(&s->ask_failure, 0, sizeof(s->ask_failure));
     if (!f.err && !map)
         (void)failure_set(&f, -ECANCELED, "the session ends");
     if (!f.err && a->since) {
@@ -284,7 +324,7 @@ static void start_late(struct session *s)
         .qmp = s->rig.qmp,
         .id = s->rig.id,
         .ndisks = s->rig.ndisks,
-        .timeout_ms = s->rig.timeout_ms,
+        .timeout_ms = MIN(s->rig.timeout_ms, LATE_TIMEOUT_MS),
         .server_socket = s->rig.server_socket,
         .server_dir = s->rig.server_dir,
     };

@@ -5,13 +5,18 @@
  */
 #include "backup/rig.h"
 #include "qmp/commands.h"
+#include "source/nbd.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+/* QEMU greets at once unless its main loop is stuck; then nothing of it can be undone now anyway. */
+#define KNOCK_TIMEOUT_MS 5000u
 
 static int make_address(const struct rig *r, struct sockaddr_un *sa)
 {
@@ -95,58 +100,106 @@ int rig_server_up(struct seq *s, struct failure *f)
     return rig_work(rig_of_seq(s), make_listener, after_listener, f);
 }
 
-/* Whether somebody, and that can only be QEMU, still holds our listening socket. */
-static bool is_held(const struct rig *r)
+static bool has_file(const struct rig *r)
 {
-    struct sockaddr_un sa;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    bool held = false;
+    struct stat st;
 
-    if (fd >= 0 && make_address(r, &sa) == 0)
-        held = connect(fd, (struct sockaddr *)&sa, sizeof(sa)) == 0 || errno == EAGAIN;
-    if (fd >= 0)
-        (void)close(fd);
-    return held;
+    return fstatat(r->server_dir, r->server_socket, &st, AT_SYMLINK_NOFOLLOW) == 0;
+}
+
+static void absent(struct rig *r)
+{
+    r->server = SERVER_ABSENT;
+    (void)unlinkat(r->server_dir, r->server_socket, 0);
+    seq_done(&r->seq, NULL);
+}
+
+/*
+ * Asks whether somebody, and that can only be QEMU, still holds our listening socket; cb is told -ECONNREFUSED if not.
+ * It asks for an export that QEMU has not, so that the connection is over at both ends before cb: one that QEMU still
+ * meant to negotiate with would be the guest's end at the next nbd-server-stop (see source/upstream.c).
+ */
+static int knock(struct rig *r, source_nbd_open_cb cb, struct failure *f)
+{
+    char name[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = r->server_address,
+        .export_name = names_make(name, r->id, NAMES_SERVER, 0),
+        .timeout_ms = KNOCK_TIMEOUT_MS,
+    };
+    int err = source_nbd_open(r->loop, &config, NULL, cb, r, NULL);
+
+    return err < 0 ? failure_set(f, err, "cannot ask whether QEMU's NBD server is there: %s", strerror(-err)) : 0;
+}
+
+static bool is_held(struct source *opened, const struct failure *f)
+{
+    if (opened)
+        source_close(opened, NULL, NULL);
+    return !f || f->err != -ECONNREFUSED;
+}
+
+static void on_knocked_last(void *arg, struct source *opened, const struct failure *f)
+{
+    struct rig *r = arg;
+
+    if (is_held(opened, f))
+        seq_done(&r->seq, &r->first);
+    else
+        absent(r); /* it was not running any more */
 }
 
 static void on_stopped(struct calls *c, const struct failure *f)
 {
     struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
 
-    if (f && f->err == -EREMOTEIO && !is_held(r))
-        f = NULL; /* it was not running any more */
-    if (!f) {
-        r->server = SERVER_ABSENT;
-        (void)unlinkat(r->server_dir, r->server_socket, 0);
+    if (!f || (f->err == -EREMOTEIO && !has_file(r))) {
+        absent(r);
+        return;
     }
-    seq_done(&r->seq, f);
+    r->first = *f;
+    if (f->err != -EREMOTEIO)
+        seq_done(&r->seq, f);
+    else if (knock(r, on_knocked_last, &next) < 0)
+        seq_done(&r->seq, &next);
+}
+
+static int stop(struct rig *r, struct failure *f)
+{
+    calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
+    return calls_wait(&r->calls, on_stopped, f);
+}
+
+static void on_knocked(void *arg, struct source *opened, const struct failure *f)
+{
+    struct rig *r = arg;
+    struct failure next = {0};
+
+    if (!is_held(opened, f)) {
+        absent(r);
+        return;
+    }
+    if (r->server == SERVER_PASSED)
+        (void)failure_set(&next, -EBUSY, "QEMU has not closed our socket");
+    else if (f && f->err == -ETIMEDOUT)
+        (void)failure_set(&next, -ETIMEDOUT, "QEMU does not answer on the socket of its NBD server");
+    else if (stop(r, &next) == 0)
+        return;
+    seq_done(&r->seq, &next);
 }
 
 static void on_fd_closed(struct calls *c, const struct failure *f)
 {
     struct rig *r = rig_of_calls(c);
     struct failure next = {0};
-    int result;
 
     /* A refusal of closefd says that QEMU has no such descriptor left, which is what we want. */
-    if (f && f->err != -EREMOTEIO) {
+    if (f && f->err != -EREMOTEIO)
         seq_done(&r->seq, f);
-        return;
-    }
-    if (!is_held(r)) {
-        r->server = SERVER_ABSENT;
-        (void)unlinkat(r->server_dir, r->server_socket, 0);
-        seq_done(&r->seq, NULL);
-        return;
-    }
-    if (r->server == SERVER_PASSED) {
-        (void)failure_set(&next, -EBUSY, "QEMU has not closed our socket%s%s", f ? ": " : "", f ? f->text : "");
-        seq_done(&r->seq, &next);
-        return;
-    }
-    calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
-    result = calls_wait(&r->calls, on_stopped, &next);
-    if (result < 0)
+    else if (!has_file(r))
+        absent(r);
+    else if (knock(r, on_knocked, &next) < 0)
         seq_done(&r->seq, &next);
 }
 
@@ -157,10 +210,8 @@ int rig_server_down(struct seq *s, struct failure *f)
 
     if (r->server == SERVER_ABSENT)
         return SEQ_DONE;
-    if (r->server == SERVER_OURS) {
-        calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
-        return calls_wait(&r->calls, on_stopped, f);
-    }
+    if (r->server == SERVER_OURS)
+        return stop(r, f);
     calls_add(&r->calls, "closefd", qmp_args_strings("fdname", names_make(name, r->id, NAMES_SERVER, 0), NULL),
               QMP_NO_FD, 0, NULL);
     return calls_wait(&r->calls, on_fd_closed, f);

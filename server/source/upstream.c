@@ -2,11 +2,19 @@
 #include "source/upstream.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define UPSTREAM_TIMEOUT_MS 30000u /* where the configuration has 0 */
+
+/*
+ * Our last word is the end of our stream; then QEMU closes its end, at once unless it is stuck. We wait for that, since
+ * QEMU before 8.2 that is told to stop its NBD server while a client negotiates (although that client is gone, but the
+ * main loop has not been there yet) waits for it without ever looking at its socket: the guest stands still for good.
+ */
+#define FAREWELL_MS 2000u
 
 /* A unix listener whose backlog is full says EAGAIN at once and gives no sign when there is room again (unix(7)). */
 #define CONNECT_RETRY_MS 20u
@@ -56,18 +64,54 @@ static void close_handle(uv_handle_t *handle)
     uv_close(handle, on_handle_closed);
 }
 
-/* Lets go of the socket, in every state. */
+static void close_timers(struct upstream *u)
+{
+    close_handle((uv_handle_t *)&u->deadline);
+    close_handle((uv_handle_t *)&u->kick);
+}
+
+/* The socket is nobody's any more. */
+static void let_go(struct upstream *u)
+{
+    (void)uv_timer_stop(&u->deadline); /* never fails */
+    close_handle((uv_handle_t *)&u->poll);
+    (void)close(u->fd); /* a socket has nothing to lose here */
+    u->fd = -1;
+    if (u->state == UPSTREAM_CLOSED)
+        close_timers(u);
+}
+
+static void on_farewell_late(uv_timer_t *deadline)
+{
+    let_go(deadline->data);
+}
+
+/* Replies that were under way are read and dropped: QEMU must not wait for us to take them. */
+static void on_farewell(uv_poll_t *poll, int status, int events)
+{
+    struct upstream *u = poll->data;
+    char dropped[4096];
+    ssize_t n = status < 0 ? 0 : recv(u->fd, dropped, sizeof(dropped), 0);
+
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        let_go(u);
+}
+
+/*
+ * Ends libnbd's part, in every state, and begins the farewell where there is a socket. Without NBD_CMD_DISC: QEMU takes
+ * end of file for the same, and nbd_aio_disconnect() of libnbd 1.14.2 reads memory that it has freed (valgrind).
+ */
 static void disconnect(struct upstream *u)
 {
     (void)uv_timer_stop(&u->deadline); /* never fails */
     (void)uv_timer_stop(&u->kick);     /* never fails */
     u->events = 0;
-    if (u->fd >= 0) {
-        close_handle((uv_handle_t *)&u->poll);
-        (void)close(u->fd); /* a socket has nothing to lose here */
-        u->fd = -1;
-    }
     nbd_close(TAKE_PTR(u->nbd)); /* NULL is fine; commands in flight are forgotten */
+    if (u->fd < 0)
+        return;
+    (void)shutdown(u->fd, SHUT_WR);                          /* fails where the server was faster */
+    (void)uv_poll_start(&u->poll, UV_READABLE, on_farewell); /* fails only for a handle that is closing */
+    (void)uv_timer_start(&u->deadline, on_farewell_late, FAREWELL_MS, /* repeat= */ 0);
 }
 
 static void fall(struct upstream *u)
@@ -312,12 +356,11 @@ void upstream_kick(struct upstream *u)
 
 void upstream_close(struct upstream *u)
 {
-    /*
-     * Without NBD_CMD_DISC: QEMU takes end of file for the same, and nbd_aio_disconnect() of libnbd 1.14.2 reads memory
-     * that it has freed (valgrind).
-     */
+    bool down = u->state == UPSTREAM_DOWN;
+
     set_state(u, UPSTREAM_CLOSED);
-    disconnect(u);
-    close_handle((uv_handle_t *)&u->deadline);
-    close_handle((uv_handle_t *)&u->kick);
+    if (!down)
+        disconnect(u);
+    if (u->fd < 0)
+        close_timers(u);
 }

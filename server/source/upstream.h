@@ -23,9 +23,9 @@ struct upstream_ops {
     void (*up)(struct upstream *u);
     /* Completion callbacks may have come. Those run inside libnbd and must not call it: they note, this acts. */
     void (*moved)(struct upstream *u);
-    /* Once: no connection, or none any more. The socket is closed already and completion callbacks come no more. */
+    /* Once: no connection, or none any more. libnbd is gone already and completion callbacks come no more. */
     void (*down)(struct upstream *u, const struct failure *why);
-    /* After upstream_close(): the last touch. */
+    /* After upstream_close(), when the server has closed its end, too, or takes longer than is good: the last touch. */
     void (*closed)(struct upstream *u);
     /* upstream_now() when the oldest command without its reply was issued; UPSTREAM_IDLE if all are answered. */
     uint64_t (*oldest)(const struct upstream *u);
@@ -38,8 +38,8 @@ enum upstream_state {
     UPSTREAM_CONNECT,   /* no socket yet; the kick timer tries, or tells that it cannot be: -> HANDSHAKE, DOWN */
     UPSTREAM_HANDSHAKE, /* libnbd negotiates: -> UP, DOWN */
     UPSTREAM_UP,        /* commands may be issued: -> DOWN */
-    UPSTREAM_DOWN,      /* ops->down was called; socket and libnbd handle are gone */
-    UPSTREAM_CLOSED,    /* upstream_close() was called, from any state; ops->closed comes when the loop lets go */
+    UPSTREAM_DOWN,   /* ops->down was called; the libnbd handle is gone, the socket's farewell is under way or over */
+    UPSTREAM_CLOSED, /* upstream_close() was called, from any state; ops->closed comes when all handles are closed */
 };
 
 struct upstream {
@@ -49,11 +49,11 @@ struct upstream {
     uv_loop_t *loop;
     /*
      * A duplicate of libnbd's socket, owned: libnbd closes its own as soon as it sees the connection die, and a closed
-     * number that the loop still polls could meanwhile belong to somebody else.
+     * number that the loop still polls could meanwhile belong to somebody else. It outlives libnbd's for the farewell.
      */
     int fd;
-    uv_poll_t poll;
-    int events; /* what poll waits for, 0: it is stopped */
+    uv_poll_t poll; /* of fd: exists as long as fd >= 0 */
+    int events;     /* what poll waits for, 0: it is stopped */
     uv_timer_t deadline;
     /* All of upstream_now(). */
     uint64_t started_ms;  /* when deadline was last started from rest */

@@ -17,7 +17,6 @@ import harness
 import nbdpull
 from harness import MIB
 from qmpclient import Qmp, QmpError
-from truth import own_export
 
 SECTOR = 512
 CLUSTERS = (512, 4096, 16384, 65536, 65536, 262144)
@@ -271,11 +270,6 @@ class World:
         said = self.vm.hmp(f'qemu-io -d {self.paths[disk.name]} "{words}"')
         if said.strip():
             raise Found('guest', f'{disk.name}: {words}: {said.strip()}')
-
-    def look_at(self, disk, at, length):
-        """What a guest reads there; while there is no session."""
-        with own_export(self.vm, disk.top.node) as h:
-            return h.pread(length, at)
 
     def place(self, disk, r):
         """A range that often begins or ends at some unit's edge, sometimes at the disk's end."""

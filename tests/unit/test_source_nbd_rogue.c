@@ -24,7 +24,13 @@ enum crime {
     READ_STRANGER, /* a reply to a request that nobody made */
     READ_GARBAGE,
     READ_TOO_MUCH, /* more bytes than were asked for */
+    /* farewell */
+    HANGS_UP_LATE, /* not a crime, a sign of work */
+    HANGS_UP_NEVER,
 };
+
+#define LATE_MS 150u
+#define FAREWELL_MAX_MS 4000u /* far more than source/upstream.c waits for, far less than for ever */
 
 /* -- the server: a child process that blocks and trusts ------------------------------------------------------------ */
 
@@ -167,6 +173,10 @@ static void commit(int fd, enum crime crime, uint64_t cookie, uint64_t offset, u
     case READ_TOO_MUCH:
         put_data(fd, cookie, offset, length + 512);
         break;
+    case HANGS_UP_LATE:
+    case HANGS_UP_NEVER:
+        put_data(fd, cookie, offset, length);
+        break;
     }
 }
 
@@ -184,6 +194,12 @@ static void rogue_child(int listener, enum crime crime)
         uint64_t cookie, offset;
         uint32_t length;
 
+        if (crime >= HANGS_UP_LATE && recv(fd, request, 1, MSG_PEEK) == 0) {
+            while (crime == HANGS_UP_NEVER)
+                (void)pause();
+            (void)usleep(LATE_MS * 1000);
+            _exit(0);
+        }
         get(fd, request, sizeof(request));
         memcpy(&cookie, request + 8, sizeof(cookie));
         memcpy(&offset, request + 16, sizeof(offset));
@@ -301,6 +317,35 @@ static void a_read_with_too_many_bytes_never_overruns_the_buffer(void **state)
     expect_reads_to_fail(*state, READ_TOO_MUCH);
 }
 
+/* -- farewell ------------------------------------------------------------------------------------------------------ */
+
+/* Returns the milliseconds from the close to its callback. */
+static unsigned time_to_close(struct rig *rig, enum crime crime)
+{
+    uint64_t start;
+
+    start_rogue(rig, crime);
+    expect_open(rig);
+    start = uv_hrtime();
+    source_close(TAKE_PTR(rig->source), on_close, rig);
+    loop_until(&rig->loop, rig->nclosed);
+    return (unsigned)((uv_hrtime() - start) / 1000000);
+}
+
+static void a_close_is_told_when_the_server_has_hung_up_too(void **state)
+{
+    unsigned ms = time_to_close(*state, HANGS_UP_LATE);
+
+    assert_in_range(ms, LATE_MS - 10, FAREWELL_MAX_MS);
+}
+
+static void a_server_that_never_hangs_up_is_waited_for_only_so_long(void **state)
+{
+    unsigned ms = time_to_close(*state, HANGS_UP_NEVER);
+
+    assert_in_range(ms, LATE_MS, FAREWELL_MAX_MS);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -314,6 +359,8 @@ int main(void)
         TEST(a_reply_that_nobody_asked_for_loses_the_source),
         TEST(garbage_instead_of_a_reply_loses_the_source),
         TEST(a_read_with_too_many_bytes_never_overruns_the_buffer),
+        TEST(a_close_is_told_when_the_server_has_hung_up_too),
+        TEST(a_server_that_never_hangs_up_is_waited_for_only_so_long),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
