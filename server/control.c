@@ -5,6 +5,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -18,6 +19,8 @@ struct control_client {
     bool negotiated; /* qmp_capabilities was said */
     bool reading, closing;
     bool last_words;            /* closes when all is written */
+    bool doomed;                /* closed at the next tick */
+    bool heard_out;             /* it has shut its writing side: closes when all is answered */
     struct control_call *calls; /* owned */
     size_t ncalls;
     size_t unsent;      /* bytes handed to libuv and not written */
@@ -104,6 +107,12 @@ static void client_close(struct control_client *client)
 /* -- answers ------------------------------------------------------------------------------------------------------- */
 static void update_reading(struct control_client *client);
 
+/* Nothing more comes from it, or goes to it. */
+static bool is_answered(const struct control_client *client)
+{
+    return client->heard_out && client->ncalls == 0 && client->unsent == 0;
+}
+
 static void on_written(uv_write_t *req, int status)
 {
     struct answer *a = container_of(req, struct answer, write);
@@ -111,10 +120,43 @@ static void on_written(uv_write_t *req, int status)
 
     client->unsent -= a->len;
     free(a);
-    if (status < 0 || (client->last_words && client->unsent == 0))
+    if (status < 0 || (client->last_words && client->unsent == 0) || is_answered(client))
         client_close(client);
     else
         update_reading(client);
+}
+
+/* -ENOBUFS: the client does not read. Nothing is closed here. */
+static int send_text(struct control_client *client, const char *text, size_t len)
+{
+    struct answer *a;
+    uv_buf_t buf;
+    int r;
+
+    if (client->unsent + len > CONTROL_UNSENT_MAX)
+        return -ENOBUFS;
+    if (!text || !(a = malloc(sizeof *a + len + 2)))
+        return -ENOMEM;
+    memcpy(a->text, text, len);
+    memcpy(a->text + len, "\r\n", 2); /* as QEMU ends a line */
+    a->len = len + 2;
+    a->client = client;
+    if (client->unsent == 0)
+        client->progress_ms = uv_now(client->pipe.loop);
+    buf = uv_buf_init(a->text, (unsigned)a->len);
+    r = uv_write(&a->write, (uv_stream_t *)&client->pipe, &buf, 1, on_written);
+    if (r < 0)
+        free(a);
+    else
+        client->unsent += len + 2;
+    return r;
+}
+
+static void tell_unsent(const struct control_client *client, int r)
+{
+    if (r == -ENOBUFS || r == -ENOMEM)
+        log_warning("control client %llu is closed: %s", (unsigned long long)client->id,
+                    r == -ENOBUFS ? "it does not read its answers" : "out of memory");
 }
 
 /* doc is given. */
@@ -122,31 +164,35 @@ static void send_document(struct control_client *client, struct json_object *doc
 {
     size_t len = 0;
     const char *text = doc ? json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len) : NULL;
-    struct answer *a = text ? malloc(sizeof *a + len + 2) : NULL;
-    uv_buf_t buf;
+    int r = client->closing ? 0 : send_text(client, text, len);
 
-    if (!client->closing && (!a || client->unsent + len > CONTROL_UNSENT_MAX)) {
-        log_warning("control client %llu is closed: %s", (unsigned long long)client->id,
-                    a ? "it does not read its answers" : "out of memory");
+    if (r < 0) {
+        tell_unsent(client, r);
         client_close(client);
     }
-    if (a && !client->closing) {
-        memcpy(a->text, text, len);
-        memcpy(a->text + len, "\r\n", 2); /* as QEMU ends a line */
-        a->len = len + 2;
-        a->client = client;
-        if (client->unsent == 0)
-            client->progress_ms = uv_now(client->pipe.loop);
-        client->unsent += a->len;
-        buf = uv_buf_init(a->text, (unsigned)a->len);
-        if (uv_write(&a->write, (uv_stream_t *)&client->pipe, &buf, 1, on_written) == 0) {
-            a = NULL;
-        } else {
-            client->unsent -= a->len;
-            client_close(client);
-        }
+    json_object_put(doc);
+}
+
+void control_event(struct control *c, const char *event, struct json_object *data)
+{
+    struct json_object *doc = json_object_new_object(), *timestamp = json_object_new_object();
+    int64_t now_ms = unix_time_ms();
+    const char *text;
+    size_t len = 0;
+
+    json_object_object_add(timestamp, "seconds", json_object_new_int64(now_ms / 1000));
+    json_object_object_add(timestamp, "microseconds", json_object_new_int64(now_ms % 1000 * 1000));
+    json_object_object_add(doc, "timestamp", timestamp);
+    json_object_object_add(doc, "event", json_object_new_string(event));
+    json_object_object_add(doc, "data", data);
+    text = json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len);
+    for (struct control_client *client = c->clients; client; client = client->next) {
+        int r = client->negotiated && !client->closing && !client->doomed ? send_text(client, text, len) : 0;
+
+        if (r < 0)
+            tell_unsent(client, r);
+        client->doomed |= r < 0;
     }
-    free(a);
     json_object_put(doc);
 }
 
@@ -375,6 +421,14 @@ static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
     *buf = uv_buf_init(client->input, sizeof client->input);
 }
 
+/* At the end of its input: has the peer closed the socket, or only shut its writing side? (unix(7): POLLHUP) */
+static bool is_gone(const struct control_client *client)
+{
+    struct pollfd p = {.fd = -1};
+
+    return uv_fileno((const uv_handle_t *)&client->pipe, &p.fd) < 0 || poll(&p, 1, 0) < 0 || (p.revents & POLLHUP);
+}
+
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 {
     struct control_client *client = stream->data;
@@ -382,6 +436,14 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 
     if (nread == 0)
         return;
+    if (nread == UV_EOF && !is_gone(client)) {
+        client->heard_out = true; /* `echo … | socat` waits for its answers with its writing side shut */
+        if (is_answered(client))
+            client_close(client);
+        else
+            update_reading(client);
+        return;
+    }
     if (nread < 0) {
         client_close(client);
         return;
@@ -397,7 +459,7 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
  */
 static void update_reading(struct control_client *client)
 {
-    bool wanted = !client->closing && !client->last_words && client->ncalls < CONTROL_CALLS_MAX &&
+    bool wanted = !client->closing && !client->last_words && !client->heard_out && client->ncalls < CONTROL_CALLS_MAX &&
                   client->unsent < CONTROL_UNSENT_PAUSE;
 
     if (client->closing || wanted == client->reading)
@@ -419,6 +481,10 @@ static void on_tick(uv_timer_t *timer)
 
         if (client->closing)
             continue;
+        if (client->doomed || (client->heard_out && is_gone(client))) {
+            client_close(client);
+            continue;
+        }
         if (unsent != client->unsent_seen || unsent == 0) {
             client->unsent_seen = unsent;
             client->progress_ms = now;

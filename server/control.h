@@ -1,8 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * control: the daemon's control socket. It speaks QMP's wire form (greeting, "execute", "return", "error"), so that
- * qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves are
- * in control_commands.c.
+ * control: the daemon's control socket. It speaks QMP's wire form (greeting, "execute", "return", "error", "event"), so
+ * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves
+ * are in control_commands.c.
+ *
+ * Events, to every client that has negotiated; "data" has the VM as "vm", and
+ *   CHECKPOINT_CREATED  "name", "disks"                     on these disks: at once, or when a pull has ended well
+ *   CHECKPOINT_DELETED  "name", "disks"                     from these disks
+ *   CHECKPOINT_BROKEN   "name", "disk", "reason", "text"    a look has found that it cannot be used any more
+ *   JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded" ("error": why)
  *
  * Loop thread only. Owned by the server until control_close().
  */
@@ -11,9 +17,14 @@
 
 #include "server.h"
 
+#include <json-c/json.h>
+
 struct control;
 
 int control_open(struct server *server, const char *path, struct control **ret_control, struct failure *f);
+
+/* Tells all clients; data is given. A client that takes nothing is closed later: nobody is called back from here. */
+void control_event(struct control *c, const char *event, struct json_object *data);
 
 /* Removes the socket, lets the clients go and frees the control; cb comes later, as the last touch. */
 void control_close(struct control *c, void (*cb)(void *arg), void *arg);

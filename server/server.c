@@ -41,6 +41,16 @@ struct server {
 };
 
 /* -- start --------------------------------------------------------------------------------------------------------- */
+static void on_event(void *arg, const char *event, struct json_object *data)
+{
+    struct server *s = arg;
+
+    if (s->control)
+        control_event(s->control, event, data);
+    else
+        json_object_put(data);
+}
+
 static int add_vm(struct server *s, const struct config_vm *from, struct failure *f)
 {
     _cleanup_free_ struct vm_rename *renames = calloc(from->nrenames + 1, sizeof *renames);
@@ -58,6 +68,8 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
+        .on_event = on_event,
+        .event_arg = s,
     };
     int r;
 

@@ -46,6 +46,8 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
+    vm->on_event = c->on_event;
+    vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);
     vm->qmp_path = c->qmp_path ? strdup(c->qmp_path) : NULL;
     vm->scratch_dir = strdup(c->scratch_dir);

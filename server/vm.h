@@ -36,6 +36,9 @@ struct vm_config {
     size_t nimages;
     const char *storage_daemon; /* borrowed for life */
     struct vm *twin_of;         /* private to vm: whose images these are */
+    /* Something has changed that clients of the control socket are told (control.h); data is given. NULL: nobody is. */
+    void (*on_event)(void *arg, const char *event, struct json_object *data);
+    void *event_arg;
 };
 
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);

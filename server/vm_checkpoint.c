@@ -7,6 +7,7 @@
 #include "vm_internal.h"
 
 #include "backup/names.h"
+#include "backup/seq.h"
 
 #include <errno.h>
 
@@ -24,6 +25,7 @@ struct work {
     struct disk_list *deleted; /* owned: as it was before */
     struct vm_query query;
     struct calls calls;
+    struct vm_watch_wait remembered;
     struct vm_note_wait wait;
     struct vm_change *change; /* NULL: forgotten */
     char *name;               /* owned: the checkpoint's */
@@ -82,13 +84,32 @@ static void on_noted(struct vm_note_wait *wait, const struct failure *f)
     work_free(w);
 }
 
+static void on_remembered(struct vm_watch_wait *wait, const struct failure *f)
+{
+    struct work *w = container_of(wait, struct work, remembered);
+
+    if (f && w->change)
+        (void)failure_set(&w->change->warning, f->err, "done, but a record that is left may be seen again: %s",
+                          f->text);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+/* Whoever is told that a checkpoint is deleted does not see it again, even if we are killed just then. */
 static void note_it(struct work *w)
 {
+    struct failure f = {0};
+    int r = SEQ_DONE;
+
     if (w->note) {
         w->note(w);
         vm_watch_wake(w->write.vm);
     }
-    vm_notes_write(w->vm, &w->wait, on_noted);
+    if (w->deleted)
+        r = vm_watch_store(w->vm, &w->remembered, on_remembered);
+    if (r < 0)
+        (void)failure_set(&f, r, "%s", strerror(-r));
+    if (r != 0)
+        on_remembered(&w->remembered, f.err ? &f : NULL);
 }
 
 static void on_stored(struct vm_write *write, const struct failure *f)
@@ -209,6 +230,24 @@ static int drop_disks(struct work *w, const char *name)
     return r;
 }
 
+/* Told: from which disks. */
+static void tell_deleted(const struct work *w, const char *name)
+{
+    struct json_object *disks = json_object_new_array();
+
+    for (size_t i = 0; i < w->deleted->ndisks; i++) {
+        const struct disk *d = &w->deleted->disks[i];
+        const struct checkpoint *c = disk_checkpoint(d, name);
+
+        if (c && c->reason != REASON_NO_SUCH_CHECKPOINT && is_meant(w, d))
+            json_object_array_add(disks, json_object_new_string(d->name));
+    }
+    if (json_object_array_length(disks))
+        vm_tell_checkpoint(w->vm, "CHECKPOINT_DELETED", name, disks);
+    else
+        json_object_put(disks);
+}
+
 /* The records first, then the note: stopped in between, the note is shown as broken and can be deleted again. */
 static void note_deleted(struct work *w)
 {
@@ -218,6 +257,7 @@ static void note_deleted(struct work *w)
         if (g->ngone < g->nasked)
             continue; /* some are still there: failure says why */
         w->ndone += g->nrecords;
+        tell_deleted(w, g->name);
         for (size_t k = 0; k < w->deleted->ndisks; k++) {
             if (is_meant(w, &w->deleted->disks[k]))
                 vm_watch_deleted(w->vm, &w->deleted->disks[k], g->name);
@@ -398,8 +438,12 @@ static void note_created(struct work *w)
                              .description = w->description,
                              .disks = w->noted,
                              .ndisks = w->nnoted};
+    struct json_object *disks = json_object_new_array();
     struct failure why = {0};
 
+    for (size_t i = 0; i < w->nnoted; i++)
+        json_object_array_add(disks, json_object_new_string(w->noted[i].name));
+    vm_tell_checkpoint(w->vm, "CHECKPOINT_CREATED", w->name, disks);
     if (vm_notes_add(w->vm, &spec, &why) < 0 && w->change)
         (void)failure_set(&w->change->warning, why.err, "done, but it has no note: %s", why.text);
     vm_retire(w->vm);
@@ -504,18 +548,35 @@ int vm_import_start(struct vm *vm, struct vm_change *change, struct json_object 
     return r;
 }
 
+/* The memory of the disks is there under the new name, too: now the notes. */
+static void on_inherited(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning)
+{
+    struct work *w = arg;
+
+    if (warning && w->change)
+        (void)failure_copy(&w->change->warning, warning);
+    if (f)
+        (void)failure_copy(&w->failure, f);
+    if (f || vm_notes_rename(vm, w->name, &w->failure) < 0) {
+        on_noted(&w->wait, NULL);
+        return;
+    }
+    vm_notes_write(vm, &w->wait, on_noted);
+    vm_watch_wake(vm);
+}
+
 int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, struct failure *f)
 {
-    struct work *w = work_new(vm, change, from, NULL, 0);
+    struct work *w;
     int r;
 
-    if (!w)
+    if (vm_notes_may_rename(vm, f) < 0)
+        return f->err;
+    if (!(w = work_new(vm, change, from, NULL, 0)))
         return failure_set(f, -ENOMEM, "out of memory");
     w->notes_only = true;
-    r = vm_notes_rename(vm, from, f);
-    if (r == 0)
-        vm_notes_write(vm, &w->wait, on_noted);
-    else
+    r = vm_inherit_start(vm, from, on_inherited, w);
+    if (r < 0)
         work_drop(w);
-    return r;
+    return r < 0 ? failure_set(f, r, "it cannot be done now: %s", strerror(-r)) : 0;
 }

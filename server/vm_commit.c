@@ -19,7 +19,7 @@ struct vm_job {
     char *disk, *top, *base; /* owned */
     char **usable;           /* owned, each too: checkpoints that were usable when it began */
     size_t nusable;
-    bool ended, cancelled;
+    bool ended, cancelled, told;
     struct failure failure, problems;
 };
 
@@ -35,6 +35,19 @@ static void job_free(struct vm_job *job)
     free(job->top);
     free(job->base);
     free(job);
+}
+
+static void tell_status(const struct vm_job *job, const char *status)
+{
+    struct json_object *data;
+
+    if (!job->commit || !job->told)
+        return; /* it has not begun */
+    data = qmp_args_strings("id", commit_job(job->commit), "type", "block-commit", "disk", job->disk, "status", status,
+                            NULL);
+    if (job->failure.err)
+        json_object_object_add(data, "error", json_object_new_string(job->failure.text));
+    vm_tell(job->vm, "JOB_STATUS_CHANGE", data);
 }
 
 bool vm_is_committing(const struct vm *vm)
@@ -63,6 +76,8 @@ void vm_commit_stop(struct vm *vm)
 {
     if (!vm_is_committing(vm))
         return;
+    if (!vm->job->cancelled)
+        tell_status(vm->job, "aborting");
     vm->job->cancelled = true;
     if (vm->job->commit)
         commit_cancel(vm->job->commit);
@@ -93,6 +108,21 @@ static int remember_usable(struct vm_job *job, const struct disk *d)
             return -ENOMEM;
     }
     return job->usable ? 0 : -ENOMEM;
+}
+
+/* Deleted ones, of which a layer still holds a record. Borrowed from d, the array is the caller's. NULL: out of memory.
+ */
+static const char **list_dead(const struct disk *d, size_t *ret_n)
+{
+    const char **dead = calloc(d->ncheckpoints + 1, sizeof(*dead));
+    size_t n = 0;
+
+    for (size_t i = 0; dead && i < d->ncheckpoints; i++) {
+        if (d->checkpoints[i].reason == REASON_NO_SUCH_CHECKPOINT)
+            dead[n++] = d->checkpoints[i].name;
+    }
+    *ret_n = n;
+    return dead;
 }
 
 static bool is_broken(const struct vm_job *job, const char *checkpoint)
@@ -156,6 +186,7 @@ static void end(struct vm_job *job, const struct failure *f)
     job->ended = true;
     if (f)
         job->failure = *f;
+    tell_status(job, "concluded");
     answer(job, f);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
     if (job->commit && qmp_client_is_ready(vm->qmp) && !vm->stopping &&
@@ -171,6 +202,8 @@ static void on_started(void *arg)
 
     log_info("VM %s: commit %s of disk \"%s\" begins: '%s' into '%s'", job->vm->name, commit_job(job->commit),
              job->disk, commit_top_node(job->commit), commit_base_node(job->commit));
+    job->told = true;
+    tell_status(job, "running");
     answer(job, NULL);
 }
 
@@ -206,13 +239,15 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
     struct vm_job *job = container_of(q, struct vm_job, query);
     struct vm *vm = job->vm;
     const struct disk *d = disks ? disk_list_find(disks, job->disk) : NULL;
+    _cleanup_free_ const char **dead = NULL;
     struct failure mine = {0};
+    size_t ndead = 0;
 
     if (!f && !d)
         (void)failure_set(&mine, -ENODEV, "VM '%s' has no disk '%s'", vm->name, job->disk);
     else if (!f && job->cancelled)
         (void)failure_set(&mine, -ECANCELED, "the commit was cancelled");
-    else if (!f && remember_usable(job, d) < 0)
+    else if (!f && (remember_usable(job, d) < 0 || !(dead = list_dead(d, &ndead))))
         (void)failure_set(&mine, -ENOMEM, "out of memory");
     else if (!f) {
         struct commit_config config = {
@@ -225,6 +260,8 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
             .active = job->request->active,
             .delete = job->request->delete,
             .force = job->request->force,
+            .dead = dead,
+            .ndead = ndead,
             .timeout_ms = VM_CALL_TIMEOUT_MS,
         };
 

@@ -50,6 +50,8 @@ struct vm {
     size_t nrenames;
     unsigned linger_ms;
     unsigned keep_checkpoints;
+    void (*on_event)(void *arg, const char *event, struct json_object *data);
+    void *event_arg;
 
     struct qmp_client *qmp;
     enum vm_state state;
@@ -171,8 +173,14 @@ void vm_notes_done(struct vm *vm);
 int vm_notes_add(struct vm *vm, const struct note_spec *spec, struct failure *f);
 void vm_notes_write(struct vm *vm, struct vm_note_wait *wait,
                     void (*cb)(struct vm_note_wait *, const struct failure *));
-int vm_notes_rename(struct vm *vm, const char *from, struct failure *f); /* likewise */
+int vm_notes_may_rename(const struct vm *vm, struct failure *f);         /* -EEXIST: it has notes of its own */
+int vm_notes_rename(struct vm *vm, const char *from, struct failure *f); /* vm_notes_write() comes after it */
 void vm_notes_of_session(struct vm *vm);                                 /* which is down: what it has kept */
+
+/* vm_events.c: data and disks are given. They reach clients later: nothing of ours is called back from here. */
+void vm_tell(struct vm *vm, const char *event, struct json_object *data);
+void vm_tell_checkpoint(struct vm *vm, const char *event, const char *name, struct json_object *disks);
+void vm_tell_broken(struct vm *vm, const struct disk_list *was, const struct disk_list *now);
 
 /* vm_checkpoint.c */
 void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are more than keep_checkpoints */

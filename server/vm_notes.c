@@ -51,11 +51,12 @@ static void on_work(uv_work_t *work)
 {
     struct vm *vm = container_of(work, struct vm, note_work);
 
-    if (vm->note_rename)
-        (void)(notes_rename_vm(vm->state_dir, vm->note_rename, vm->name, &vm->note_failure) < 0 ||
-               notes_load(vm->state_dir, vm->name, &vm->note_renamed, NULL, &vm->note_failure) < 0);
-    else
+    if (!vm->note_rename)
         (void)notes_apply(vm->state_dir, vm->name, &vm->note_batch, &vm->note_failure);
+    else if (notes_rename_vm(vm->state_dir, vm->note_rename, vm->name, &vm->note_failure) == 0 &&
+             notes_load(vm->state_dir, vm->name, &vm->note_renamed, NULL, &vm->note_failure) == 0)
+        (void)lineage_remove(vm->state_dir,
+                             vm->note_rename); /* left there it refuses too much, should the name return */
 }
 
 static void after_work(uv_work_t *work, int status)
@@ -119,11 +120,18 @@ void vm_notes_write(struct vm *vm, struct vm_note_wait *wait, void (*cb)(struct 
     queue_work(vm); /* also where nothing has changed: the answer comes later, always */
 }
 
-int vm_notes_rename(struct vm *vm, const char *from, struct failure *f)
+int vm_notes_may_rename(const struct vm *vm, struct failure *f)
 {
     if (vm->notes->nnotes || vm->note_writing)
         return failure_set(f, -EEXIST, "VM '%s' has notes of its own already (%zu); export, delete and import them",
                            vm->name, vm->notes->nnotes);
+    return 0;
+}
+
+int vm_notes_rename(struct vm *vm, const char *from, struct failure *f)
+{
+    if (vm_notes_may_rename(vm, f) < 0)
+        return f->err;
     vm->note_rename = strdup(from);
     return vm->note_rename ? 0 : failure_set(f, -ENOMEM, "out of memory");
 }
@@ -146,18 +154,25 @@ void vm_notes_of_session(struct vm *vm)
     const struct disk_list *disks = session_disks(vm->session);
     struct note_disk *kept;
     struct note_spec spec = {.name = session_checkpoint(vm->session), .created_ms = session_frozen_at_ms(vm->session)};
+    struct json_object *told;
     struct failure f = {0};
 
     if (!spec.name)
         return;
+    told = json_object_new_array();
     kept = calloc(disks->ndisks + 1, sizeof(*kept));
     for (size_t i = 0; kept && i < disks->ndisks; i++) {
         const struct disk *d = &disks->disks[i];
 
-        if (session_kept(vm->session, d->name))
-            kept[spec.ndisks++] = (struct note_disk){.name = d->name, .size = d->size, .node = d->node};
+        if (!session_kept(vm->session, d->name))
+            continue;
+        kept[spec.ndisks++] = (struct note_disk){.name = d->name, .size = d->size, .node = d->node};
+        json_object_array_add(told, json_object_new_string(d->name));
     }
     spec.disks = kept;
+    if (spec.ndisks)
+        vm_tell_checkpoint(vm, "CHECKPOINT_CREATED", spec.name, json_object_get(told));
+    json_object_put(told);
     if (spec.ndisks && vm_notes_add(vm, &spec, &f) < 0)
         log_error("VM %s: checkpoint %s is kept, but without a note: %s", vm->name, spec.name, f.text);
     else if (spec.ndisks)

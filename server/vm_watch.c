@@ -2,6 +2,7 @@
 #include "vm_internal.h"
 
 #include "backup/names.h"
+#include "backup/seq.h"
 #include "log.h"
 
 #include <errno.h>
@@ -65,7 +66,7 @@ void vm_watch_done(struct vm *vm)
 
 bool vm_watch_is_busy(const struct vm *vm)
 {
-    return vm->watch.look || vm->watch.saving;
+    return vm->watch.look || vm->watch.saving || vm->watch.heir.from;
 }
 
 /* -- the file ------------------------------------------------------------------------------------------------------ */
@@ -80,19 +81,43 @@ static void save_in_thread(uv_work_t *work)
 
 static void save(struct vm *vm);
 
+/* More may have changed meanwhile: those who wait are told when all is stored, or at once where it cannot be. */
+static void tell_saved(struct vm *vm, const struct failure *f)
+{
+    struct vm_watch *w = &vm->watch;
+    struct vm_watch_wait *waits;
+    struct failure full = {0};
+
+    if (w->saving)
+        return;
+    if (!f && lineage_is_dirty(w->lineage)) {
+        (void)failure_set(&full, -ENOMEM, "out of memory");
+        f = &full;
+    }
+    waits = TAKE_PTR(w->waits);
+    while (waits) {
+        struct vm_watch_wait *wait = waits;
+
+        waits = wait->next;
+        wait->cb(wait, f);
+    }
+}
+
 static void on_saved(uv_work_t *work, int status)
 {
     struct vm_watch *w = container_of(work, struct vm_watch, save);
     struct vm *vm = container_of(w, struct vm, watch);
+    const struct failure f = w->save_failure;
 
     w->saving = false;
     free(TAKE_PTR(w->text));
-    if (w->save_failure.err) {
-        log_warning("VM %s: %s", vm->name, w->save_failure.text);
+    if (f.err) {
+        log_warning("VM %s: %s", vm->name, f.text);
         lineage_unsaved(w->lineage); /* the next look tries again */
-    } else if (!vm->stopping) {
+    } else if (!vm->stopping || w->waits) {
         save(vm);
     }
+    tell_saved(vm, f.err ? &f : NULL);
     vm_stop_if_idle(vm);
 }
 
@@ -112,6 +137,20 @@ static void save(struct vm *vm)
     memset(&w->save_failure, 0, sizeof(w->save_failure));
     lineage_saved(w->lineage);
     w->saving = uv_queue_work(vm->loop, &w->save, save_in_thread, on_saved) == 0;
+}
+
+int vm_watch_store(struct vm *vm, struct vm_watch_wait *wait,
+                   void (*cb)(struct vm_watch_wait *, const struct failure *))
+{
+    struct vm_watch *w = &vm->keeper->watch;
+
+    save(vm);
+    if (!w->saving)
+        return lineage_is_dirty(w->lineage) ? -ENOMEM : SEQ_DONE;
+    wait->cb = cb;
+    wait->next = w->waits;
+    w->waits = wait;
+    return 0;
 }
 
 /* -- a look -------------------------------------------------------------------------------------------------------- */
@@ -152,6 +191,7 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
     (void)uv_timer_stop(&w->deadline);
     if (lineage_look(w->lineage, list, jobs) < 0)
         (void)failure_set(&f, -ENOMEM, "out of memory");
+    vm_tell_broken(vm, w->last, list);
     disk_list_free(w->last);
     w->last = disk_list_copy(list); /* NULL: nothing is carried until the next look */
     save(vm);

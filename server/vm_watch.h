@@ -15,6 +15,23 @@
 #include "backup/jobs.h"
 #include "backup/lineage.h"
 
+/* Answered once, later, when all that is remembered by now is on disk, or cannot be written. */
+struct vm_watch_wait {
+    void (*cb)(struct vm_watch_wait *w, const struct failure *f);
+    struct vm_watch_wait *next;
+};
+
+/* What was remembered under another name of the VM, on its way in (vm_inherit.c). */
+struct vm_heir {
+    uv_work_t work;
+    char *from;             /* owned; NULL: nothing is on its way */
+    struct lineage *old;    /* owned */
+    struct failure failure; /* it could not be read */
+    struct vm_watch_wait wait;
+    void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning);
+    void *arg;
+};
+
 struct vm_watch {
     struct lineage *lineage; /* owned, or the keeper's: a twin has the same disks */
 
@@ -28,6 +45,8 @@ struct vm_watch {
     bool saving;
     char *text; /* owned */
     struct failure save_failure;
+    struct vm_watch_wait *waits;
+    struct vm_heir heir;
 
     /* looks of our own, and what comes of them */
     struct qmp_watch job_changed;
@@ -63,6 +82,18 @@ int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *nam
                   void (*cb)(struct vm *vm, struct disk_list *list, const struct failure *f));
 /* Something may have changed: look, now or as soon as possible. */
 void vm_watch_wake(struct vm *vm);
+
+/* SEQ_DONE: it is on disk; 0: cb comes when it is. -ENOMEM. */
+int vm_watch_store(struct vm *vm, struct vm_watch_wait *wait,
+                   void (*cb)(struct vm_watch_wait *w, const struct failure *f));
+
+/*
+ * The VM was called `from` before: what was remembered then counts. cb comes once, later, when all is stored (f NULL),
+ * perhaps with a warning: the old memory was damaged. The old file stays: lineage_remove(). -EBUSY: not two at once.
+ */
+int vm_inherit_start(struct vm *vm, const char *from,
+                     void (*cb)(struct vm *vm, void *arg, const struct failure *f, const struct failure *warning),
+                     void *arg);
 
 /* Whatever comes under that name on any disk is a new checkpoint. */
 void vm_watch_forget(struct vm *vm, const char *checkpoint);

@@ -87,6 +87,8 @@ static int look(struct commit *c, struct failure *f)
 
     if (r < 0 || (r = find_ends(c, &top, &base, f)) < 0)
         return r;
+    c->chain.dead = (const char *const *)c->dead;
+    c->chain.ndead = c->ndead;
     job = chain_job(&c->chain, NULL);
     if (job)
         return failure_set(f, -EBUSY, "block job '%s' works on this disk; try again when it has ended", job);
@@ -399,6 +401,9 @@ void commit_free(struct commit *c)
         free(c->results[i].checkpoint);
     for (size_t i = 0; i < c->nmade; i++)
         free(c->made[i]);
+    for (size_t i = 0; i < c->ndead; i++)
+        free(c->dead[i]);
+    free(c->dead);
     commit_files_done(c);
     commit_plan_done(&c->plan);
     commit_plan_done(&c->fresh);
@@ -426,6 +431,12 @@ static int copy_config(struct commit *c, const struct commit_config *config)
     c->active = config->active;
     c->delete = config->delete;
     c->force = config->force;
+    if (!(c->dead = calloc(config->ndead + 1, sizeof(*c->dead))))
+        return -ENOMEM;
+    for (; c->ndead < config->ndead; c->ndead++) {
+        if (!(c->dead[c->ndead] = strdup(config->dead[c->ndead])))
+            return -ENOMEM;
+    }
     return c->node && !config->top == !c->top && !config->base == !c->base ? 0 : -ENOMEM;
 }
 

@@ -35,9 +35,12 @@ struct commit_config {
     const char *node;       /* the disk's root node */
     const char *top, *base; /* node or file names; NULL: the live image, and the deepest (shallow: the one below top) */
     bool shallow;
-    bool active;         /* must be said exactly when top is the live image: the guest goes on in base */
-    bool delete;         /* the merged images' files, when all is done */
-    bool force;          /* checkpoints may be lost where base keeps no bitmaps */
+    bool active; /* must be said exactly when top is the live image: the guest goes on in base */
+    bool delete; /* the merged images' files, when all is done */
+    bool force;  /* checkpoints may be lost where base keeps no bitmaps */
+    /* Checkpoints that were deleted: what layers hold of them goes with the layer, and out of base. */
+    const char *const *dead;
+    size_t ndead;
     unsigned timeout_ms; /* of one QMP command */
 };
 

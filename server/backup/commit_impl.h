@@ -25,6 +25,8 @@ struct commit {
     void *arg;
     char *node, *top, *base; /* owned: as configured */
     bool shallow, active, delete, force;
+    size_t ndead;
+    char **dead; /* owned: deleted checkpoints */
 
     /* what the look has found */
     struct chain chain;

@@ -151,7 +151,16 @@ static int add_record(struct commit_plan *p, const char *name)
     return 0;
 }
 
-/* Every name that some layer holds as a checkpoint's: persistent, and not ours. */
+static bool is_dead(const struct chain *c, const char *name)
+{
+    for (size_t i = 0; i < c->ndead; i++) {
+        if (strcmp(c->dead[i], name) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Every name that some layer holds as a checkpoint's: persistent, not ours, and not the rest of a deleted one. */
 static int collect_names(struct commit_plan *p, const struct chain *c, struct failure *f)
 {
     for (size_t i = 0; i < c->nlayers; i++) {
@@ -161,7 +170,7 @@ static int collect_names(struct commit_plan *p, const struct chain *c, struct fa
             struct json_object *b = json_object_array_get_idx(bitmaps, k);
             const char *name = qmp_get_string(b, "name");
 
-            if (!name || names_is_ours(name) || !qmp_get_bool(b, "persistent"))
+            if (!name || names_is_ours(name) || !qmp_get_bool(b, "persistent") || is_dead(c, name))
                 continue;
             if (i >= p->top && i <= p->base && qmp_get_bool(b, "busy"))
                 return failure_set(f, -EBUSY,

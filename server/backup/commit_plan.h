@@ -17,6 +17,8 @@ struct chain {
     struct json_object *named, *graph; /* owned: counts on the answers */
     size_t nlayers;
     struct json_object *layers[CHAIN_MAX_LAYERS]; /* borrowed from named */
+    const char *const *dead; /* borrowed, set by the owner: checkpoints that were deleted; their records are nobody's */
+    size_t ndead;
 };
 
 /* root: the disk's node, or any node above its live image. Both answers are counted, not taken. -EPROTO, -E2BIG. */

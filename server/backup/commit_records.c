@@ -347,6 +347,42 @@ static void on_verified(struct calls *calls, const struct failure *f)
     next_repair(c);
 }
 
+static void look_again(struct commit *c)
+{
+    struct failure f = {0};
+
+    commit_go_on(c, rig_ask_graph(&c->rig, on_verified, &f), &f);
+}
+
+/* Where QEMU refuses it, it stays what it was: nobody's. */
+static void on_buried(struct calls *calls, const struct failure *f)
+{
+    if (f && !is_refusal(f))
+        rig_step_done(calls, f);
+    else
+        look_again(commit_of_calls(calls));
+}
+
+/* Base can be written now: what it holds of deleted checkpoints goes, before anybody takes it for a record. */
+static void bury(struct commit *c)
+{
+    struct failure f = {0};
+    bool any = false;
+
+    for (size_t i = 0; i < c->ndead; i++) {
+        if (!named_bitmap(c->chain.layers[c->plan.base], c->dead[i]) ||
+            !named_bitmap(c->now.layers[c->fresh.base], c->dead[i]))
+            continue; /* what came while the job ran is somebody else's */
+        calls_add(&c->rig.calls, "block-dirty-bitmap-remove",
+                  qmp_args_strings("node", c->base_node, "name", c->dead[i], NULL), QMP_NO_FD, 0, NULL);
+        any = true;
+    }
+    if (any)
+        commit_go_on(c, calls_wait(&c->rig.calls, on_buried, &f), &f);
+    else
+        look_again(c);
+}
+
 static void next_record(struct commit *c)
 {
     struct failure f = {0};
@@ -360,7 +396,7 @@ static void next_record(struct commit *c)
         commit_go_on(c, calls_wait(&c->rig.calls, on_record, &f), &f);
         return;
     }
-    commit_go_on(c, rig_ask_graph(&c->rig, on_verified, &f), &f);
+    bury(c);
 }
 
 static int make_results(struct commit *c)
@@ -388,6 +424,8 @@ static int plan_anew(struct commit *c, struct failure *f)
     if (r < 0 || (r = chain_find(&c->now, c->top_node, &top, f)) < 0 ||
         (r = chain_find(&c->now, c->base_node, &base, f)) < 0)
         return r;
+    c->now.dead = (const char *const *)c->dead;
+    c->now.ndead = c->ndead;
     if (base <= top || (top == 0) != c->active)
         return failure_set(f, -EPIPE, "the layers of the disk have changed while data were committed");
     if ((r = commit_plan_make(&c->fresh, &c->now, top, base, f)) < 0)

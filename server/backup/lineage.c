@@ -591,6 +591,56 @@ void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
     }
 }
 
+/*
+ * The older memory of a checkpoint compares with more, so it counts, with the files that it knew below. But what was
+ * found out against it since then, or that it was deleted, only the newer one knows.
+ */
+static int inherit_disk(struct past_disk *d, struct past_disk *old)
+{
+    struct past *pasts = reallocarray(old->pasts, old->npasts + d->npasts + 1, sizeof(*pasts));
+    struct past_disk newer = *d;
+
+    if (!pasts)
+        return -ENOMEM;
+    old->pasts = pasts;
+    for (size_t i = 0; i < newer.npasts; i++) {
+        struct past was, *now = &newer.pasts[i], *older = find_past(old, now->name);
+
+        if (!older) {
+            pasts[old->npasts++] = *now;
+            continue;
+        }
+        was = *older;
+        if (now->cause || now->buried)
+            *older = *now;
+        else
+            was = *now;
+        past_done(&was);
+    }
+    newer.npasts = 0;
+    *d = *old;
+    *old = newer;
+    return 0;
+}
+
+int lineage_inherit(struct lineage *l, struct lineage *old)
+{
+    for (size_t i = 0; i < old->ndisks; i++) {
+        struct past_disk *was = &old->disks[i], *d = find_disk(l, was->name);
+        int r;
+
+        if (d ? d->npasts + was->npasts > LINEAGE_CHECKPOINTS_MAX : l->ndisks >= LINEAGE_DISKS_MAX)
+            return -E2BIG;
+        l->dirty = true;
+        if (!d && !(d = lineage_add_disk(l, was->name)))
+            return -ENOMEM;
+        r = inherit_disk(d, was);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
 const char *lineage_why_lost(const struct lineage *l, const char *disk, const char *checkpoint)
 {
     const struct past *p = find_past(find_disk(l, disk), checkpoint);

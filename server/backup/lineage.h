@@ -64,6 +64,13 @@ int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint
  */
 void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint);
 
+/*
+ * old, emptied here and freed by the caller: what was remembered of the same disks under another name of the VM, before
+ * l began. It counts, and whatever l has found out since then against a checkpoint, too; nothing is forgiven. -E2BIG:
+ * too many for one memory; -ENOMEM. Then part of it may have been taken over, which refuses more and allows nothing.
+ */
+int lineage_inherit(struct lineage *l, struct lineage *old);
+
 /* Why a checkpoint that is remembered is not on that disk any more, one static sentence; NULL: not remembered. */
 const char *lineage_why_lost(const struct lineage *l, const char *disk, const char *checkpoint);
 
@@ -80,5 +87,7 @@ int lineage_decode(const char *text, size_t len, struct lineage **ret_lineage, s
 int lineage_load(int state_dir, const char *vm, struct lineage **ret_lineage, struct failure *f);
 /* The old file or the new one is there, whole, whenever the machine stops. Success has reached the disk. */
 int lineage_save(int state_dir, const char *vm, const char *text, struct failure *f);
+/* None there: success. */
+int lineage_remove(int state_dir, const char *vm);
 
 #endif

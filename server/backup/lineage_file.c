@@ -248,6 +248,18 @@ int lineage_load(int state_dir, const char *vm, struct lineage **ret_lineage, st
     return 0;
 }
 
+int lineage_remove(int state_dir, const char *vm)
+{
+    _cleanup_fd_ int dir = state_open_dir(state_dir, LINEAGE_DIR);
+    char file[NAME_MAX + 1];
+
+    if (dir < 0)
+        return dir == -ENOENT ? 0 : dir;
+    if (unlinkat(dir, state_name(vm, SUFFIX, file), 0) < 0)
+        return errno == ENOENT ? 0 : -errno;
+    return fsync(dir) < 0 ? -errno : 0;
+}
+
 int lineage_save(int state_dir, const char *vm, const char *text, struct failure *f)
 {
     _cleanup_fd_ int dir = -1;

@@ -40,7 +40,8 @@ struct past_root {
     bool fill;        /* whole only with what its own layer has allocated */
 };
 
-#define ROOTS_MAX 4u /* the record as it was found, and what jobs promised */
+/* The record as it was found, and what jobs promised; or the layers in which something is left of a buried one. */
+#define ROOTS_MAX 16u
 
 struct past {
     char *name;    /* owned: the checkpoint */

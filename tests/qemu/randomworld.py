@@ -315,9 +315,6 @@ class World:
         # What is gone may be told as gone: a note about it is left, or a record in a layer that QEMU does not write.
         for key in [k for k, reason in listed.items() if k not in expected and reason == 'NO_SUCH_CHECKPOINT']:
             del listed[key]
-        for disk in self.disks if 'undead' in self.known_trouble else ():
-            for key in [(disk.name, name) for name in disk.husks if (disk.name, name) in listed]:
-                self.stats[f'deleted, and back as {listed.pop(key)}'] += 1
         if set(listed) != expected:
             more = {key: reason for key, reason in listed.items() if key not in expected}
             raise Found('list', f'listed but not there: {more}, '

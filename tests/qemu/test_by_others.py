@@ -419,6 +419,21 @@ class Away(ByOthers):
         self.check(c1='RESIZED')
         self.daemon.stop()
 
+    def test_a_disk_shrunk_and_grown_back_above_the_record_is_right(self):
+        """QEMU zeroes what comes back where a backing file would show through, and that is allocated."""
+        self.write(0, 8 * MIB)
+        self.checkpoint('c1')
+        self.snapshot([])
+        self.some()
+        self.away()
+        for size in (4 * MIB, 8 * MIB):
+            self.vm.look('block_resize', {'node-name': self.disk.node, 'size': size})
+        self.vm.disks['vda'].model.image[4 * MIB:] = bytes(4 * MIB)
+        self.back()
+        changed = self.check()
+        self.assertGreaterEqual(changed['c1'], 4 * MIB)
+        self.daemon.stop()
+
     def test_a_moved_image_is_the_same(self):
         self.checkpoint('c1')
         self.some()

@@ -9,7 +9,7 @@ start_qpulld vm
 wait_idle vm
 commands=('{"execute": "qmp_capabilities", "id": 1}'
     '{"execute": "query-disks", "arguments": {"vm": "vm"}, "id": {"a": 2}}' '{"execute": "nonsense", "id": "x"}')
-talk=$({ printf '%s\n' "${commands[@]}"; sleep 1; } | socat -t 5 - "UNIX-CONNECT:$control")
+talk=$(printf '%s\n' "${commands[@]}" | socat -t 5 - "UNIX-CONNECT:$control") # it shuts its writing side and waits
 expect "$(sed -n 1p <<<"$talk")" '"QMP"' '"qpull"'
 for pattern in '^\{"return": ?\{ ?\}, ?"id": ?1\}' '"vda".*"size": ?4194304.*"a": ?2' 'CommandNotFound.*"id": ?"x"'; do
     expect "$(sed -n '2,$p' <<<"$talk")" "$pattern"

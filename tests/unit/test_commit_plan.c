@@ -210,6 +210,24 @@ static void a_merged_record_says_at_least_what_its_parts_say(void **state)
     chain_done(&c);
 }
 
+static void what_is_left_of_a_deleted_checkpoint_is_no_record(void **state)
+{
+    static const char *const dead[] = {"other", "ck"};
+    struct failure f = {0};
+    struct commit_plan p;
+    struct chain c;
+
+    make_chain(&c, "r b r .R", -1); /* in use or not, usable or not, and whatever base can keep */
+    c.dead = dead;
+    c.ndead = 1;
+    assert_int_equal(commit_plan_make(&p, &c, 0, 3, &f), -EBUSY);
+    c.ndead = ARRAY_SIZE(dead);
+    assert_int_equal(commit_plan_make(&p, &c, 0, 3, &f), 0);
+    assert_null(commit_plan_find(&p, "ck"));
+    commit_plan_done(&p);
+    chain_done(&c);
+}
+
 static void layers_are_found_by_node_and_by_file(void **state)
 {
     struct failure f = {0};
@@ -234,6 +252,7 @@ int main(void)
         cmocka_unit_test(every_spread_of_records_has_its_plan),
         cmocka_unit_test(a_record_in_use_is_waited_for),
         cmocka_unit_test(a_merged_record_says_at_least_what_its_parts_say),
+        cmocka_unit_test(what_is_left_of_a_deleted_checkpoint_is_no_record),
         cmocka_unit_test(layers_are_found_by_node_and_by_file),
     };
 

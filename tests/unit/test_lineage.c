@@ -380,6 +380,96 @@ static void a_buried_record_is_nobodys_until_its_layer_is_gone(void **state)
     expect(NONE, s, {"u", 0});
 }
 
+/* The VM has another name: a new memory begins, which what was remembered up to now becomes part of at inherit(). */
+static struct lineage *rename_vm(struct story *s)
+{
+    struct lineage *old = s->lineage;
+
+    s->lineage = lineage_new();
+    assert_non_null(s->lineage);
+    return old;
+}
+
+static void inherit(struct story *s, struct lineage *old)
+{
+    lineage_saved(s->lineage);
+    assert_int_equal(lineage_inherit(s->lineage, old), 0);
+    assert_true(lineage_is_dirty(s->lineage));
+    lineage_free(old);
+}
+
+static void what_happened_before_the_vm_was_renamed_counts(void **state)
+{
+    struct story *s = *state;
+    struct lineage *old;
+
+    expect(NONE, s, {"t", 5}, {"b", NONE});
+    old = rename_vm(s);
+    expect(NONE, s, {"t", 2}, {"b", NONE}); /* was cleared; nothing tells */
+    inherit(s, old);
+    expect(GAP, s, {"t", 3}, {"b", NONE});
+    lineage_forget(s->lineage, NULL, "c");
+    expect(NONE, s, {"t", 1}, {"b", NONE});
+    old = rename_vm(s);
+    expect(NONE, s, {"t", 1}, {"b:7", NONE}); /* the file below is another one */
+    inherit(s, old);
+    expect(GAP, s, {"t", 1}, {"b:7", NONE});
+    old = rename_vm(s);
+    inherit(s, old); /* no look in between */
+    expect(GAP, s, {"t", 1}, {"b:7", NONE});
+}
+
+static void what_happened_after_the_vm_was_renamed_counts_too(void **state)
+{
+    struct story *s = *state;
+    struct lineage *old;
+
+    expect(NONE, s, {"t", 5}, {"b", NONE});
+    old = rename_vm(s);
+    expect(NONE, s, {"t", 6}, {"b", NONE});
+    expect(GAP, s, {"t", 1}, {"b", NONE});
+    inherit(s, old);
+    expect(GAP, s, {"t", 9}, {"b", NONE});
+    lineage_forget(s->lineage, NULL, "c");
+    expect(NONE, s, {"t", NONE}, {"b", 1});
+    old = rename_vm(s);
+    expect(NONE, s, {"t", NONE}, {"b", 1});
+    assert_int_equal(lineage_bury(s->lineage, &s->last->disks[0], "c"), 0);
+    inherit(s, old);
+    expect(NO_SUCH_CHECKPOINT, s, {"t", NONE}, {"b", 1});
+    old = rename_vm(s);
+    expect(NONE, s, {"t", NONE}, {"b", 1}); /* a new memory sees it again */
+    inherit(s, old);
+    expect(NO_SUCH_CHECKPOINT, s, {"t", NONE}, {"b", 1});
+}
+
+static void a_disk_and_a_checkpoint_of_the_new_name_alone_stay(void **state)
+{
+    struct story *s = *state;
+    struct lineage *old;
+    struct disk_list *l;
+
+    expect(NONE, s, {"b", 5});
+    old = rename_vm(s);
+    for (unsigned i = 0; i < 2; i++) {
+        l = make_list(s, (const struct level[]){{"b", 5}, {NULL, NONE}});
+        if (i == 0)
+            l->disks[0].name[0] = 'w';
+        else
+            l->disks[0].checkpoints[0].name[0] = 'd';
+        assert_int_equal(lineage_look(s->lineage, l, false), 0);
+        disk_list_free(l);
+    }
+    inherit(s, old);
+    expect(NONE, s, {"b", 5});
+    assert_non_null(lineage_why_lost(s->lineage, "vda", "d"));
+    l = make_list(s, (const struct level[]){{"b", 4}, {NULL, NONE}});
+    l->disks[0].name[0] = 'w';
+    assert_int_equal(lineage_look(s->lineage, l, false), 0);
+    assert_int_equal(l->disks[0].checkpoints[0].reason, REASON_GAP);
+    disk_list_free(l);
+}
+
 static void counts_are_written_when_they_grew_by_much(void **state)
 {
     struct story *s = *state;
@@ -503,6 +593,9 @@ int main(void)
         story_test(what_was_removed_on_purpose_may_come_anew),
         story_test(what_is_accepted_is_taken_for_right),
         story_test(a_buried_record_is_nobodys_until_its_layer_is_gone),
+        story_test(what_happened_before_the_vm_was_renamed_counts),
+        story_test(what_happened_after_the_vm_was_renamed_counts_too),
+        story_test(a_disk_and_a_checkpoint_of_the_new_name_alone_stay),
         story_test(counts_are_written_when_they_grew_by_much),
         story_test(of_names_long_gone_the_oldest_are_forgotten),
         story_test(damaged_memory_is_told_and_set_aside),
