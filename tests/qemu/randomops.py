@@ -301,9 +301,9 @@ def resize(w, r):
     disk = r.pick(w.disks, lambda d: d.name)
     size = max(512, disk.size + r.choice((-3000, -700, -1, 1, 300, 5000)) * 512)
     if disk.fmt == 'qcow2' and size < disk.size:
-        # QEMU leaves what a shrink cuts off in the last cluster. It is back when the image grows, be it by a commit
-        # of a larger layer into it: the guest's zeroes turn into old bytes, which is beyond any record of changes.
-        size = max(CLUSTERS[-1], size - size % CLUSTERS[-1])
+        # QEMU leaves what a shrink cuts off in the last cluster and in lower layers. It is back when the image grows or
+        # a job takes short layers away: the guest's zeroes turn into old bytes, which is beyond any record of changes.
+        size = disk.size + 512 if len(disk.layers) > 1 else max(CLUSTERS[-1], size - size % CLUSTERS[-1])
     w.log(f'resize of {disk.name} from {disk.size} to {size}')
     try:
         w.qmp('block_resize', {'node-name': disk.top.node, 'size': size})
