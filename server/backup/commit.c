@@ -6,6 +6,8 @@
  */
 #include "backup/commit_impl.h"
 
+#include "source/nbd.h"
+
 #include <errno.h>
 #include <stdio.h>
 
@@ -22,6 +24,12 @@ void commit_go_on(struct commit *c, int result, const struct failure *f)
 
 /* -- the look ------------------------------------------------------------------------------------------------------ */
 
+/* Nodes of a powered-off VM's images have no names that anybody knows. */
+static const char *name_of(const struct commit *c, size_t layer)
+{
+    return c->still_socket ? chain_file(&c->chain, layer) : chain_node(&c->chain, layer);
+}
+
 static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct failure *f)
 {
     const struct chain *chain = &c->chain;
@@ -30,7 +38,7 @@ static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct
 
     if (chain->nlayers < 2)
         return failure_set(f, -EINVAL, "image '%s' has no backing image: there is nothing to commit into",
-                           chain_node(chain, 0));
+                           name_of(c, 0));
     if (c->top && (r = chain_find(chain, c->top, &top, f)) < 0)
         return r;
     base = c->shallow ? top + 1 : chain->nlayers - 1;
@@ -41,17 +49,23 @@ static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct
                    ? failure_set(f, -EINVAL,
                                  "image '%s' cannot be committed into itself, or into nothing: it has no "
                                  "backing image",
-                                 chain_node(chain, top))
+                                 name_of(c, top))
                    : failure_set(f, -EINVAL, "base '%s' lies above top '%s'; data are committed downwards",
-                                 chain_node(chain, base), chain_node(chain, top));
+                                 name_of(c, base), name_of(c, top));
+    if (top == 0 && !c->active && c->still_socket)
+        return failure_set(
+            f, -EINVAL,
+            "top '%s' is the image that the VM is started with: say --active if it is to be committed, or "
+            "name another --top",
+            name_of(c, 0));
     if (top == 0 && !c->active)
         return failure_set(f, -EINVAL,
                            "top '%s' is the live image: say --active if the guest is to go on in '%s', or name another "
                            "--top",
-                           chain_node(chain, 0), chain_node(chain, base));
+                           name_of(c, 0), name_of(c, base));
     if (top != 0 && c->active)
         return failure_set(f, -EINVAL, "--active is for a commit of the live image '%s', and top is '%s'",
-                           chain_node(chain, 0), chain_node(chain, top));
+                           name_of(c, 0), name_of(c, top));
     *ret_top = top;
     *ret_base = base;
     return 0;
@@ -68,13 +82,13 @@ static int check_losses(const struct commit *c, struct failure *f)
             return failure_set(f, -ENOTSUP,
                                "base '%s' is %s and keeps no bitmaps, checkpoint '%s' would be lost; --force accepts "
                                "that",
-                               c->base_node, qmp_get_string(c->chain.layers[c->plan.base], "drv"), r->name);
+                               name_of(c, c->plan.base), qmp_get_string(c->chain.layers[c->plan.base], "drv"), r->name);
         if (r->needs_store)
             return failure_set(
                 f, -ENOTSUP,
                 "base '%s' keeps no bitmaps, and what an image above top that cannot be written holds of "
                 "checkpoint '%s' would pass for the whole; delete that checkpoint first",
-                c->base_node, r->name);
+                name_of(c, c->plan.base), r->name);
     }
     return 0;
 }
@@ -91,9 +105,8 @@ static int look(struct commit *c, struct failure *f)
     if (job)
         return failure_set(f, -EBUSY, "block job '%s' works on this disk; try again when it has ended", job);
     if (chain_size(&c->chain, base) > chain_size(&c->chain, top))
-        return failure_set(f, -EINVAL, "base '%s' is larger than top '%s' (%llu and %llu bytes)",
-                           chain_node(&c->chain, base), chain_node(&c->chain, top),
-                           (unsigned long long)chain_size(&c->chain, base),
+        return failure_set(f, -EINVAL, "base '%s' is larger than top '%s' (%llu and %llu bytes)", name_of(c, base),
+                           name_of(c, top), (unsigned long long)chain_size(&c->chain, base),
                            (unsigned long long)chain_size(&c->chain, top));
     c->top_node = strdup(chain_node(&c->chain, top));
     c->base_node = strdup(chain_node(&c->chain, base));
@@ -293,15 +306,54 @@ static int on_flushed(struct calls *calls, unsigned index, struct json_object *r
 
 static void after_flush(struct calls *calls, const struct failure *f)
 {
-    rig_step_done(calls, f && f->err == -ENOSYS ? NULL : f); /* a qemu-storage-daemon has no such command */
+    rig_step_done(calls, f && f->err == -ENOSYS ? NULL : f); /* a qemu-storage-daemon that others run */
+}
+
+/* A qemu-storage-daemon has no such command, but an NBD server, which flushes what it exports, also for reading. */
+static int step_export(struct seq *s, struct failure *f)
+{
+    struct commit *c = commit_of_seq(s);
+    char name[NAMES_SIZE];
+
+    if (!c->still_socket || c->active)
+        return SEQ_DONE;
+    names_make(name, c->rig.id, NAMES_EXPORT, 0);
+    calls_add(&c->rig.calls, "block-export-add", qmp_args_export_add(name, c->base_node, name, false, NULL, 0),
+              QMP_NO_FD, 0, NULL);
+    return rig_wait(&c->rig, f);
+}
+
+static int no_export(struct seq *s, struct failure *f)
+{
+    const struct commit *c = commit_of_seq(s);
+
+    return c->still_socket && !c->active && !c->done ? rig_no_exports(s, f) : SEQ_DONE;
+}
+
+static void after_still_flush(void *arg, const struct failure *f)
+{
+    struct commit *c = arg;
+
+    seq_done(&c->rig.seq, f);
 }
 
 static int step_flush(struct seq *s, struct failure *f)
 {
     struct commit *c = commit_of_seq(s);
+    char name[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = c->rig.server_address,
+        .export_name = names_make(name, c->rig.id, NAMES_EXPORT, 0),
+        .timeout_ms = c->rig.timeout_ms,
+    };
+    int r;
 
     if (c->active)
         return SEQ_DONE;
+    if (c->still_socket) {
+        r = source_nbd_flush(c->rig.loop, &config, after_still_flush, c);
+        return r < 0 ? failure_set(f, r, "base cannot be flushed: %s", strerror(-r)) : 0;
+    }
     calls_add(&c->rig.calls, "human-monitor-command", qmp_args_flush(c->base_node), QMP_NO_FD, 0, on_flushed);
     return calls_wait(&c->rig.calls, after_flush, f);
 }
@@ -346,7 +398,9 @@ static const struct seq_step steps[] = {
     {"records that are not needed", NULL, commit_withdraw_before, NULL},
     {"copy", step_copy, NULL, NULL},
     {"records", commit_step_records, NULL, NULL},
+    {"export of base", step_export, no_export, NULL},
     {"flush", step_flush, NULL, NULL},
+    {"no export", no_export, NULL, NULL},
     {"finish", step_finish, NULL, NULL},
     {"dismiss", step_dismiss, NULL, NULL},
     {"check", commit_step_check, NULL, NULL},
@@ -414,6 +468,7 @@ void commit_free(struct commit *c)
     free(c->live_node);
     free(c->top_file);
     free(c->base_file);
+    free(c->still_socket);
     free(c);
 }
 
@@ -426,7 +481,10 @@ static int copy_config(struct commit *c, const struct commit_config *config)
     c->active = config->active;
     c->delete = config->delete;
     c->force = config->force;
-    return c->node && !config->top == !c->top && !config->base == !c->base ? 0 : -ENOMEM;
+    c->still_socket = config->still_socket ? strdup(config->still_socket) : NULL;
+    return c->node && !config->top == !c->top && !config->base == !c->base && !config->still_socket == !c->still_socket
+               ? 0
+               : -ENOMEM;
 }
 
 int commit_start(const struct commit_config *config, const struct commit_ops *ops, void *arg, struct commit **ret,
@@ -455,6 +513,10 @@ int commit_start(const struct commit_config *config, const struct commit_ops *op
     c->ops = ops;
     c->arg = arg;
     r = copy_config(c, config);
+    if (c->still_socket) {
+        rig.server_socket = c->still_socket;
+        rig.server_dir = config->still_dir;
+    }
     if (r == 0)
         r = rig_init(&c->rig, &rig, steps, ARRAY_SIZE(steps), &seq_ops);
     if (r < 0) {
@@ -477,7 +539,7 @@ void commit_cancel(struct commit *c)
 
 bool commit_may_ask(const struct commit *c)
 {
-    return c->done || (c->begun && !c->finishing && !c->failure.err);
+    return c->done ? !commit_has_closed(c) : c->begun && !c->finishing && !c->failure.err;
 }
 
 /* -- for those who ask --------------------------------------------------------------------------------------------- */
@@ -517,6 +579,21 @@ const char *commit_top_node(const struct commit *c)
 const char *commit_top_file(const struct commit *c)
 {
     return c->top_file;
+}
+
+const char *commit_base_name(const struct commit *c)
+{
+    return c->still_socket ? c->base_file : c->base_node;
+}
+
+const char *commit_top_name(const struct commit *c)
+{
+    return c->still_socket ? c->top_file : c->top_node;
+}
+
+bool commit_has_closed(const struct commit *c)
+{
+    return c->done && c->still_socket && c->active;
 }
 
 size_t commit_nresults(const struct commit *c)

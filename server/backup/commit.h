@@ -39,6 +39,12 @@ struct commit_config {
     bool delete;         /* the merged images' files, when all is done */
     bool force;          /* checkpoints may be lost where base keeps no bitmaps */
     unsigned timeout_ms; /* of one QMP command */
+    /*
+     * The images are those of a powered-off VM: a qemu-storage-daemon holds them for reading, and its NBD server
+     * listens at that name in that directory (an O_PATH descriptor). NULL: a running QEMU.
+     */
+    const char *still_socket;
+    int still_dir;
 };
 
 struct commit_ops {
@@ -70,6 +76,10 @@ void commit_progress(const struct commit *c, uint64_t *ret_current, uint64_t *re
 /* Known from on_started on; borrowed. */
 const char *commit_base_node(const struct commit *c), *commit_base_file(const struct commit *c);
 const char *commit_top_node(const struct commit *c), *commit_top_file(const struct commit *c);
+/* For people: the node of a running QEMU, the file of a powered-off VM. */
+const char *commit_base_name(const struct commit *c), *commit_top_name(const struct commit *c);
+/* The node that was asked for is gone, whatever became of it: the images are to be opened anew. */
+bool commit_has_closed(const struct commit *c);
 /* By checkpoint; whole when the commit has ended well, else empty. */
 size_t commit_nresults(const struct commit *c);
 const struct commit_result *commit_result_at(const struct commit *c, size_t i);

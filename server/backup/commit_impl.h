@@ -25,6 +25,7 @@ struct commit {
     void *arg;
     char *node, *top, *base; /* owned: as configured */
     bool shallow, active, delete, force;
+    char *still_socket; /* owned; NULL: a running QEMU */
 
     /* what the look has found */
     struct chain chain;
