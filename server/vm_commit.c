@@ -368,6 +368,8 @@ struct json_object *vm_commit_to_json(const struct vm *vm)
     put_text(o, "top-file", commit_top_file(job->commit));
     put_text(o, "base", commit_base_node(job->commit));
     put_text(o, "base-file", commit_base_file(job->commit));
+    (void)json_object_object_add(o, "powered-off", json_object_new_boolean(job->vm->images != NULL));
+    put_text(o, "emptied", commit_emptied(job->commit));
     put_text(o, "error", job->failure.text);
     put_text(o, "problem", job->problems.text);
     (void)json_object_object_add(o, "checkpoints", results_to_json(job->commit));

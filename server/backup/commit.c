@@ -117,7 +117,7 @@ static int look(struct commit *c, struct failure *f)
         return failure_set(f, -ENOMEM, "out of memory");
     if ((r = commit_plan_make(&c->plan, &c->chain, top, base, f)) < 0 || (r = check_losses(c, f)) < 0)
         return r;
-    return commit_files_note(c, f);
+    return (r = commit_files_note(c, f)) < 0 ? r : commit_live_look(c, f);
 }
 
 static void looked(struct commit *c, const struct failure *f)
@@ -273,7 +273,7 @@ static void job_look(struct commit *c)
 }
 
 /* Events wake, and query-jobs tells: it knows why a job failed, which the events do not. */
-static int wait_for(struct commit *c, const char *status, struct failure *f)
+int commit_wait_for(struct commit *c, const char *status, struct failure *f)
 {
     int r;
 
@@ -290,7 +290,7 @@ static int step_copy(struct seq *s, struct failure *f)
 {
     struct commit *c = commit_of_seq(s);
 
-    return wait_for(c, c->active ? "ready" : "pending", f);
+    return commit_wait_for(c, c->active ? "ready" : "pending", f);
 }
 
 /*
@@ -363,7 +363,7 @@ static void on_let_go(struct calls *calls, const struct failure *f)
     struct commit *c = commit_of_calls(calls);
     struct failure mine = {0};
 
-    if (!f && wait_for(c, "concluded", &mine) < 0)
+    if (!f && commit_wait_for(c, "concluded", &mine) < 0)
         f = &mine;
     if (f)
         rig_step_done(calls, f);
@@ -387,10 +387,45 @@ static int step_dismiss(struct seq *s, struct failure *f)
     return rig_wait(&c->rig, f);
 }
 
+/* -- an empty image, made by a job of the same name ------------------------------------------------------------------
+ */
+
+static void on_formatting(struct calls *calls, const struct failure *f)
+{
+    struct commit *c = commit_of_calls(calls);
+    struct failure mine = {0};
+
+    if (!f && commit_wait_for(c, "concluded", &mine) < 0)
+        f = &mine;
+    if (f)
+        rig_step_done(calls, f);
+}
+
+static int step_format(struct seq *s, struct failure *f)
+{
+    struct commit *c = commit_of_seq(s);
+
+    if (!commit_empties(c))
+        return SEQ_DONE;
+    calls_add(&c->rig.calls, "blockdev-create", TAKE_PTR(c->new_format), QMP_NO_FD, 0, NULL);
+    return calls_wait(&c->rig.calls, on_formatting, f);
+}
+
+static int step_formatted(struct seq *s, struct failure *f)
+{
+    return commit_empties(commit_of_seq(s)) ? step_dismiss(s, f) : SEQ_DONE;
+}
+
 /* -- the table ----------------------------------------------------------------------------------------------------- */
 
 static const struct seq_step steps[] = {
     {"look", step_look, NULL, NULL},
+    /* What can fail of the end is done before the beginning. */
+    {"new image", commit_step_new_file, commit_no_new_file, NULL},
+    {"open new image", commit_step_new_node, commit_no_new_node, NULL},
+    {"format new image", step_format, rig_no_jobs, NULL},
+    {"new image is made", step_formatted, NULL, NULL},
+    {"close new image", commit_no_new_node, NULL, NULL},
     {"records that are not needed", NULL, commit_withdraw_after, NULL},
     {"records before the job", commit_step_open, rig_no_jobs, NULL},
     {"job", step_job, rig_no_jobs, NULL},
@@ -404,6 +439,7 @@ static const struct seq_step steps[] = {
     {"finish", step_finish, NULL, NULL},
     {"dismiss", step_dismiss, NULL, NULL},
     {"check", commit_step_check, NULL, NULL},
+    {"replace", commit_step_replace, NULL, NULL},
     {"close", commit_step_close, NULL, NULL},
     {"delete", commit_step_delete, NULL, NULL},
 };
@@ -454,6 +490,7 @@ void commit_free(struct commit *c)
     for (size_t i = 0; i < c->nmade; i++)
         free(c->made[i]);
     commit_files_done(c);
+    commit_live_done(c);
     commit_plan_done(&c->plan);
     commit_plan_done(&c->fresh);
     chain_done(&c->chain);
@@ -593,7 +630,7 @@ const char *commit_top_name(const struct commit *c)
 
 bool commit_has_closed(const struct commit *c)
 {
-    return c->done && c->still_socket && c->active;
+    return c->done && commit_is_live(c);
 }
 
 size_t commit_nresults(const struct commit *c)
