@@ -1,34 +1,107 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # ctest: timeout 600
-"""Block commits in the images of a VM that is powered off: the disk and every incremental stay right, then and when the
-VM runs again."""
+"""Block commits in the images of a VM that is powered off: the disk and every incremental are right then, and when the VM
+runs again."""
+import json
+import os
+import re
+import select
+import signal
+
 import harness
+import nbdpull
 from commits import OfflineLayers
+from harness import MIB
+from offline import content, io, records, storage_daemons
+from qmpclient import QmpError
 
 LAYERS = 4  # the one that the VM is started with included
+ROUNDS = int(os.environ.get('QPULL_TEST_ROUNDS', 2))
+STEPS = 16
+SLOW = 20000  # bytes a second
+
+
+def info(path):
+    return json.loads(harness.run(['qemu-img', 'info', '--output=json', path]).stdout)
 
 
 class OfflineCommit(OfflineLayers):
     def every_spread(self, top, base, *flags):
-        """Layers are counted from below."""
+        """Layers are counted from below; flags are --delete, --shallow or nothing."""
         self.begin()
         self.build(LAYERS)
         self.power_off()
         self.serve()
         self.check(self.names, 'before')
-        words = ['--active'] if top == LAYERS - 1 else ['--top', self.files[top]]
-        done = self.commit(*words, '--base', self.files[base], *flags)
-        print(done.stdout)
+        live, old = top == LAYERS - 1, list(self.files)
+        words = ['--active'] if live else ['--top', self.files[top]]
+        if '--shallow' not in flags:
+            words += ['--base', self.files[base]]
+        done = self.commit(*words, *flags)
+        self.assertIn(f"committed '{self.files[top]}' into '{self.files[base]}'", done.stdout)
         self.assertNotIn('broken', self.states().values())
         self.wait_closed(self.daemon)
+        keeps = live and '--delete' not in flags  # the VM's image goes on, empty
+        del self.files[base + 1:top + (0 if keeps else 1)]
+        self.assertSame(content(self.files[-1]), self.disk.model.image, 'the disk')
+        self.check_images()
+        self.assertEqual({f for f in old if not os.path.exists(f)},
+                         set(old[base + 1:top + 1]) if '--delete' in flags else set())
+        self.assertEqual(len(self.chain(self.files[-1])), len(self.files))
+        if keeps:
+            self.assertIn(f'{old[-1]} is an empty image', done.stdout)
+            self.assertEqual(self.allocated(old[-1]), 0)
+        elif live:
+            self.assertIn(f'--image vm/vda={self.files[-1]}', done.stdout)
+            self.daemon.stop()
+            self.serve()
         self.check(self.names, f'{top} into {base}')
+        self.goes_on(f'{top} into {base}')
+
+    def goes_on(self, what):
+        """With the same memory of the disk: on, off, and on again."""
+        for turn in range(2):
+            self.power_on()
+            self.await_turn()
+            self.check(self.names, f'{what}, on {turn}')
+            self.work()
+            self.check(self.names, f'{what}, on {turn} and after work')
+            self.power_off()
+            self.await_turn()
+            self.check(self.names, f'{what}, off {turn}')
+        self.check_images()
+        self.daemon.stop()
+
+    @staticmethod
+    def chain(path):
+        return json.loads(harness.run(['qemu-img', 'info', '--backing-chain', '--output=json', path]).stdout)
+
+    @staticmethod
+    def allocated(path):
+        runs = json.loads(harness.run(['qemu-img', 'map', '--output=json', path]).stdout)
+        return sum(r['length'] for r in runs if r['depth'] == 0 and (r['data'] or r['zero'] and r['present']))
+
+    def test_top_layer_into_the_one_below(self):
+        self.every_spread(3, 2, '--shallow')
+
+    def test_top_layer_into_the_second_below(self):
+        self.every_spread(3, 1)
+
+    def test_top_layer_into_the_deepest(self):
+        self.every_spread(3, 0, '--delete')
+
+    def test_top_layer_into_the_one_below_and_deleted(self):
+        self.every_spread(3, 2, '--delete')
 
     def test_second_layer_into_the_one_below(self):
-        self.every_spread(2, 1)
+        self.every_spread(2, 1, '--shallow', '--delete')
 
-    def test_active(self):
-        self.every_spread(3, 1)
+    def test_second_layer_into_the_deepest(self):
+        self.every_spread(2, 0, '--delete')
+
+    def test_third_layer_into_the_deepest(self):
+        self.every_spread(1, 0)
 
 
 if __name__ == '__main__':
