@@ -453,6 +453,13 @@ static void on_failed(struct seq *s, const struct failure *why)
 {
     struct commit *c = commit_of_seq(s);
 
+    /* The one lock that the job needs besides what is held already. */
+    if (!c->done && c->still_socket && c->base_file && strstr(why->text, "\"write\" lock"))
+        (void)failure_set(
+            &c->failure, -EBUSY,
+            "base '%s' is in use by another process, which reads it (a qemu-img, another backup, a VM with "
+            "an image of its own over it?); try again when that has ended; %s",
+            c->base_file, why->text);
     /* What fails after the graph has changed does not undo it. */
     (void)failure_copy(c->done ? &c->problems : &c->failure, why);
 }
