@@ -165,6 +165,7 @@ class OfflineLayers(Layers, offline.OfflineCase):
         self.is_off = True
 
     def power_on(self, path=None):
+        self.rest()
         self.is_off = False
         self.boot(path or self.files[-1])
 

@@ -5,25 +5,14 @@
 runs again."""
 import json
 import os
-import re
-import select
-import signal
 
 import harness
-import nbdpull
 from commits import OfflineLayers
-from harness import MIB
-from offline import content, io, records, storage_daemons
-from qmpclient import QmpError
+from offline import content
 
 LAYERS = 4  # the one that the VM is started with included
 ROUNDS = int(os.environ.get('QPULL_TEST_ROUNDS', 2))
-STEPS = 16
-SLOW = 20000  # bytes a second
-
-
-def info(path):
-    return json.loads(harness.run(['qemu-img', 'info', '--output=json', path]).stdout)
+STEPS = 24
 
 
 class OfflineCommit(OfflineLayers):
@@ -102,6 +91,72 @@ class OfflineCommit(OfflineLayers):
 
     def test_third_layer_into_the_deepest(self):
         self.every_spread(1, 0)
+
+    def test_random_commits_while_the_vm_is_on_and_off(self):
+        for _ in range(ROUNDS):
+            self.is_off = False
+            self.begin(options=harness.rng.choice(('', 'cluster_size=4096')))
+            self.serve()
+            done = [self.random_step(step) for step in range(STEPS)]
+            print(' '.join(done), end=' ', flush=True)
+            self.check(when='in the end')
+            if not self.is_off:
+                self.vm.quit()
+            self.check_images()
+            self.daemon.stop()
+
+    def random_step(self, step):
+        rng = harness.rng
+        usable = {n for n, r in self.reasons().items() if r == 'NONE'}
+        kinds = ['commit', 'commit', 'switch'] if self.is_off else ['work', 'checkpoint', 'snapshot', 'snapshot', 'commit',
+                                                                   'switch', 'switch']
+        kind = rng.choice(kinds)
+        where = f'step {step}: {kind}, {"off" if self.is_off else "on"}'
+        if kind == 'switch':
+            self.switch()
+        elif kind == 'checkpoint' and len(self.names) < 12:
+            self.checkpoint(f'ck{step}')
+        elif kind == 'snapshot' and len(self.files) < 6:
+            self.snapshot(rng.sample(sorted(usable), rng.randrange(len(usable) + 1)),
+                          options=rng.choice(('', 'cluster_size=4096')))
+        elif kind == 'commit' and len(self.files) > 1:
+            self.random_commit()
+        if not self.is_off:
+            self.work(3)
+        self.assertLessEqual(usable, set(self.check(when=where)), f'{where}: {self.reasons()}')
+        return kind
+
+    def switch(self):
+        if self.is_off:
+            self.power_on()
+        else:
+            self.power_off()
+            self.restart_daemon_for_the_image()
+        self.await_turn()
+
+    def restart_daemon_for_the_image(self):
+        """With the image that the VM is started with by now."""
+        flag = f'--image=vm/vda={self.files[-1]}'
+        if flag not in self.daemon.flags:
+            self.daemon.stop()
+            self.daemon.flags = [flag if f.startswith('--image') else f for f in self.daemon.flags]
+            self.daemon.start()
+
+    def random_commit(self):
+        top = harness.rng.randrange(1, len(self.files))
+        base = harness.rng.randrange(top)
+        live, delete = top == len(self.files) - 1, harness.rng.random() < 0.5
+        self.commit('--base', self.files[base], *(['--active'] if live else ['--top', self.files[top]]),
+                    *(['--delete'] if delete else []))
+        self.assertNotIn('broken', self.states().values())
+        keeps = live and self.is_off and not delete
+        del self.files[base + 1:top + (0 if keeps else 1)]
+        if self.is_off:
+            self.wait_closed(self.daemon)
+            self.restart_daemon_for_the_image()
+            self.await_turn()
+        else:
+            self.nodes = [self.vm.look('query-block')[-1]['inserted']['node-name']]
 
 
 if __name__ == '__main__':
