@@ -49,6 +49,7 @@ class OfflineCommitUse(OfflineLayers):
         self.snapshot(['old'])
         self.work()
         self.checkpoint('young')
+        self.work()
         self.snapshot(['old', 'young'])
         self.work()
         self.power_off()
@@ -421,6 +422,9 @@ class OfflineCommitUse(OfflineLayers):
         harness.run(['qemu-img', 'rebase', '-u', '-b', self.files[0], '-F', 'qcow2', self.files[2]])
         self.assertSame(content(self.files[2]), self.disk.model.image)
         self.assertEqual(harness.run(['qemu-img', 'check', '-q', self.files[0]], check=False).returncode in (0, 3), True)
+        self.daemon.stop()
+        self.life += 1  # whose memory of the disk would help
+        self.serve(name='fresh')
         self.check(when='graph without records')
         self.daemon.stop()
 
