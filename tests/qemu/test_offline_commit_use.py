@@ -261,6 +261,15 @@ class OfflineCommitUse(OfflineLayers):
         self.check(self.names)
         self.daemon.stop()
 
+    @staticmethod
+    def mark(path):
+        """With an attribute of its own, where the file system has such."""
+        try:
+            os.setxattr(path, 'user.whose', b'mine')
+            return True
+        except OSError:
+            return False
+
     def test_the_empty_image_is_like_the_one_before(self):
         kinds = ('cluster_size=4096', 'cluster_size=131072,extended_l2=on', 'compat=0.10', 'lazy_refcounts=on,refcount_bits=8',
                  'compression_type=zstd')
@@ -277,7 +286,7 @@ class OfflineCommitUse(OfflineLayers):
                 harness.run(['qemu-img', 'rebase', '-u', '-b', os.path.basename(self.files[0]), '-F', 'qcow2',
                              self.files[1]])
             os.chmod(top, 0o640)
-            os.setxattr(top, 'user.whose', b'mine')
+            marked = self.mark(top)
             if os.getuid() == 0:
                 os.chown(top, 1234, 5678)
             was, before = info(top), os.stat(top)
@@ -298,7 +307,7 @@ class OfflineCommitUse(OfflineLayers):
             self.assertEqual(now['backing-filename'], os.path.basename(self.files[0]))
             self.assertEqual([getattr(after, k) for k in ('st_mode', 'st_uid', 'st_gid')],
                              [getattr(before, k) for k in ('st_mode', 'st_uid', 'st_gid')])
-            self.assertEqual(os.getxattr(top, 'user.whose'), b'mine')
+            self.assertEqual(os.getxattr(top, 'user.whose') if marked else b'mine', b'mine')
             self.assertEqual(stat.S_IMODE(after.st_mode), 0o640)
             del self.files[1]
             self.check(self.names, kind)
