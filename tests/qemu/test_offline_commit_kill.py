@@ -11,7 +11,7 @@ from harness import MIB
 from offline import content, storage_daemons
 
 KINDS = ('refuse', 'before', 'after', 'parent-before', 'parent-after')
-STEP = int(os.environ.get('QPULL_TEST_STEP', '7'))  # one command of so many, others in each run; 1: all of them
+STEP = int(os.environ.get('QPULL_TEST_STEP', '12'))  # one command of so many, others in each run; 1: all of them
 SMALL = 2 * MIB + 512
 LAYERS = 3
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'faulty_storage_daemon.py')
