@@ -231,6 +231,28 @@ struct json_object *qmp_args_block_commit(const char *job, const char *device, c
     return o;
 }
 
+struct json_object *qmp_args_create_overlay(const char *job, const char *file_node, const char *backing,
+                                            const char *backing_format, struct json_object *like)
+{
+    struct json_object *data = qmp_get(qmp_get(like, "format-specific"), "data"), *o = new_args("job-id", job);
+    const char *compat = qmp_get_string(data, "compat"), *compression = qmp_get_string(data, "compression-type");
+    bool old = compat && strcmp(compat, "0.10") == 0; /* knows none of what follows */
+    struct json_object *options = qmp_args_strings("driver", "qcow2", "file", file_node, "backing-file", backing,
+                                                   "backing-fmt", backing_format, "version", old ? "v2" : "v3", NULL);
+
+    put(options, "size", json_object_new_int64(qmp_get_int(like, "virtual-size")));
+    put(options, "cluster-size", json_object_new_int64(qmp_get_int(like, "cluster-size")));
+    if (!old) {
+        put(options, "refcount-bits", json_object_new_int64(qmp_get_int(data, "refcount-bits")));
+        put(options, "lazy-refcounts", json_object_new_boolean(qmp_get_bool(data, "lazy-refcounts")));
+        put(options, "extended-l2", json_object_new_boolean(qmp_get_bool(data, "extended-l2")));
+    }
+    if (!old && compression)
+        put_string(options, "compression-type", compression);
+    put(o, "options", options);
+    return o;
+}
+
 struct json_object *qmp_args_flush(const char *node)
 {
     char line[64];

@@ -54,6 +54,13 @@ struct json_object *qmp_args_bitmap_merge(struct qmp_bitmap target, const struct
 struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,
                                           bool auto_finalize, uint64_t speed);
 
+/*
+ * blockdev-create: an empty qcow2 image over another, of the same kind as `like` (BlockNodeInfo's "image"), in an open
+ * file.
+ */
+struct json_object *qmp_args_create_overlay(const char *job, const char *file_node, const char *backing,
+                                            const char *backing_format, struct json_object *like);
+
 /* human-monitor-command: QMP has no flush. It answers with what went wrong, or "". */
 struct json_object *qmp_args_flush(const char *node);
 

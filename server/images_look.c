@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "images_look.h"
 
+#include "backup/commit.h"
+
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -94,6 +96,18 @@ static int believe(const struct config_image *image, const unsigned char head[HE
     return 0;
 }
 
+/* A commit of ours that was killed in its first moments has left an empty image beside this one. */
+static void clear_up(const char *path)
+{
+    _cleanup_free_ char *real = realpath(path, NULL), *left = NULL;
+    struct stat st;
+
+    if (!real || asprintf(&left, "%s" COMMIT_NEW_ENDING, real) < 0)
+        left = NULL;
+    if (left && lstat(left, &st) == 0 && S_ISREG(st.st_mode))
+        (void)unlink(left);
+}
+
 int images_look(const struct config_image *image, struct image_kind *ret_kind, struct failure *f)
 {
     unsigned char head[HEAD_SIZE] = {0};
@@ -116,6 +130,8 @@ int images_look(const struct config_image *image, struct image_kind *ret_kind, s
         else
             r = believe(image, head, &format, f);
     }
+    if (r == 0)
+        clear_up(image->path);
     if (r == 0)
         *ret_kind = (struct image_kind){.format = format, .protocol = S_ISBLK(st.st_mode) ? "host_device" : "file"};
     if (fd >= 0)

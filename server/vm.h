@@ -119,7 +119,8 @@ int vm_commit_start(struct vm *vm, struct vm_commit *request, struct failure *f)
 /* -ENOENT: no such job; a job that has ended stays as it is. */
 int vm_commit_cancel(struct vm *vm, const char *job);
 /* {"id", "type", "vm", "disk", "status", "step", "current-progress", "total-progress", "top", "base", "base-file",
- * "error", "problem", "checkpoints": [{"name", "state", "text"}], "deleted": […]}; NULL: there was none. */
+ * "powered-off", "emptied": file or null, "error", "problem", "checkpoints": [{"name", "state", "text"}], "deleted":
+ * […]}; NULL: there was none. */
 struct json_object *vm_commit_to_json(const struct vm *vm);
 
 /*

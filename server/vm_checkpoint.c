@@ -354,7 +354,7 @@ int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpo
 
     if (family && !top)
         return -ENOENT;
-    if (vm_is_committing(vm) && what != VM_DELETE_NOTE)
+    if (vm_is_committing(vm_now(vm)) && what != VM_DELETE_NOTE)
         return -EBUSY;
     if (!(w = work_new(vm, change, checkpoint, disks, ndisks)))
         return -ENOMEM;
@@ -519,7 +519,7 @@ int vm_create_start(struct vm *vm, struct vm_change *change, const struct vm_cre
 
     if (what->parent && *what->parent && !notes_find(vm->notes, what->parent))
         return -ENOENT;
-    if (vm_is_committing(vm))
+    if (vm_is_committing(vm_now(vm)))
         return -EBUSY;
     if (!(w = work_new(vm, change, what->checkpoint, what->disks, what->ndisks)))
         return -ENOMEM;

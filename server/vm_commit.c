@@ -15,6 +15,8 @@ struct vm_job {
     struct vm *vm;
     struct vm_commit *request; /* NULL: answered */
     struct vm_query query;
+    struct vm_write write;
+    struct calls calls;
     struct commit *commit;   /* owned; NULL: QEMU is asked for the disks */
     char *disk, *top, *base; /* owned */
     char **usable;           /* owned, each too: checkpoints that were usable when it began */
@@ -48,6 +50,12 @@ static void tell_status(const struct vm_job *job, const char *status)
     if (job->failure.err)
         json_object_object_add(data, "error", json_object_new_string(job->failure.text));
     vm_tell(job->vm, "JOB_STATUS_CHANGE", data);
+}
+
+/* A VM and its images have one job between them: the one that began last. */
+static struct vm_job *job_of(const struct vm *vm)
+{
+    return vm->job || !vm->twin ? vm->job : vm->twin->job;
 }
 
 bool vm_is_committing(const struct vm *vm)
@@ -155,7 +163,7 @@ static void tell_watch(struct vm_job *job)
 /* A note tells of it even when the record is gone. */
 static void mark_broken(const struct vm_job *job, const struct commit_result *r)
 {
-    struct vm *vm = job->vm;
+    struct vm *vm = job->vm->keeper;
     struct failure f = {0};
 
     log_error("VM %s: the commit of disk \"%s\" has spoiled checkpoint \"%s\": %s", vm->name, job->disk, r->checkpoint,
@@ -174,26 +182,53 @@ static void tell_results(const struct vm_job *job)
         if (r->state == COMMIT_BROKEN)
             mark_broken(job, r);
     }
-    vm_notes_write(job->vm, NULL, NULL);
+    vm_notes_write(job->vm->keeper, NULL, NULL);
     for (size_t i = 0; i < commit_ndeleted(job->commit); i++)
         log_info("VM %s: deleted image %s", job->vm->name, commit_deleted_at(job->commit, i));
 }
 
-static void end(struct vm_job *job, const struct failure *f)
+static void end(struct vm_job *job)
 {
     struct vm *vm = job->vm;
+    const struct failure *f = job->failure.err ? &job->failure : NULL;
 
     job->ended = true;
-    if (f)
-        job->failure = *f;
     tell_status(job, "concluded");
     answer(job, f);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */
-    if (job->commit && qmp_client_is_ready(vm->qmp) && !vm->stopping &&
+    if (job->commit && !vm->images && qmp_client_is_ready(vm->qmp) && !vm->stopping &&
         ((f && job->problems.err) || vm->sweep_wanted || vm->state == VM_LOST))
         vm_sweep(vm);
     vm_pump(vm);
     vm_stop_if_idle(vm);
+}
+
+static void on_written(struct vm_write *w, const struct failure *f)
+{
+    struct vm_job *job = container_of(w, struct vm_job, write);
+
+    if (f) {
+        log_error("VM %s: commit of disk \"%s\": %s", job->vm->name, job->disk, f->text);
+        (void)failure_copy(&job->problems, f);
+    }
+    end(job);
+}
+
+/* Others may write to the images again, or start the VM. */
+static void let_go(struct vm_job *job, const struct failure *f)
+{
+    struct failure lost = {0};
+    int r;
+
+    if (f)
+        job->failure = *f;
+    if (job->commit && commit_has_closed(job->commit))
+        vm_images_renew(job->vm);
+    r = vm_write_end(&job->write, on_written);
+    if (r < 0)
+        (void)failure_set(&lost, r, "the image could not be made read-only again: %s", strerror(-r));
+    if (r != 0)
+        on_written(&job->write, r < 0 ? &lost : NULL);
 }
 
 static void on_started(void *arg)
@@ -201,7 +236,7 @@ static void on_started(void *arg)
     struct vm_job *job = arg;
 
     log_info("VM %s: commit %s of disk \"%s\" begins: '%s' into '%s'", job->vm->name, commit_job(job->commit),
-             job->disk, commit_top_node(job->commit), commit_base_node(job->commit));
+             job->disk, commit_top_name(job->commit), commit_base_name(job->commit));
     job->told = true;
     tell_status(job, "running");
     answer(job, NULL);
@@ -220,7 +255,7 @@ static void on_end(void *arg, const struct failure *f, const struct failure *pro
         log_error("VM %s: commit of disk \"%s\": %s", job->vm->name, job->disk, problems->text);
     tell_results(job);
     tell_watch(job);
-    end(job, f);
+    let_go(job, f);
 }
 
 static void on_trace(void *arg, const char *text)
@@ -263,50 +298,66 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
             .dead = dead,
             .ndead = ndead,
             .timeout_ms = VM_CALL_TIMEOUT_MS,
+            .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
+            .still_dir = vm->state_dir,
         };
 
         if (commit_start(&config, &commit_ops, job, &job->commit, &mine) == 0)
             return;
     }
-    end(job, f ? f : &mine);
+    let_go(job, f ? f : &mine);
+}
+
+/*
+ * Images stay open for reading: the job makes base writable, and a kill -9 hurts the records of no other. With force it
+ * may have to remove a record from the one that the VM is started with, unless that is merged away.
+ */
+static int ask_disks(struct vm_job *job)
+{
+    if (job->request->force && !job->request->active)
+        return vm_write_start(job->vm, &job->write, &job->query, &job->calls, (const char *const *)&job->disk, 1,
+                              on_disks);
+    return vm_hold_start(job->vm, &job->write, &job->query, &job->calls, on_disks);
 }
 
 int vm_commit_start(struct vm *vm, struct vm_commit *request, struct failure *f)
 {
-    struct vm_job *job;
+    struct vm *now = vm_now(vm);
+    struct vm_job *job = job_of(vm);
     int r;
 
-    if (vm->session || vm->starting)
+    /* A session of images that only lingers makes way. */
+    if (!now->images && (now->session || now->starting))
         return failure_set(f, -EBUSY, "VM '%s' is in a session; try again when it has ended", vm->name);
-    if (vm_is_committing(vm))
-        return failure_set(f, -EBUSY, "disk '%s' of VM '%s' is being committed already", vm->job->disk, vm->name);
-    if (vm->images || vm_now(vm) != vm)
-        return failure_set(f, -ENOTSUP, "VM '%s' is powered off; its images are committed when it runs", vm->name);
+    if (job && !job->ended)
+        return failure_set(f, -EBUSY, "disk '%s' of VM '%s' is being committed already", job->disk, vm->name);
+    vm_commit_done(vm);
+    if (vm->twin)
+        vm_commit_done(vm->twin);
     if (!(job = calloc(1, sizeof(*job))))
         return failure_set(f, -ENOMEM, "out of memory");
-    job->vm = vm;
+    job->vm = now;
     job->request = request;
     job->disk = strdup(request->disk);
     job->top = request->top ? strdup(request->top) : NULL;
     job->base = request->base ? strdup(request->base) : NULL;
-    job_free(vm->job);
-    vm->job = job;
-    r = job->disk && !request->top == !job->top && !request->base == !job->base
-            ? vm_query_start(vm, &job->query, on_disks, job)
-            : -ENOMEM;
+    now->job = job;
+    r = job->disk && !request->top == !job->top && !request->base == !job->base ? ask_disks(job) : -ENOMEM;
     if (r < 0) {
-        vm_commit_done(vm);
+        vm_commit_done(now);
         return failure_set(f, r, "VM '%s' cannot be asked now: %s", vm->name,
-                           r == -ENOTCONN || r == -ESHUTDOWN ? vm_trouble(vm) : strerror(-r));
+                           r == -ENOTCONN || r == -ESHUTDOWN ? vm_trouble(now) : strerror(-r));
     }
     return 0;
 }
 
-int vm_commit_cancel(struct vm *vm, const char *job)
+int vm_commit_cancel(struct vm *vm, const char *id)
 {
-    if (!vm->job || !vm->job->commit || strcmp(commit_job(vm->job->commit), job) != 0)
+    struct vm_job *job = job_of(vm);
+
+    if (!job || !job->commit || strcmp(commit_job(job->commit), id) != 0)
         return -ENOENT;
-    vm_commit_stop(vm);
+    vm_commit_stop(job->vm);
     return 0;
 }
 
@@ -335,7 +386,7 @@ static struct json_object *results_to_json(const struct commit *c)
 
 struct json_object *vm_commit_to_json(const struct vm *vm)
 {
-    const struct vm_job *job = vm->job;
+    const struct vm_job *job = job_of(vm);
     struct json_object *o, *deleted;
     uint64_t current, total;
 
@@ -354,6 +405,8 @@ struct json_object *vm_commit_to_json(const struct vm *vm)
     put_text(o, "top-file", commit_top_file(job->commit));
     put_text(o, "base", commit_base_node(job->commit));
     put_text(o, "base-file", commit_base_file(job->commit));
+    (void)json_object_object_add(o, "powered-off", json_object_new_boolean(job->vm->images != NULL));
+    put_text(o, "emptied", commit_emptied(job->commit));
     put_text(o, "error", job->failure.text);
     put_text(o, "problem", job->problems.text);
     (void)json_object_object_add(o, "checkpoints", results_to_json(job->commit));

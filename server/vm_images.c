@@ -85,6 +85,7 @@ static void give_up(struct vm *vm, const struct failure *why)
     vm->lost = f;
     if (vm->session)
         session_fail(vm->session, &f);
+    vm_commit_stop(vm);
     vm_refuse_questions(vm, &f);
     vm_refuse_waiting(vm, &f);
     let_go_if_idle(vm);
@@ -185,6 +186,12 @@ void vm_images_yield(struct vm *vm)
     give_up(vm->twin, &f);
 }
 
+void vm_images_renew(struct vm *vm)
+{
+    vm->images_lost = true;
+    vm->state = VM_CONNECTING;
+}
+
 static void on_freed(void *arg)
 {
     struct vm *vm = arg;
@@ -269,6 +276,10 @@ static void on_write_disks(struct vm_query *q, const struct disk_list *disks, co
         hand_over(w, &mine);
         return;
     }
+    if (w->hold) {
+        w->on_disks(w->theirs, disks, NULL);
+        return;
+    }
     w->list = disk_list_copy(disks);
     r = w->list ? reopen_init(&w->reopen, vm->qmp, w->list, VM_CALL_TIMEOUT_MS) : -ENOMEM;
     w->reopen.wants = wants_disk;
@@ -281,12 +292,14 @@ static void on_write_disks(struct vm_query *q, const struct disk_list *disks, co
         hand_over(w, r < 0 ? &mine : NULL);
 }
 
-int vm_write_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls, const char *const *disks,
-                   size_t ndisks, void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *))
+static int write_start(struct vm *vm, struct vm_write *w, bool hold, struct vm_query *q, struct calls *calls,
+                       const char *const *disks, size_t ndisks,
+                       void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *))
 {
     int r;
 
     memset(w, 0, sizeof(*w));
+    w->hold = hold;
     w->vm = vm_now(vm);
     w->theirs = q;
     w->calls = calls;
@@ -298,6 +311,18 @@ int vm_write_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct
     if (r < 0)
         w->vm->nwrites--;
     return r;
+}
+
+int vm_write_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls, const char *const *disks,
+                   size_t ndisks, void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *))
+{
+    return write_start(vm, w, /* hold= */ false, q, calls, disks, ndisks, on_disks);
+}
+
+int vm_hold_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls,
+                  void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *))
+{
+    return write_start(vm, w, /* hold= */ true, q, calls, NULL, 0, on_disks);
 }
 
 static void write_done(struct vm_write *w)

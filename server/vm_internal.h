@@ -126,6 +126,8 @@ int vm_images_new(struct vm *vm, const struct vm_config *config);
 void vm_images_yield(struct vm *vm);
 /* The first look has found nobody at the QMP socket: who has waited for that goes on with the images. */
 void vm_images_take_over(struct vm *vm);
+/* The nodes are not what they were: the images are let go, and opened anew for whoever waits. Within a write. */
+void vm_images_renew(struct vm *vm);
 /* When all else has ended; comes back to vm_stop_if_idle() whenever more is let go. */
 void vm_images_stop(struct vm *vm);
 
@@ -142,6 +144,7 @@ struct vm_write {
     const char *const *disks;
     size_t ndisks;
     struct calls *calls;
+    bool hold;
     struct disk_list *list; /* owned */
     struct reopen reopen;
     void (*on_end)(struct vm_write *w, const struct failure *f);
@@ -155,6 +158,9 @@ struct vm_write {
 int vm_write_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls, const char *const *disks,
                    size_t ndisks,
                    void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *));
+/* The same, but images stay open for reading: the change makes writable what it needs, for as long as it needs it. */
+int vm_hold_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct calls *calls,
+                  void (*on_disks)(struct vm_query *, const struct disk_list *, const struct failure *));
 /* All commands are answered. SEQ_DONE: nothing to wait for; 0: cb comes later, f tells what could not be stored. */
 int vm_write_end(struct vm_write *w, void (*cb)(struct vm_write *w, const struct failure *f));
 

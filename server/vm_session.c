@@ -485,8 +485,8 @@ void vm_pump(struct vm *vm)
             ;
         return;
     }
-    if (vm->starting || vm->asking || (vm->images && vm->nwrites) || !first_in_state(vm, STAY_WAITING) ||
-        vm_commit_refuses(vm))
+    if (!first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm) || vm->starting || vm->asking ||
+        (vm->images && vm->nwrites))
         return;
     if (!vm->tested) {
         vm_test(vm);

@@ -103,6 +103,8 @@ static const struct command commands[] = {
      .help = "The data of the images from top down to above base go into base, and so do their checkpoints' records.\n"
              "NODE is the name of a node in QEMU, or of an image file as QEMU knows it.\n"
              "When the live image was committed, the guest goes on in base: start the VM with that one from then on.\n"
+             "Of a VM that is powered off, the image that it is started with goes on, empty and over base; with\n"
+             "--delete it is gone, and base is to be given to the VM and to qpulld's --image.\n"
              "QEMU closes the images that were merged, unless something else uses them.\n"
              "Interrupted (^C), the commit is cancelled.",
      .options = OPTION_JSON | OPTION_TOP | OPTION_BASE | OPTION_SHALLOW | OPTION_ACTIVE | OPTION_DELETE | OPTION_FORCE |

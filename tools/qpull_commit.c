@@ -121,13 +121,32 @@ static size_t length_of(struct json_object *array)
     return array ? json_object_array_length(array) : 0;
 }
 
+/* Nodes of a powered-off VM's images have no names that anybody knows. */
+static const char *name_of(struct json_object *job, const char *node, const char *file)
+{
+    return answer_text(job, answer_bool(job, "powered-off") ? file : node);
+}
+
+static void print_live(struct json_object *job)
+{
+    const char *base = answer_text(job, "base-file"), *emptied = answer_text(job, "emptied");
+
+    if (emptied)
+        printf("%s is an empty image over that now: the VM is started with it as before\n", emptied);
+    else if (answer_bool(job, "powered-off"))
+        printf("start the VM with %s from now on, and tell qpulld: --image %s/%s=%s\n", base, answer_text(job, "vm"),
+               answer_text(job, "disk"), base);
+    else
+        printf("the guest goes on in %s: start the VM with that image from now on\n", base);
+}
+
 static void print_report(struct json_object *job, bool active)
 {
     struct json_object *checkpoints = answer_array(job, "checkpoints"), *deleted = answer_array(job, "deleted");
 
-    printf("committed '%s' into '%s'\n", answer_text(job, "top"), answer_text(job, "base"));
+    printf("committed '%s' into '%s'\n", name_of(job, "top", "top-file"), name_of(job, "base", "base-file"));
     if (active)
-        printf("the guest goes on in %s: start the VM with that image from now on\n", answer_text(job, "base-file"));
+        print_live(job);
     for (size_t i = 0; i < length_of(checkpoints); i++) {
         struct json_object *c = json_object_array_get_idx(checkpoints, i);
         const char *text = answer_text(c, "text");

@@ -6,6 +6,8 @@
  */
 #include "backup/commit_impl.h"
 
+#include "source/nbd.h"
+
 #include <errno.h>
 #include <stdio.h>
 
@@ -22,6 +24,12 @@ void commit_go_on(struct commit *c, int result, const struct failure *f)
 
 /* -- the look ------------------------------------------------------------------------------------------------------ */
 
+/* Nodes of a powered-off VM's images have no names that anybody knows. */
+static const char *name_of(const struct commit *c, size_t layer)
+{
+    return c->still_socket ? chain_file(&c->chain, layer) : chain_node(&c->chain, layer);
+}
+
 static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct failure *f)
 {
     const struct chain *chain = &c->chain;
@@ -30,7 +38,7 @@ static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct
 
     if (chain->nlayers < 2)
         return failure_set(f, -EINVAL, "image '%s' has no backing image: there is nothing to commit into",
-                           chain_node(chain, 0));
+                           name_of(c, 0));
     if (c->top && (r = chain_find(chain, c->top, &top, f)) < 0)
         return r;
     base = c->shallow ? top + 1 : chain->nlayers - 1;
@@ -41,17 +49,23 @@ static int find_ends(struct commit *c, size_t *ret_top, size_t *ret_base, struct
                    ? failure_set(f, -EINVAL,
                                  "image '%s' cannot be committed into itself, or into nothing: it has no "
                                  "backing image",
-                                 chain_node(chain, top))
+                                 name_of(c, top))
                    : failure_set(f, -EINVAL, "base '%s' lies above top '%s'; data are committed downwards",
-                                 chain_node(chain, base), chain_node(chain, top));
+                                 name_of(c, base), name_of(c, top));
+    if (top == 0 && !c->active && c->still_socket)
+        return failure_set(
+            f, -EINVAL,
+            "top '%s' is the image that the VM is started with: say --active if it is to be committed, or "
+            "name another --top",
+            name_of(c, 0));
     if (top == 0 && !c->active)
         return failure_set(f, -EINVAL,
                            "top '%s' is the live image: say --active if the guest is to go on in '%s', or name another "
                            "--top",
-                           chain_node(chain, 0), chain_node(chain, base));
+                           name_of(c, 0), name_of(c, base));
     if (top != 0 && c->active)
         return failure_set(f, -EINVAL, "--active is for a commit of the live image '%s', and top is '%s'",
-                           chain_node(chain, 0), chain_node(chain, top));
+                           name_of(c, 0), name_of(c, top));
     *ret_top = top;
     *ret_base = base;
     return 0;
@@ -68,13 +82,13 @@ static int check_losses(const struct commit *c, struct failure *f)
             return failure_set(f, -ENOTSUP,
                                "base '%s' is %s and keeps no bitmaps, checkpoint '%s' would be lost; --force accepts "
                                "that",
-                               c->base_node, qmp_get_string(c->chain.layers[c->plan.base], "drv"), r->name);
+                               name_of(c, c->plan.base), qmp_get_string(c->chain.layers[c->plan.base], "drv"), r->name);
         if (r->needs_store)
             return failure_set(
                 f, -ENOTSUP,
                 "base '%s' keeps no bitmaps, and what an image above top that cannot be written holds of "
                 "checkpoint '%s' would pass for the whole; delete that checkpoint first",
-                c->base_node, r->name);
+                name_of(c, c->plan.base), r->name);
     }
     return 0;
 }
@@ -93,9 +107,8 @@ static int look(struct commit *c, struct failure *f)
     if (job)
         return failure_set(f, -EBUSY, "block job '%s' works on this disk; try again when it has ended", job);
     if (chain_size(&c->chain, base) > chain_size(&c->chain, top))
-        return failure_set(f, -EINVAL, "base '%s' is larger than top '%s' (%llu and %llu bytes)",
-                           chain_node(&c->chain, base), chain_node(&c->chain, top),
-                           (unsigned long long)chain_size(&c->chain, base),
+        return failure_set(f, -EINVAL, "base '%s' is larger than top '%s' (%llu and %llu bytes)", name_of(c, base),
+                           name_of(c, top), (unsigned long long)chain_size(&c->chain, base),
                            (unsigned long long)chain_size(&c->chain, top));
     c->top_node = strdup(chain_node(&c->chain, top));
     c->base_node = strdup(chain_node(&c->chain, base));
@@ -106,7 +119,7 @@ static int look(struct commit *c, struct failure *f)
         return failure_set(f, -ENOMEM, "out of memory");
     if ((r = commit_plan_make(&c->plan, &c->chain, top, base, f)) < 0 || (r = check_losses(c, f)) < 0)
         return r;
-    return commit_files_note(c, f);
+    return (r = commit_files_note(c, f)) < 0 ? r : commit_live_look(c, f);
 }
 
 static void looked(struct commit *c, const struct failure *f)
@@ -262,7 +275,7 @@ static void job_look(struct commit *c)
 }
 
 /* Events wake, and query-jobs tells: it knows why a job failed, which the events do not. */
-static int wait_for(struct commit *c, const char *status, struct failure *f)
+int commit_wait_for(struct commit *c, const char *status, struct failure *f)
 {
     int r;
 
@@ -279,7 +292,7 @@ static int step_copy(struct seq *s, struct failure *f)
 {
     struct commit *c = commit_of_seq(s);
 
-    return wait_for(c, c->active ? "ready" : "pending", f);
+    return commit_wait_for(c, c->active ? "ready" : "pending", f);
 }
 
 /*
@@ -295,15 +308,54 @@ static int on_flushed(struct calls *calls, unsigned index, struct json_object *r
 
 static void after_flush(struct calls *calls, const struct failure *f)
 {
-    rig_step_done(calls, f && f->err == -ENOSYS ? NULL : f); /* a qemu-storage-daemon has no such command */
+    rig_step_done(calls, f && f->err == -ENOSYS ? NULL : f); /* a qemu-storage-daemon that others run */
+}
+
+/* A qemu-storage-daemon has no such command, but an NBD server, which flushes what it exports, also for reading. */
+static int step_export(struct seq *s, struct failure *f)
+{
+    struct commit *c = commit_of_seq(s);
+    char name[NAMES_SIZE];
+
+    if (!c->still_socket || c->active)
+        return SEQ_DONE;
+    names_make(name, c->rig.id, NAMES_EXPORT, 0);
+    calls_add(&c->rig.calls, "block-export-add", qmp_args_export_add(name, c->base_node, name, false, NULL, 0),
+              QMP_NO_FD, 0, NULL);
+    return rig_wait(&c->rig, f);
+}
+
+static int no_export(struct seq *s, struct failure *f)
+{
+    const struct commit *c = commit_of_seq(s);
+
+    return c->still_socket && !c->active && !c->done ? rig_no_exports(s, f) : SEQ_DONE;
+}
+
+static void after_still_flush(void *arg, const struct failure *f)
+{
+    struct commit *c = arg;
+
+    seq_done(&c->rig.seq, f);
 }
 
 static int step_flush(struct seq *s, struct failure *f)
 {
     struct commit *c = commit_of_seq(s);
+    char name[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = c->rig.server_address,
+        .export_name = names_make(name, c->rig.id, NAMES_EXPORT, 0),
+        .timeout_ms = c->rig.timeout_ms,
+    };
+    int r;
 
     if (c->active)
         return SEQ_DONE;
+    if (c->still_socket) {
+        r = source_nbd_flush(c->rig.loop, &config, after_still_flush, c);
+        return r < 0 ? failure_set(f, r, "base cannot be flushed: %s", strerror(-r)) : 0;
+    }
     calls_add(&c->rig.calls, "human-monitor-command", qmp_args_flush(c->base_node), QMP_NO_FD, 0, on_flushed);
     return calls_wait(&c->rig.calls, after_flush, f);
 }
@@ -313,7 +365,7 @@ static void on_let_go(struct calls *calls, const struct failure *f)
     struct commit *c = commit_of_calls(calls);
     struct failure mine = {0};
 
-    if (!f && wait_for(c, "concluded", &mine) < 0)
+    if (!f && commit_wait_for(c, "concluded", &mine) < 0)
         f = &mine;
     if (f)
         rig_step_done(calls, f);
@@ -337,10 +389,45 @@ static int step_dismiss(struct seq *s, struct failure *f)
     return rig_wait(&c->rig, f);
 }
 
+/* -- an empty image, made by a job of the same name ------------------------------------------------------------------
+ */
+
+static void on_formatting(struct calls *calls, const struct failure *f)
+{
+    struct commit *c = commit_of_calls(calls);
+    struct failure mine = {0};
+
+    if (!f && commit_wait_for(c, "concluded", &mine) < 0)
+        f = &mine;
+    if (f)
+        rig_step_done(calls, f);
+}
+
+static int step_format(struct seq *s, struct failure *f)
+{
+    struct commit *c = commit_of_seq(s);
+
+    if (!commit_empties(c))
+        return SEQ_DONE;
+    calls_add(&c->rig.calls, "blockdev-create", TAKE_PTR(c->new_format), QMP_NO_FD, 0, NULL);
+    return calls_wait(&c->rig.calls, on_formatting, f);
+}
+
+static int step_formatted(struct seq *s, struct failure *f)
+{
+    return commit_empties(commit_of_seq(s)) ? step_dismiss(s, f) : SEQ_DONE;
+}
+
 /* -- the table ----------------------------------------------------------------------------------------------------- */
 
 static const struct seq_step steps[] = {
     {"look", step_look, NULL, NULL},
+    /* What can fail of the end is done before the beginning. */
+    {"new image", commit_step_new_file, commit_no_new_file, NULL},
+    {"open new image", commit_step_new_node, commit_no_new_node, NULL},
+    {"format new image", step_format, rig_no_jobs, NULL},
+    {"new image is made", step_formatted, NULL, NULL},
+    {"close new image", commit_no_new_node, NULL, NULL},
     {"records that are not needed", NULL, commit_withdraw_after, NULL},
     {"records before the job", commit_step_open, rig_no_jobs, NULL},
     {"job", step_job, rig_no_jobs, NULL},
@@ -348,10 +435,13 @@ static const struct seq_step steps[] = {
     {"records that are not needed", NULL, commit_withdraw_before, NULL},
     {"copy", step_copy, NULL, NULL},
     {"records", commit_step_records, NULL, NULL},
+    {"export of base", step_export, no_export, NULL},
     {"flush", step_flush, NULL, NULL},
+    {"no export", no_export, NULL, NULL},
     {"finish", step_finish, NULL, NULL},
     {"dismiss", step_dismiss, NULL, NULL},
     {"check", commit_step_check, NULL, NULL},
+    {"replace", commit_step_replace, NULL, NULL},
     {"close", commit_step_close, NULL, NULL},
     {"delete", commit_step_delete, NULL, NULL},
 };
@@ -365,6 +455,13 @@ static void on_failed(struct seq *s, const struct failure *why)
 {
     struct commit *c = commit_of_seq(s);
 
+    /* The one lock that the job needs besides what is held already. */
+    if (!c->done && c->still_socket && c->base_file && strstr(why->text, "\"write\" lock"))
+        (void)failure_set(
+            &c->failure, -EBUSY,
+            "base '%s' is in use by another process, which reads it (a qemu-img, another backup, a VM with "
+            "an image of its own over it?); try again when that has ended; %s",
+            c->base_file, why->text);
     /* What fails after the graph has changed does not undo it. */
     (void)failure_copy(c->done ? &c->problems : &c->failure, why);
 }
@@ -405,6 +502,7 @@ void commit_free(struct commit *c)
         free(c->dead[i]);
     free(c->dead);
     commit_files_done(c);
+    commit_live_done(c);
     commit_plan_done(&c->plan);
     commit_plan_done(&c->fresh);
     chain_done(&c->chain);
@@ -419,6 +517,7 @@ void commit_free(struct commit *c)
     free(c->live_node);
     free(c->top_file);
     free(c->base_file);
+    free(c->still_socket);
     free(c);
 }
 
@@ -437,7 +536,10 @@ static int copy_config(struct commit *c, const struct commit_config *config)
         if (!(c->dead[c->ndead] = strdup(config->dead[c->ndead])))
             return -ENOMEM;
     }
-    return c->node && !config->top == !c->top && !config->base == !c->base ? 0 : -ENOMEM;
+    c->still_socket = config->still_socket ? strdup(config->still_socket) : NULL;
+    return c->node && !config->top == !c->top && !config->base == !c->base && !config->still_socket == !c->still_socket
+               ? 0
+               : -ENOMEM;
 }
 
 int commit_start(const struct commit_config *config, const struct commit_ops *ops, void *arg, struct commit **ret,
@@ -466,6 +568,10 @@ int commit_start(const struct commit_config *config, const struct commit_ops *op
     c->ops = ops;
     c->arg = arg;
     r = copy_config(c, config);
+    if (c->still_socket) {
+        rig.server_socket = c->still_socket;
+        rig.server_dir = config->still_dir;
+    }
     if (r == 0)
         r = rig_init(&c->rig, &rig, steps, ARRAY_SIZE(steps), &seq_ops);
     if (r < 0) {
@@ -488,7 +594,7 @@ void commit_cancel(struct commit *c)
 
 bool commit_may_ask(const struct commit *c)
 {
-    return c->done || (c->begun && !c->finishing && !c->failure.err);
+    return c->done ? !commit_has_closed(c) : c->begun && !c->finishing && !c->failure.err;
 }
 
 /* -- for those who ask --------------------------------------------------------------------------------------------- */
@@ -528,6 +634,21 @@ const char *commit_top_node(const struct commit *c)
 const char *commit_top_file(const struct commit *c)
 {
     return c->top_file;
+}
+
+const char *commit_base_name(const struct commit *c)
+{
+    return c->still_socket ? c->base_file : c->base_node;
+}
+
+const char *commit_top_name(const struct commit *c)
+{
+    return c->still_socket ? c->top_file : c->top_node;
+}
+
+bool commit_has_closed(const struct commit *c)
+{
+    return c->done && commit_is_live(c);
 }
 
 size_t commit_nresults(const struct commit *c)

@@ -16,6 +16,8 @@
 
 struct commit;
 
+#define COMMIT_NEW_ENDING ".qpull-new" /* of a file that is to take the place of the one that it is named after */
+
 /* What has become of one checkpoint. */
 enum commit_state {
     COMMIT_KEPT,     /* as usable as it was */
@@ -42,6 +44,12 @@ struct commit_config {
     const char *const *dead;
     size_t ndead;
     unsigned timeout_ms; /* of one QMP command */
+    /*
+     * The images are those of a powered-off VM: a qemu-storage-daemon holds them for reading, and its NBD server
+     * listens at that name in that directory (an O_PATH descriptor). NULL: a running QEMU.
+     */
+    const char *still_socket;
+    int still_dir;
 };
 
 struct commit_ops {
@@ -73,6 +81,12 @@ void commit_progress(const struct commit *c, uint64_t *ret_current, uint64_t *re
 /* Known from on_started on; borrowed. */
 const char *commit_base_node(const struct commit *c), *commit_base_file(const struct commit *c);
 const char *commit_top_node(const struct commit *c), *commit_top_file(const struct commit *c);
+/* For people: the node of a running QEMU, the file of a powered-off VM. */
+const char *commit_base_name(const struct commit *c), *commit_top_name(const struct commit *c);
+/* The node that was asked for is gone, whatever became of it: the images are to be opened anew. */
+bool commit_has_closed(const struct commit *c);
+/* The image that a powered-off VM is started with, which is an empty overlay on base now; NULL: there is none. */
+const char *commit_emptied(const struct commit *c);
 /* By checkpoint; whole when the commit has ended well, else empty. */
 size_t commit_nresults(const struct commit *c);
 const struct commit_result *commit_result_at(const struct commit *c, size_t i);

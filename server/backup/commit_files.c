@@ -156,8 +156,10 @@ static void delete_files(struct rig *r)
 {
     struct commit *c = commit_of_rig(r);
 
-    for (size_t i = 0; i < c->nfiles; i++)
-        delete_file(c, &c->files[i], &r->work_failure);
+    for (size_t i = 0; i < c->nfiles; i++) {
+        if (!c->files[i].deleted) /* the VM's own, when it is powered off */
+            delete_file(c, &c->files[i], &r->work_failure);
+    }
 }
 
 static void after_deletion(struct rig *r)

@@ -27,6 +27,7 @@ struct commit {
     bool shallow, active, delete, force;
     size_t ndead;
     char **dead; /* owned: deleted checkpoints */
+    char *still_socket; /* owned; NULL: a running QEMU */
 
     /* what the look has found */
     struct chain chain;
@@ -37,6 +38,12 @@ struct commit {
     struct commit_file *files; /* owned: the merged images, top first */
     size_t nopen;
     char **open_files; /* owned: of all nodes, after the commit */
+
+    /* the image that a powered-off VM is started with (commit_live.c) */
+    char *live_path, *new_path;     /* owned: of the old file and of the new one, as their folder knows them */
+    struct json_object *new_format; /* owned: arguments of blockdev-create, until that is sent */
+    char new_node[NAMES_SIZE];
+    bool new_made; /* there may be a file at new_path */
 
     /* the job */
     char job[NAMES_SIZE], step[96];
@@ -81,6 +88,20 @@ static inline struct commit *commit_of_calls(struct calls *c)
 
 /* Ends the step under way from a callback: with what calls_wait() or the like returned, unless a wait began. */
 void commit_go_on(struct commit *c, int result, const struct failure *f);
+
+/* Ends the wait for the job c->job to have that status. */
+int commit_wait_for(struct commit *c, const char *status, struct failure *f);
+
+/* commit_live.c */
+bool commit_is_live(const struct commit *c); /* the VM is powered off, and what it is started with is committed */
+bool commit_empties(const struct commit *c); /* and goes on as an empty image */
+int commit_live_look(struct commit *c, struct failure *f);
+int commit_step_new_file(struct seq *s, struct failure *f);
+int commit_no_new_file(struct seq *s, struct failure *f);
+int commit_step_new_node(struct seq *s, struct failure *f);
+int commit_no_new_node(struct seq *s, struct failure *f);
+int commit_step_replace(struct seq *s, struct failure *f);
+void commit_live_done(struct commit *c);
 
 /* commit_records.c */
 bool commit_needs_opening(const struct commit *c);

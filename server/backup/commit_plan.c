@@ -229,7 +229,8 @@ static int judge(struct commit_record *r, const struct commit_plan *p, const str
         deepest = i;
         r->stays_above |= i < p->top;
         r->stays_below |= i > p->base;
-        stays_read_only |= i > 0 && i < p->top;
+        /* QEMU marks the records of an image that it may write to as in use for as long. */
+        stays_read_only |= i < p->top && (i > 0 || chain_is_read_only(c, i));
     }
     r->reason = bitmap_reason(named_bitmap(c->layers[deepest], r->name));
     r->action = COMMIT_LEAVE;

@@ -458,7 +458,16 @@ int commit_step_records(struct seq *s, struct failure *f)
 static void on_checked(struct calls *calls, const struct failure *f)
 {
     struct commit *c = commit_of_calls(calls);
+    struct failure mine = {0};
 
+    /* QEMU (7.2) stores base's bitmaps when it makes base read-only, and is silent where it cannot. */
+    if (!f && c->still_socket && !qmp_get_bool(graph_named(c->rig.answers[1], c->base_node), "ro")) {
+        (void)failure_set(&mine, -EIO,
+                          "the data are committed, but QEMU could not make base '%s' read-only again: "
+                          "what it holds of checkpoints may not be stored",
+                          c->base_file);
+        f = &mine;
+    }
     c->at = 0;
     if (!f && verify(c))
         next_repair(c);

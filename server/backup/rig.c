@@ -278,20 +278,27 @@ int rig_detach(struct seq *s, struct failure *f)
 
 static int query_exports(struct rig *r, struct failure *f);
 
-static void on_exports_deleted(struct calls *c, const struct failure *f)
-{
-    struct rig *r = rig_of_calls(c);
-    struct failure next = {0};
-
-    if (f)
-        (void)failure_copy(&r->first, f); /* what counts is whether they are still there */
-    go_on(r, query_exports(r, &next), &next);
-}
-
 static void exports_gone(struct rig *r, const struct failure *f)
 {
     qmp_watch_remove(&r->watch);
     step_done(r, f);
+}
+
+static void look_again(struct rig *r)
+{
+    struct failure f = {0};
+
+    if (query_exports(r, &f) < 0)
+        exports_gone(r, &f);
+}
+
+static void on_exports_deleted(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+
+    if (f)
+        (void)failure_copy(&r->first, f); /* what counts is whether they are still there */
+    look_again(r);
 }
 
 static void on_export_deadline(struct seq *s)
@@ -308,17 +315,13 @@ static void on_export_deadline(struct seq *s)
 static void on_export_event(struct qmp_watch *w, const char *event, struct json_object *data)
 {
     struct rig *r = container_of(w, struct rig, watch);
-    struct failure next = {0};
-    int result;
 
     r->event_seen = true;
     if (!r->event_wanted)
         return;
     r->event_wanted = false;
     (void)uv_timer_stop(&r->seq.timer);
-    result = query_exports(r, &next);
-    if (result < 0)
-        exports_gone(r, &next);
+    look_again(r);
 }
 
 static void on_exports_listed(struct calls *c, const struct failure *f)
@@ -351,8 +354,11 @@ static void on_exports_listed(struct calls *c, const struct failure *f)
         exports_gone(r, NULL);
     } else if (r->calls.npending) {
         (void)calls_wait(&r->calls, on_exports_deleted, &next);
+    } else if (r->calls.failure.err) { /* none could be sent */
+        (void)calls_wait(&r->calls, on_exports_deleted, &next);
+        exports_gone(r, &next);
     } else if (r->event_seen) {
-        go_on(r, query_exports(r, &next), &next);
+        look_again(r);
     } else {
         r->event_wanted = true; /* they are shutting down: QEMU says when it is done */
         seq_deadline(&r->seq, r->timeout_ms, on_export_deadline);

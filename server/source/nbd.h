@@ -30,7 +30,7 @@ struct source_nbd_config {
 /*
  * cb comes exactly once with the source (owned by the receiver) or a failure. config is borrowed for the call (a path
  * through a descriptor must go on standing where the server's backlog is full: then it is tried again). Negative, for
- * all three functions here: -EINVAL (a path too long for a socket, a cluster that is no power of two), -ENOMEM.
+ * all functions here: -EINVAL (a path too long for a socket, a cluster that is no power of two), -ENOMEM.
  * Failures worth telling apart: -ENOENT (no socket, no export, no context), -ECONNREFUSED, -ETIMEDOUT, -ECANCELED.
  */
 typedef void (*source_nbd_open_cb)(void *arg, struct source *s, const struct failure *f);
@@ -61,5 +61,11 @@ struct source_nbd_poke;
 int source_nbd_poke(uv_loop_t *loop, const struct source_nbd_config *config, uint64_t offset, const void *data,
                     size_t length, source_nbd_poke_cb cb, void *arg, struct source_nbd_poke **ret_poke);
 void source_nbd_poke_cancel(struct source_nbd_poke *p);
+
+/*
+ * Has QEMU flush the export's node, also of an export for reading: what it holds back of an image that others of its
+ * own write to. It cannot be cancelled; the deadlines of config end it.
+ */
+int source_nbd_flush(uv_loop_t *loop, const struct source_nbd_config *config, source_nbd_poke_cb cb, void *arg);
 
 #endif

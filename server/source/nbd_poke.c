@@ -7,7 +7,7 @@ struct source_nbd_poke {
     struct upstream upstream;
     uint64_t offset;  /* bytes */
     const void *data; /* borrowed until cb */
-    size_t length;    /* bytes */
+    size_t length;    /* bytes; 0: a flush */
     uint64_t since_ms;
     bool flying, closing;
     struct failure why;
@@ -27,7 +27,7 @@ static void finish(struct source_nbd_poke *p)
 }
 
 /* Inside libnbd. */
-static int on_written(void *arg, int *error)
+static int on_answered(void *arg, int *error)
 {
     struct source_nbd_poke *p = arg;
 
@@ -40,11 +40,13 @@ static int on_written(void *arg, int *error)
 static void on_up(struct upstream *u)
 {
     struct source_nbd_poke *p = of_upstream(u);
-    nbd_completion_callback done = {.callback = on_written, .user_data = p};
+    nbd_completion_callback done = {.callback = on_answered, .user_data = p};
+    int64_t sent;
 
     p->flying = true;
     p->since_ms = upstream_now();
-    if (nbd_aio_pwrite(u->nbd, p->data, p->length, p->offset, done, 0) < 0) {
+    sent = p->length ? nbd_aio_pwrite(u->nbd, p->data, p->length, p->offset, done, 0) : nbd_aio_flush(u->nbd, done, 0);
+    if (sent < 0) {
         upstream_failure(u, &p->why, -EIO, NULL);
         finish(p);
         return;
@@ -90,16 +92,14 @@ static const struct upstream_ops upstream_ops = {
     .oldest = oldest,
 };
 
-int source_nbd_poke(uv_loop_t *loop, const struct source_nbd_config *config, uint64_t offset, const void *data,
-                    size_t length, source_nbd_poke_cb cb, void *arg, struct source_nbd_poke **ret_poke)
+static int start(uv_loop_t *loop, const struct source_nbd_config *config, uint64_t offset, const void *data,
+                 size_t length, source_nbd_poke_cb cb, void *arg, struct source_nbd_poke **ret_poke)
 {
     _cleanup_free_ struct source_nbd_poke *p = calloc(1, sizeof(*p));
     int r;
 
     if (!p)
         return -ENOMEM;
-    if (length == 0)
-        return -EINVAL;
     p->offset = offset;
     p->data = data;
     p->length = length;
@@ -112,6 +112,17 @@ int source_nbd_poke(uv_loop_t *loop, const struct source_nbd_config *config, uin
         *ret_poke = p;
     TAKE_PTR(p);
     return 0;
+}
+
+int source_nbd_poke(uv_loop_t *loop, const struct source_nbd_config *config, uint64_t offset, const void *data,
+                    size_t length, source_nbd_poke_cb cb, void *arg, struct source_nbd_poke **ret_poke)
+{
+    return length ? start(loop, config, offset, data, length, cb, arg, ret_poke) : -EINVAL;
+}
+
+int source_nbd_flush(uv_loop_t *loop, const struct source_nbd_config *config, source_nbd_poke_cb cb, void *arg)
+{
+    return start(loop, config, 0, NULL, 0, cb, arg, NULL);
 }
 
 void source_nbd_poke_cancel(struct source_nbd_poke *p)

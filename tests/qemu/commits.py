@@ -3,6 +3,7 @@
 question whether each checkpoint is right, or refused."""
 import harness
 import nbdpull
+import offline
 from harness import MIB, Disk
 from truth import random_range, replay, settle
 
@@ -129,11 +130,56 @@ class Layers(harness.Case):
             read[name] = sum(length for _, length in nbdpull.ranges_with(extents))
         full.shutdown()
         h.shutdown()
+        self.rest()
+        return read
+
+    def rest(self):
         settle(self.vm)
         self.daemon.wait_idle()
-        return read
 
     def assertNoJobs(self):
         self.assertEqual(self.vm.look('query-jobs'), [])
         drivers = {n['drv'] for n in self.vm.look('query-named-block-nodes', {'flat': True})}
         self.assertLessEqual(drivers, {'qcow2', 'file', 'raw'})
+
+
+class OfflineLayers(Layers, offline.OfflineCase):
+    """The same disk, whose VM is powered off and on: .is_off. The daemon has its QMP socket and its image."""
+
+    is_off = False
+
+    def serve(self, **options):
+        state = f'{self.folder}/state{self.life}'
+        self.daemon = self.qpulld({'vm': self.vm}, linger=0, state=state,
+                                  flags=[f'--image=vm/vda={self.files[-1]}', *options.pop('flags', ())], **options)
+        self.await_turn()
+
+    def await_turn(self):
+        if self.is_off:
+            harness.wait_until(lambda: self.daemon.vm()['powered-off'], 20, 'the images\' turn')
+        else:
+            self.daemon.wait_idle()
+
+    def power_off(self):
+        self.vm.quit()
+        self.is_off = True
+
+    def power_on(self, path=None):
+        self.rest()
+        self.is_off = False
+        self.boot(path or self.files[-1])
+
+    def rest(self):
+        if self.is_off:
+            self.wait_closed(self.daemon, 30)
+        else:
+            super().rest()
+
+    def check_images(self, *files):
+        """No image is damaged, or has a cluster that nobody refers to."""
+        for path in files or self.files:
+            self.check_image(path)
+
+    def check_image(self, path):
+        if path.endswith('.qcow2'):
+            harness.run(['qemu-img', 'check', '-q', path])

@@ -6,11 +6,14 @@ processes, and KIND one of
   refuse  the command is answered with an error and not passed on
   before  the real daemon is killed (-9) instead of getting it
   after   likewise as soon as it has answered; the answer is lost
+  slow    NUMBER is the speed of a block commit, in bytes a second
+  parent-before, parent-after  qpulld itself is killed (-9) then, and the real daemon ends as it always does without one
 The commands that came are added to QPULL_FAULT_SEEN, one line each. Its parent's death (SIGTERM) goes on to the real one.
 """
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -79,23 +82,41 @@ def stop():
     raise BrokenPipeError
 
 
+def next_command(client, server):
+    """Passes events on meanwhile. Neither side sends a document in pieces while the other is waited for."""
+    while True:
+        ready, _, _ = select.select([client, server], [], [])
+        if client in ready:
+            return client.readline()
+        client.write(server.readline() or stop())
+
+
 def talk(client, server, real, kind, number):
     client.write(server.readline() or stop())
     while True:
-        line = client.readline()
+        line = next_command(client, server)
         if not line:
             return
         message = json.loads(line)
-        mine = count(message['execute']) == number
+        if kind == 'slow' and message['execute'] == 'block-commit':
+            message['arguments']['speed'] = number
+            line = json.dumps(message).encode() + b'\n'
+        mine = count(message['execute']) == number and kind != 'slow'
         if mine and kind == 'refuse':
             error = {'class': 'GenericError', 'desc': 'refused by the test'}
             client.write(json.dumps({'error': error, 'id': message.get('id')}).encode() + b'\r\n')
             continue
+        if mine and kind == 'parent-before':
+            os.kill(os.getppid(), signal.SIGKILL)
+            return
         if mine and kind == 'before':
             real.kill()
             return
         server.write(line)
         answer = answer_of(server, client, message.get('id'))
+        if mine and kind == 'parent-after':
+            os.kill(os.getppid(), signal.SIGKILL)
+            return
         if mine and kind == 'after':
             real.kill()
             return

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Maps and pokes of source/nbd, against real servers and what nbdinfo says. */
+/* Maps, pokes and flushes of source/nbd, against real servers and what nbdinfo says. */
 #include "nbd/nbd.h"
 #include "source_rig.h"
 
@@ -334,6 +334,60 @@ static void a_poke_can_be_cancelled_at_any_time(void **state)
     }
 }
 
+#define EVAL "exec nbdkit -f eval get_size='echo 1M' pread='dd if=/dev/zero bs=$3 count=1' "
+
+static void flush(struct rig *rig, const char *server)
+{
+    server_start(&rig->server, server);
+    rig->npoked = 0;
+    rig->failure = (struct failure){0};
+    rig->inside = true;
+    assert_int_equal(source_nbd_flush(&rig->loop, &rig->config, on_poke, rig), 0);
+    rig->inside = false;
+    loop_until(&rig->loop, rig->npoked);
+}
+
+static void a_flush_reaches_the_server(void **state)
+{
+    struct rig *rig = *state;
+
+    need_program("nbdkit");
+    flush(rig, EVAL "can_flush='exit 0' flush='echo flushed >flushed'");
+    assert_string_equal(rig->failure.text, "");
+    server_shell(&rig->server, "grep -q flushed flushed");
+}
+
+static void a_flush_that_the_server_refuses_fails(void **state)
+{
+    struct rig *rig = *state;
+
+    need_program("nbdkit");
+    flush(rig, EVAL "can_flush='exit 0' flush='echo ENOSPC full >&2; exit 1'");
+    assert_int_equal(rig->failure.err, -ENOSPC);
+}
+
+static void a_flush_that_the_server_does_not_know_fails(void **state)
+{
+    struct rig *rig = *state;
+
+    need_program("nbdkit");
+    flush(rig, EVAL "can_flush='exit 3'");
+    assert_true(rig->failure.err < 0);
+    assert_true(strlen(rig->failure.text) > 0);
+}
+
+static void a_flush_of_a_silent_server_meets_the_deadline(void **state)
+{
+    struct rig *rig = *state;
+
+    rig->config.timeout_ms = SHORT_MS;
+    rig->inside = true;
+    assert_int_equal(source_nbd_flush(&rig->loop, &rig->config, on_poke, rig), 0);
+    rig->inside = false;
+    loop_until(&rig->loop, rig->npoked);
+    assert_int_equal(rig->failure.err, -ETIMEDOUT);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -353,6 +407,10 @@ int main(void)
         TEST(a_poke_that_the_server_refuses_fails),
         TEST(a_poke_of_a_silent_server_meets_the_deadline),
         TEST(a_poke_can_be_cancelled_at_any_time),
+        TEST(a_flush_reaches_the_server),
+        TEST(a_flush_that_the_server_refuses_fails),
+        TEST(a_flush_that_the_server_does_not_know_fails),
+        TEST(a_flush_of_a_silent_server_meets_the_deadline),
     };
 
     if (!have_program("nbdkit") && !have_program("qemu-nbd")) {
