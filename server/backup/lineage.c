@@ -247,7 +247,8 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
         return -ENOMEM;
     p->roots[0].granularity = root->granularity;
     p->roots[0].dirty = p->roots[0].written = root->dirty;
-    p->roots[0].fill = false;
+    p->roots[0].fill = p->fill;
+    p->fill = false;
     p->nroots = 1;
     return LEARNED;
 }
@@ -345,6 +346,14 @@ static void apply(const struct past *p, struct checkpoint *c)
 
 #define ALLOCATION_BITS 64u /* of checkpoint.allocation_layers */
 
+static void count_allocation(struct lineage *l, struct past *p, size_t depth, struct checkpoint *c)
+{
+    if (depth < ALLOCATION_BITS)
+        c->allocation_layers |= UINT64_C(1) << depth;
+    else
+        condemn(l, p, CAUSE_LAYER_GONE);
+}
+
 static void compare(struct lineage *l, const struct past_disk *was, struct past *p, const struct disk *d,
                     struct checkpoint *c, bool jobs)
 {
@@ -364,10 +373,8 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
     check_record(l, p, root, layer_at(c, depth));
     if (!jobs)
         drop_promises(l, p, root);
-    if (fill && depth < ALLOCATION_BITS)
-        c->allocation_layers |= UINT64_C(1) << depth;
-    else if (fill)
-        condemn(l, p, CAUSE_LAYER_GONE);
+    if (fill)
+        count_allocation(l, p, depth, c);
 }
 
 /*
@@ -416,6 +423,8 @@ static int look_at(struct lineage *l, struct past_disk *was, const struct disk *
         welcome(l, p, d, c);
     if (r == 0)
         compare(l, was, p, d, c, jobs);
+    else if (r == LEARNED && p->roots[0].fill)
+        count_allocation(l, p, depth_of(d, &p->roots[0].at), c);
     apply(p, c);
     return MIN(r, 0);
 }
@@ -563,6 +572,7 @@ int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint
     if (!c || (!was && !(was = lineage_add_disk(l, d->name))) || (!p && !(p = past_disk_add(was, checkpoint))))
         return c ? -ENOMEM : 0;
     drop_roots(p);
+    p->fill = false;
     for (size_t i = 0; i < c->nlayers && p->nroots < ROOTS_MAX; i++) {
         const struct image *image = &d->images[c->layers[i].depth];
 
@@ -586,6 +596,10 @@ void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
 
         if (!p || p->buried || (disk && strcmp(disk, l->disks[i].name) != 0))
             continue;
+        /* Whoever vouches for a record, be it our own commit, does not make it whole: its layer's allocation counts on.
+         */
+        for (size_t k = 0; k < p->nroots; k++)
+            p->fill |= p->roots[k].fill;
         drop_roots(p);
         l->dirty = true;
     }

@@ -49,6 +49,7 @@ struct past {
     enum cause cause;
     enum absence absence;
     bool buried; /* what is left of its record in the roots' files is nobody's */
+    bool fill;   /* while it has no roots: the one that is learned will have this */
     size_t nroots;
     struct past_root roots[ROOTS_MAX]; /* none: to be learned */
     bool seen;                         /* during a look */

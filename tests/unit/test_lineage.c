@@ -260,6 +260,26 @@ static void a_promise_is_kept_when_the_job_ends(void **state)
     expect(GAP, s, {"t", 5}); /* and watched from then on */
 }
 
+/* Of a stream, and then a commit of ours: what was streamed is in no record, so the allocation counts on. */
+static void a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accepted(void **state)
+{
+    struct story *s = *state;
+
+    s->jobs = true;
+    expect(NONE, s, {"t", 0}, {"b", 4});
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), true), 0);
+    s->jobs = false;
+    expect(NONE, s, {"u", 0}, {"t", 6});
+    lineage_accept(s->lineage, NULL, "c");
+    expect(NONE, s, {"t", 6});
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 1);
+    expect(NONE, s, {"u", 0}, {"t", 6});
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 3);
+    lineage_forget(s->lineage, NULL, "c"); /* made anew */
+    expect(NONE, s, {"t", 0});
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 0);
+}
+
 static void a_promise_ends_with_the_jobs(void **state)
 {
     struct story *s = *state;
@@ -582,6 +602,7 @@ int main(void)
         story_test(a_layer_with_the_record_that_is_streamed_away_is_a_gap),
         story_test(a_record_removed_from_below_is_a_gap),
         story_test(a_promise_is_kept_when_the_job_ends),
+        story_test(a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accepted),
         story_test(a_promise_ends_with_the_jobs),
         story_test(a_cleared_record_is_a_gap_for_good),
         story_test(a_record_cleared_above_the_deepest_one_spoils_nothing),
