@@ -189,7 +189,12 @@ static void judge(struct vm *vm, struct disk_list *list, bool jobs)
     struct failure f = {0};
 
     (void)uv_timer_stop(&w->deadline);
-    if (lineage_look(w->lineage, list, jobs) < 0)
+    if (vm->images && lineage_look_stopped(w->lineage, list, &f) < 0) {
+        cb(vm, list, &f);
+        return;
+    }
+    if ((!vm->images && lineage_look_running(w->lineage, list, vm->twin != NULL) < 0) ||
+        lineage_look(w->lineage, list, jobs) < 0)
         (void)failure_set(&f, -ENOMEM, "out of memory");
     vm_tell_broken(vm, w->last, list);
     disk_list_free(w->last);

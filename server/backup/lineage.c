@@ -72,6 +72,8 @@ void lineage_free(struct lineage *l)
 {
     for (size_t i = 0; l && i < l->ndisks; i++) {
         forget_images(&l->disks[i]);
+        for (size_t k = 0; k < l->disks[i].nretired; k++)
+            past_image_done(&l->disks[i].retired[k]);
         for (size_t k = 0; k < l->disks[i].npasts; k++)
             past_done(&l->disks[i].pasts[k]);
         free(l->disks[i].pasts);
@@ -104,7 +106,7 @@ struct past *past_disk_add(struct past_disk *d, const char *name)
     return pasts[d->npasts].name ? &pasts[d->npasts++] : NULL;
 }
 
-static struct past_disk *find_disk(const struct lineage *l, const char *name)
+struct past_disk *lineage_find_disk(const struct lineage *l, const char *name)
 {
     for (size_t i = 0; i < l->ndisks; i++) {
         if (strcmp(l->disks[i].name, name) == 0)
@@ -134,7 +136,7 @@ static void drop_past(struct lineage *l, struct past_disk *d, struct past *p)
 
 /* -- files --------------------------------------------------------------------------------------------------------- */
 
-static int remember_image(struct past_image *p, const struct image *i)
+int past_image_remember(struct past_image *p, const struct image *i)
 {
     *p = (struct past_image){.file = strdup(i->file), .dev = i->dev, .ino = i->ino, .born_ns = i->born_ns};
     return p->file ? 0 : -ENOMEM;
@@ -144,7 +146,7 @@ static int remember_image(struct past_image *p, const struct image *i)
  * The same file? A moved one keeps its inode, and a device number may change with a reboot, but a copy put in its place
  * has another inode, or was born later. Where one of the two could not be seen its name must do.
  */
-static bool is_file(const struct past_image *p, const struct image *i)
+bool past_image_is(const struct past_image *p, const struct image *i)
 {
     bool same_name = strcmp(p->file, i->file) == 0;
 
@@ -160,7 +162,7 @@ static size_t depth_of(const struct disk *d, const struct past_image *p)
 {
     size_t k = 0;
 
-    while (k < d->nimages && !is_file(p, &d->images[k]))
+    while (k < d->nimages && !past_image_is(p, &d->images[k]))
         k++;
     return k;
 }
@@ -178,7 +180,7 @@ static bool same_images(const struct past_disk *p, const struct disk *d)
     return p->nimages == d->nimages;
 }
 
-static int remember_images(struct lineage *l, struct past_disk *p, const struct disk *d)
+int lineage_remember_images(struct lineage *l, struct past_disk *p, const struct disk *d)
 {
     if (same_images(p, d))
         return 0;
@@ -186,7 +188,7 @@ static int remember_images(struct lineage *l, struct past_disk *p, const struct 
     forget_images(p);
     p->images = calloc(d->nimages + 1, sizeof(*p->images));
     for (; p->images && p->nimages < d->nimages; p->nimages++) {
-        if (remember_image(&p->images[p->nimages], &d->images[p->nimages]) < 0)
+        if (past_image_remember(&p->images[p->nimages], &d->images[p->nimages]) < 0)
             return -ENOMEM;
     }
     return p->images ? 0 : -ENOMEM;
@@ -220,7 +222,7 @@ static void condemn(struct lineage *l, struct past *p, enum cause cause)
 static bool is_root_file(const struct past *p, const struct image *i)
 {
     for (size_t k = 0; k < p->nroots; k++) {
-        if (is_file(&p->roots[k].at, i))
+        if (past_image_is(&p->roots[k].at, i))
             return true;
     }
     return false;
@@ -243,7 +245,7 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
     p->absence = ABSENCE_NONE;
     p->buried = false;
     l->dirty = true;
-    if (!root || remember_image(&p->roots[0].at, &d->images[root->depth]) < 0)
+    if (!root || past_image_remember(&p->roots[0].at, &d->images[root->depth]) < 0)
         return -ENOMEM;
     p->roots[0].granularity = root->granularity;
     p->roots[0].dirty = p->roots[0].written = root->dirty;
@@ -285,7 +287,7 @@ static bool below_is_known(const struct past_disk *was, const struct past_root *
     for (size_t i = depth + 1; i < d->nimages; i++) {
         size_t k = from;
 
-        while (k < was->nimages && !is_file(&was->images[k], &d->images[i]))
+        while (k < was->nimages && !past_image_is(&was->images[k], &d->images[i]))
             k++;
         if (k == was->nimages)
             return false;
@@ -458,12 +460,12 @@ static void prune(struct lineage *l, struct past_disk *was)
 
 static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
 {
-    struct past_disk *was = find_disk(l, d->name);
+    struct past_disk *was = lineage_find_disk(l, d->name);
 
     if (!was) {
         if (l->ndisks >= LINEAGE_DISKS_MAX || d->ncheckpoints == 0)
             return 0;
-        if (!(was = lineage_add_disk(l, d->name)) || remember_images(l, was, d) < 0)
+        if (!(was = lineage_add_disk(l, d->name)) || lineage_remember_images(l, was, d) < 0)
             return -ENOMEM;
     }
     for (size_t i = 0; i < was->npasts; i++)
@@ -477,7 +479,7 @@ static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
             miss(l, was, &was->pasts[i], d);
     }
     prune(l, was);
-    return remember_images(l, was, d);
+    return lineage_remember_images(l, was, d);
 }
 
 int lineage_look(struct lineage *l, struct disk_list *disks, bool jobs)
@@ -491,7 +493,7 @@ int lineage_look(struct lineage *l, struct disk_list *disks, bool jobs)
 
 bool lineage_is_promised(const struct lineage *l, const char *disk, const char *checkpoint, const struct image *layer)
 {
-    const struct past *p = find_past(find_disk(l, disk), checkpoint);
+    const struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
 
     /* Nothing can be promised of one that is not known or not right. */
     return !p || !p->nroots || p->cause || p->buried || is_root_file(p, layer);
@@ -499,7 +501,7 @@ bool lineage_is_promised(const struct lineage *l, const char *disk, const char *
 
 const char *lineage_root(const struct lineage *l, const struct disk *d, const char *checkpoint)
 {
-    struct past *p = find_past(find_disk(l, d->name), checkpoint);
+    struct past *p = find_past(lineage_find_disk(l, d->name), checkpoint);
     const struct checkpoint *c = disk_checkpoint(d, checkpoint);
     enum cause cause;
     size_t depth = 0;
@@ -535,7 +537,7 @@ void lineage_unsaved(struct lineage *l)
 int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpoint, const struct image *layer,
                     bool fill)
 {
-    struct past *p = find_past(find_disk(l, d->name), checkpoint);
+    struct past *p = find_past(lineage_find_disk(l, d->name), checkpoint);
     struct past_root *root = NULL;
 
     if (lineage_is_promised(l, d->name, checkpoint, layer))
@@ -543,7 +545,7 @@ int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpo
     if (p->nroots == ROOTS_MAX) /* the oldest promise goes; the first root is the record itself */
         past_image_done(&p->roots[--p->nroots].at);
     root = &p->roots[p->nroots];
-    if (remember_image(&root->at, layer) < 0)
+    if (past_image_remember(&root->at, layer) < 0)
         return -ENOMEM;
     root->granularity = 0;
     root->dirty = root->written = 0;
@@ -566,7 +568,7 @@ void lineage_forget(struct lineage *l, const char *disk, const char *checkpoint)
 int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint)
 {
     const struct checkpoint *c = disk_checkpoint(d, checkpoint);
-    struct past_disk *was = find_disk(l, d->name);
+    struct past_disk *was = lineage_find_disk(l, d->name);
     struct past *p = find_past(was, checkpoint);
 
     if (!c || (!was && !(was = lineage_add_disk(l, d->name))) || (!p && !(p = past_disk_add(was, checkpoint))))
@@ -578,7 +580,7 @@ int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint
 
         if (!image->read_only)
             continue;
-        if (remember_image(&p->roots[p->nroots].at, image) < 0)
+        if (past_image_remember(&p->roots[p->nroots].at, image) < 0)
             return -ENOMEM;
         p->nroots++;
     }
@@ -640,7 +642,7 @@ static int inherit_disk(struct past_disk *d, struct past_disk *old)
 int lineage_inherit(struct lineage *l, struct lineage *old)
 {
     for (size_t i = 0; i < old->ndisks; i++) {
-        struct past_disk *was = &old->disks[i], *d = find_disk(l, was->name);
+        struct past_disk *was = &old->disks[i], *d = lineage_find_disk(l, was->name);
         int r;
 
         if (d ? d->npasts + was->npasts > LINEAGE_CHECKPOINTS_MAX : l->ndisks >= LINEAGE_DISKS_MAX)
@@ -657,7 +659,7 @@ int lineage_inherit(struct lineage *l, struct lineage *old)
 
 const char *lineage_why_lost(const struct lineage *l, const char *disk, const char *checkpoint)
 {
-    const struct past *p = find_past(find_disk(l, disk), checkpoint);
+    const struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
 
     if (!p || p->buried || p->absence == ABSENCE_NONE)
         return NULL;

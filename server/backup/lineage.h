@@ -34,6 +34,14 @@ void lineage_free(struct lineage *l);
  */
 int lineage_look(struct lineage *l, struct disk_list *disks, bool jobs);
 
+/*
+ * Before lineage_look(), of a VM that runs: what it has left behind is remembered. all: also of disks without
+ * checkpoints. -ENOMEM.
+ */
+int lineage_look_running(struct lineage *l, const struct disk_list *disks, bool all);
+/* Before lineage_look(), of images that no VM runs on. -ESTALE: one was left behind, f says which. */
+int lineage_look_stopped(const struct lineage *l, const struct disk_list *disks, struct failure *f);
+
 /* Whether what should be in the file has changed since lineage_saved(). Dirty counts count when they grew by a lot. */
 bool lineage_is_dirty(const struct lineage *l);
 void lineage_saved(struct lineage *l);

@@ -54,13 +54,17 @@ static struct json_object *past_to_json(const struct past *p)
 static struct json_object *disk_to_json(const struct past_disk *d)
 {
     struct json_object *o = qmp_args_strings("name", d->name, NULL);
-    struct json_object *images = json_object_new_array(), *pasts = json_object_new_array();
+    struct json_object *images = json_object_new_array(), *pasts = json_object_new_array(),
+                       *retired = json_object_new_array();
 
     for (size_t i = 0; i < d->nimages; i++)
         (void)json_object_array_add(images, image_to_json(&d->images[i]));
     for (size_t i = 0; i < d->npasts; i++)
         (void)json_object_array_add(pasts, past_to_json(&d->pasts[i]));
+    for (size_t i = 0; i < d->nretired; i++)
+        (void)json_object_array_add(retired, image_to_json(&d->retired[i]));
     (void)json_object_object_add(o, "images", images);
+    (void)json_object_object_add(o, "retired", retired);
     (void)json_object_object_add(o, "checkpoints", pasts);
     return o;
 }
@@ -159,20 +163,23 @@ static int past_of(struct json_object *o, struct past_disk *d)
 
 static int disk_of(struct json_object *o, struct lineage *l)
 {
-    struct json_object *images = qmp_get(o, "images"), *pasts = qmp_get(o, "checkpoints");
+    struct json_object *images = qmp_get(o, "images"), *pasts = qmp_get(o, "checkpoints"),
+                       *retired = qmp_get(o, "retired");
     const char *name = qmp_get_string(o, "name");
-    size_t nimages = qmp_array_length(images), npasts = qmp_array_length(pasts);
+    size_t nimages = qmp_array_length(images), npasts = qmp_array_length(pasts), nretired = qmp_array_length(retired);
     struct past_disk *d;
     int r = 0;
 
     if (!name)
         return -EBADMSG;
-    if (npasts > LINEAGE_CHECKPOINTS_MAX)
+    if (npasts > LINEAGE_CHECKPOINTS_MAX || nretired > RETIRED_MAX)
         return -E2BIG;
     if (!(d = lineage_add_disk(l, name)) || !(d->images = calloc(nimages + 1, sizeof(*d->images))))
         return -ENOMEM;
     for (; r == 0 && d->nimages < nimages; d->nimages += r == 0)
         r = image_of(json_object_array_get_idx(images, d->nimages), &d->images[d->nimages]);
+    for (; r == 0 && d->nretired < nretired; d->nretired += r == 0)
+        r = image_of(json_object_array_get_idx(retired, d->nretired), &d->retired[d->nretired]);
     for (size_t i = 0; r == 0 && i < npasts; i++)
         r = past_of(json_object_array_get_idx(pasts, i), d);
     return r;

@@ -55,10 +55,15 @@ struct past {
     bool seen;                         /* during a look */
 };
 
+/* An image that was forgotten is only not recognised any more. */
+#define RETIRED_MAX 8u
+
 struct past_disk {
     char *name; /* owned */
     size_t nimages;
     struct past_image *images; /* owned: top first */
+    size_t nretired;
+    struct past_image retired[RETIRED_MAX]; /* they were above what was the top when the VM was last seen to run */
     size_t npasts;
     struct past *pasts; /* owned */
 };
@@ -70,6 +75,11 @@ struct lineage {
 };
 
 void past_image_done(struct past_image *i);
+/* -ENOMEM */
+int past_image_remember(struct past_image *p, const struct image *i);
+bool past_image_is(const struct past_image *p, const struct image *i);
+struct past_disk *lineage_find_disk(const struct lineage *l, const char *name);
+int lineage_remember_images(struct lineage *l, struct past_disk *p, const struct disk *d);
 void past_done(struct past *p);
 /* One more, zeroed but for its name. NULL: out of memory. */
 struct past_disk *lineage_add_disk(struct lineage *l, const char *name);

@@ -66,6 +66,35 @@ class Offline(OfflineCase):
         guest.check()
         daemon.stop()
 
+    def test_an_image_that_the_vm_has_left_behind_is_not_served(self):
+        """It still names its old backing file, which has gone on without it: a disk that never was."""
+        disk = Disk('vda', 24 * MIB)
+        guest = self.guest(disk)
+        top = f'{self.folder}/top.qcow2'
+        daemon = self.qpulld(guest, linger=0, flags=[f'--image=vm/vda={top}'])
+        guest.write('vda', 0, 2 * MIB, 1)
+        harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', disk.path, '-F', 'qcow2', top])
+        guest.look('blockdev-add', {'driver': 'qcow2', 'node-name': 'top', 'backing': None,
+                                    'file': {'driver': 'file', 'filename': top}})
+        guest.look('blockdev-snapshot', {'node': disk.node, 'overlay': 'top'})
+        guest.write('vda', MIB, 2 * MIB, 2)
+        daemon.qpull('commit', 'vm/vda', '--active')
+        guest.write('vda', 3 * MIB // 2, 2 * MIB, 3)
+        guest.poweroff()
+        for _ in range(2):
+            harness.wait_until(lambda: daemon.vm()['powered-off'], 10, 'the images\' turn')
+            with self.assertRaisesRegex(qmpclient.QmpError, f"'{top}' is not disk 'vda' any more.*into '{disk.path}'"):
+                daemon.ask('query-checkpoints', {'vm': 'vm'})
+            with self.assertRaises(nbdpull.nbd.Error):
+                nbdpull.connect(daemon.uri('vm/vda'))
+            daemon.kill()  # the memory is on disk
+            daemon.start()
+        daemon.stop()
+        named = self.qpulld(guest, linger=0, flags=[f'--image=vm/vda={disk.path}'], name='named')
+        harness.wait_until(lambda: named.vm()['powered-off'], 10, 'the images\' turn')
+        self.assertModel(disk.model, nbdpull.pull(named.uri('vm/vda')), 'the image that the VM ran on')
+        named.stop()
+
     def test_what_changed_since_a_checkpoint_made_offline_is_exactly_what_is_written(self):
         path = f'{self.folder}/a.qcow2'
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', path, str(8 * MIB + SECTOR)])

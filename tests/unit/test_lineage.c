@@ -30,7 +30,7 @@ struct level {
 struct story {
     struct lineage *lineage;
     struct disk_list *last; /* owned: the look before */
-    bool jobs;
+    bool jobs, off;
     uint64_t size, granularity;
 };
 
@@ -137,6 +137,8 @@ static enum reason look_at(struct story *s, const struct level *levels)
 
     disk_list_free(s->last);
     s->last = make_list(s, levels);
+    if (!s->off)
+        assert_int_equal(lineage_look_running(s->lineage, s->last, true), 0);
     assert_int_equal(lineage_look(s->lineage, s->last, s->jobs), 0);
     write_and_read(s);
     c = disk_checkpoint(&s->last->disks[0], "c");
@@ -147,6 +149,21 @@ static enum reason look_at(struct story *s, const struct level *levels)
 
 #define look(s, ...) look_at(s, (const struct level[]){__VA_ARGS__, {NULL, NONE}})
 #define expect(reason, s, ...) assert_string_equal(reason_name(look(s, __VA_ARGS__)), #reason)
+
+/* Whether images that the VM left behind are among these; they are not looked at any further then. */
+static bool is_left_at(struct story *s, const struct level *levels)
+{
+    struct disk_list *list = make_list(s, levels);
+    struct failure f = {0};
+    int r = lineage_look_stopped(s->lineage, list, &f);
+
+    assert_true(r == 0 || r == -ESTALE);
+    assert_int_equal(r, f.err);
+    disk_list_free(list);
+    return r < 0;
+}
+
+#define is_left(s, ...) is_left_at(s, (const struct level[]){__VA_ARGS__, {NULL, NONE}})
 
 static const struct image *image_of(const struct story *s, const char *file)
 {
@@ -400,6 +417,51 @@ static void a_buried_record_is_nobodys_until_its_layer_is_gone(void **state)
     expect(NONE, s, {"u", 0});
 }
 
+static void what_a_running_vm_has_left_behind_is_known_until_it_runs_on_it(void **state)
+{
+    struct story *s = *state;
+
+    expect(NO_SUCH_CHECKPOINT, s, {"u", NONE}, {"t", NONE}, {"b", NONE});
+    assert_false(is_left(s, {"u", NONE}, {"t", NONE}, {"b", NONE}));
+    expect(NO_SUCH_CHECKPOINT, s, {"b", NONE});
+    assert_true(is_left(s, {"u", NONE}, {"t", NONE}, {"b", NONE}));
+    assert_true(is_left(s, {"t", NONE}, {"b", NONE}));
+    assert_false(is_left(s, {"b", NONE}));
+    assert_false(is_left(s, {"v", NONE}, {"b", NONE}));   /* a new layer */
+    assert_false(is_left(s, {"t:9", NONE}, {"b", NONE})); /* another file under that name */
+    expect(NO_SUCH_CHECKPOINT, s, {"t", NONE}, {"b", NONE});
+    assert_false(is_left(s, {"t", NONE}, {"b", NONE}));
+    assert_true(is_left(s, {"u", NONE}, {"t", NONE}, {"b", NONE}));
+}
+
+static void what_is_changed_while_the_vm_is_off_leaves_nothing_behind(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"t", NONE}, {"b", 1});
+    s->off = true;
+    expect(NONE, s, {"b", 1});
+    assert_false(is_left(s, {"t", NONE}, {"b", 1}));
+    s->off = false;
+    expect(GAP, s, {"x", NONE}, {"y", 1}); /* another disk altogether */
+    assert_false(is_left(s, {"b", 1}));
+}
+
+static void only_so_many_left_images_are_remembered(void **state)
+{
+    struct story *s = *state;
+    char name[8];
+
+    for (unsigned i = 0; i < 20; i++) {
+        (void)snprintf(name, sizeof(name), "t%u", i);
+        expect(NO_SUCH_CHECKPOINT, s, {name, NONE}, {"b", NONE});
+        expect(NO_SUCH_CHECKPOINT, s, {"b", NONE});
+        assert_true(is_left(s, {name, NONE}, {"b", NONE}));
+    }
+    assert_true(is_left(s, {"t12", NONE}, {"b", NONE}));
+    assert_false(is_left(s, {"t11", NONE}, {"b", NONE}));
+}
+
 /* The VM has another name: a new memory begins, which what was remembered up to now becomes part of at inherit(). */
 static struct lineage *rename_vm(struct story *s)
 {
@@ -613,6 +675,9 @@ int main(void)
         story_test(a_file_that_was_away_and_comes_back_is_a_gap),
         story_test(what_was_removed_on_purpose_may_come_anew),
         story_test(what_is_accepted_is_taken_for_right),
+        story_test(what_a_running_vm_has_left_behind_is_known_until_it_runs_on_it),
+        story_test(what_is_changed_while_the_vm_is_off_leaves_nothing_behind),
+        story_test(only_so_many_left_images_are_remembered),
         story_test(a_buried_record_is_nobodys_until_its_layer_is_gone),
         story_test(what_happened_before_the_vm_was_renamed_counts),
         story_test(what_happened_after_the_vm_was_renamed_counts_too),
