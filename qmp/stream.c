@@ -12,11 +12,11 @@
 #define TOKENER_DEPTH (QMP_STREAM_MAX_DEPTH + 1)
 
 /*
- * Strict: no comments, no trailing commas, "true" in small letters (single quotes, NaN and raw control characters still
- * pass, as they do not hurt). Trailing characters are the next document's.
- * Not JSON_TOKENER_VALIDATE_UTF8: it forgets a character that is split between two feeds (json-c 0.16).
+ * Trailing characters are the next document's. Not JSON_TOKENER_STRICT: with it json-c 0.17 and 0.18 take every byte
+ * above 0x7f for a control character; comments and trailing commas pass without it, and do not hurt. Not
+ * JSON_TOKENER_VALIDATE_UTF8: it forgets a character that is split between two feeds (json-c 0.16).
  */
-#define TOKENER_FLAGS (JSON_TOKENER_STRICT | JSON_TOKENER_ALLOW_TRAILING_CHARS)
+#define TOKENER_FLAGS JSON_TOKENER_ALLOW_TRAILING_CHARS
 
 int qmp_stream_init(struct qmp_stream *s, size_t max_document)
 {

@@ -378,7 +378,6 @@ int note_decode(const char *text, size_t len, struct note **ret_note, char **ret
 
     if (!t)
         return no_memory(f);
-    json_tokener_set_flags(t, JSON_TOKENER_STRICT | JSON_TOKENER_ALLOW_TRAILING_CHARS);
     o = json_tokener_parse_ex(t, text, (int)MIN(len, (size_t)NOTES_FILE_MAX));
     error = json_tokener_get_error(t);
     end = json_tokener_get_parse_end(t);

