@@ -478,7 +478,8 @@ static void on_answers(struct calls *c, const struct failure *f)
     struct failure mine = {0};
 
     /* Between two answers a job of others may change the graph. */
-    if (!f && !answers_agree(vm->answers[1], vm->answers[2]) && vm->nasks < VM_ASKS_MAX) {
+    if (!f && !answers_agree(vm->images ? NULL : vm->answers[0], vm->answers[1], vm->answers[2]) &&
+        vm->nasks < VM_ASKS_MAX) {
         put_questions(vm);
         return;
     }

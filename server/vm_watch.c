@@ -162,6 +162,7 @@ struct look {
     struct disk_list *list, *seen; /* owned: the disks, and a copy that the thread works on */
     struct job_list jobs;
     struct image *targets; /* owned: of the jobs */
+    unsigned npromises;    /* of the watch, when QEMU had answered */
 };
 
 static void look_free(struct look *k)
@@ -216,7 +217,8 @@ static void on_seen(uv_work_t *work, int status)
         w->jobs = k->jobs;
         w->targets = TAKE_PTR(k->targets);
         k->jobs = (struct job_list){0};
-        judge(vm, TAKE_PTR(k->seen), w->jobs.njobs > 0);
+        /* What was promised since QEMU answered belongs to a job that this look knows nothing of. */
+        judge(vm, TAKE_PTR(k->seen), w->jobs.njobs > 0 || k->npromises != w->npromises);
     }
     look_free(k);
     if (vm)
@@ -269,6 +271,7 @@ int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *nam
         return r;
     }
     k->vm = vm;
+    k->npromises = vm->watch.npromises;
     vm->watch.look = k;
     vm->watch.on_looked = cb;
     return uv_timer_start(&vm->watch.deadline, on_look_deadline, VM_LOOK_TIMEOUT_MS, 0);
@@ -418,6 +421,7 @@ static void carried(struct vm *vm, const struct failure *f)
     struct vm_watch *w = &vm->watch;
     const struct cargo *g = &w->cargo[w->at++];
 
+    w->npromises++;
     if (f)
         log_warning(
             "VM %s: the record of checkpoint '%s' on disk '%s' goes with the layer that job '%s' takes away: %s",

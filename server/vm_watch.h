@@ -65,6 +65,7 @@ struct vm_watch {
     struct json_object *status;  /* owned: query-block-jobs */
     struct failure carry_failure;
     size_t ncargo, at;
+    unsigned npromises; /* so far */
     struct cargo *cargo; /* owned */
 };
 

@@ -112,7 +112,22 @@ struct json_object *graph_named(struct json_object *named, const char *node)
     return NULL;
 }
 
-bool answers_agree(struct json_object *named_nodes, struct json_object *graph)
+/* A device, or whatever else has a BlockBackend, stands on that node. */
+static bool is_stood_on(struct json_object *graph, const char *node)
+{
+    struct json_object *edges = qmp_get(graph, "edges"), *child = graph_driver(graph, node);
+
+    for (size_t i = 0; child && i < qmp_array_length(edges); i++) {
+        struct json_object *e = json_object_array_get_idx(edges, i);
+        const char *type = qmp_get_string(graph_node_of_id(graph, qmp_get_int(e, "parent")), "type");
+
+        if (type && strcmp(type, "block-backend") == 0 && qmp_get_int(e, "child") == qmp_get_int(child, "id"))
+            return true;
+    }
+    return false;
+}
+
+bool answers_agree(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph)
 {
     struct json_object *nodes = qmp_get(graph, "nodes");
     size_t n = 0;
@@ -126,6 +141,12 @@ bool answers_agree(struct json_object *named_nodes, struct json_object *graph)
         if (!graph_named(named_nodes, qmp_get_string(node, "name")))
             return false;
         n++;
+    }
+    for (size_t i = 0; i < qmp_array_length(query_block); i++) {
+        const char *root = qmp_get_string(qmp_get(json_object_array_get_idx(query_block, i), "inserted"), "node-name");
+
+        if (root && !is_stood_on(graph, root))
+            return false;
     }
     return n == qmp_array_length(named_nodes);
 }

@@ -90,8 +90,11 @@ struct disk_list {
 int disk_list_parse(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph,
                     struct disk_list **ret_list, struct failure *f);
 void disk_list_free(struct disk_list *l); /* NULL is fine */
-/* Whether two of the answers speak of the same nodes: if not, one came before a change and one after it; ask anew. */
-bool answers_agree(struct json_object *named_nodes, struct json_object *graph);
+/*
+ * Whether the answers speak of the same nodes, and of devices on the same ones (query_block NULL: those of images, which
+ * QEMU did not give): if not, one came before a change and one after it; ask anew.
+ */
+bool answers_agree(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph);
 
 /* Looks after the files of all images. This waits for file systems: for a worker thread. */
 void disk_list_stat(struct disk_list *l);
