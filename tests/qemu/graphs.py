@@ -141,8 +141,8 @@ def blocks(sectors, size):
 
 class Row:
     """One disk of the table. expect: the reason code of its checkpoint. live: done to the running disk between the
-    daemon's first look at it and the question; between: to its images while no QEMU has them. reads_allocate: a read may
-    allocate (copy-on-read)."""
+    daemon's first look at it and the question; between: to its images while no QEMU has them. reads_allocate: a read
+    may allocate (copy-on-read)."""
 
     def __init__(self, words, its_layers, expect='NONE', live=None, between=None, reads_allocate=False):
         self.words, self.layers, self.expect = words, its_layers, expect
