@@ -7,6 +7,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <sys/stat.h>
 
@@ -164,17 +165,27 @@ static bool is_plain_filter(const char *driver)
     return false;
 }
 
-const char *graph_see_through(struct json_object *named, struct json_object *graph, const char *node)
+/* *ret_nfilters: how many nodes were seen through. */
+static const char *see_through(struct json_object *named, struct json_object *graph, const char *node,
+                               unsigned *ret_nfilters)
 {
     const char *child;
 
     for (unsigned i = 0; node && i < GRAPH_MAX_DEPTH; i++) {
+        *ret_nfilters = i;
         if (!names_is_ours(node) && !is_plain_filter(qmp_get_string(graph_named(named, node), "drv")))
             return node;
         child = graph_child(graph, node, "file");
         node = child ? child : graph_child(graph, node, "backing"); /* commit_top, mirror_top: of QEMU's jobs */
     }
     return NULL;
+}
+
+const char *graph_see_through(struct json_object *named, struct json_object *graph, const char *node)
+{
+    unsigned nfilters;
+
+    return see_through(named, graph, node, &nfilters);
 }
 
 struct json_object *named_bitmap(struct json_object *named_node, const char *name)
@@ -191,7 +202,13 @@ struct json_object *named_bitmap(struct json_object *named_node, const char *nam
     return NULL;
 }
 
-#define ALLOCATION_LAYERS_MAX 64u /* bits of checkpoint.allocation_layers */
+bool checkpoint_count_allocation(struct checkpoint *c, const struct image *i)
+{
+    if (i->level >= sizeof(c->allocation_levels) * CHAR_BIT)
+        return false;
+    c->allocation_levels |= UINT64_C(1) << i->level;
+    return true;
+}
 
 enum reason bitmap_reason(struct json_object *b)
 {
@@ -258,10 +275,10 @@ static int judge_checkpoint(struct json_object *named, const struct disk *d, str
             return r;
         deepest = bitmap ? depth : deepest;
     }
-    if (deepest < ALLOCATION_LAYERS_MAX)
-        c->allocation_layers = (UINT64_C(1) << deepest) - 1;
-    else if (c->reason == REASON_NONE)
-        c->reason = REASON_GAP;
+    for (unsigned depth = 0; depth < deepest; depth++) {
+        if (!checkpoint_count_allocation(c, &d->images[depth]) && c->reason == REASON_NONE)
+            c->reason = REASON_GAP;
+    }
     c->dirty = MIN(c->dirty, INT64_MAX);
     return 0;
 }
@@ -304,6 +321,7 @@ const char *graph_file(struct json_object *named, struct json_object *graph, con
 static int find_images(struct json_object *named, struct json_object *graph, struct disk *d)
 {
     const char *node = d->top;
+    unsigned level = 0, nfilters = 0;
 
     while (node && d->nimages < GRAPH_MAX_DEPTH) {
         struct image *images = realloc(d->images, (d->nimages + 1) * sizeof(*images));
@@ -313,13 +331,15 @@ static int find_images(struct json_object *named, struct json_object *graph, str
         d->images = images;
         images += d->nimages++;
         *images = (struct image){
+            .level = level,
             .node = strdup(node),
             .file = strdup(graph_file(named, graph, node)),
             .read_only = qmp_get_bool(graph_named(named, node), "ro"),
         };
         if (!images->node || !images->file)
             return -ENOMEM;
-        node = graph_see_through(named, graph, graph_child(graph, node, "backing"));
+        level += nfilters + 1; /* what is allocated right below filters QEMU finds at the first of them */
+        node = see_through(named, graph, graph_child(graph, node, "backing"), &nfilters);
     }
     return 0;
 }

@@ -44,22 +44,26 @@ struct checkpoint {
     size_t nlayers;
     struct layer *layers; /* owned: top first */
     /*
-     * Bit k: what the layer at depth k (0: the top) has allocated is part of the record. So it is for every layer above
+     * Bit k: what the image at level k (0: the top) has allocated is part of the record. So it is for every layer above
      * the deepest one with a bitmap of this name: it came after the checkpoint, whatever was written since is allocated
      * in it, and a bitmap of that name in it may have begun later than the layer.
      */
-    uint64_t allocation_layers;
+    uint64_t allocation_levels;
 };
 
 /* One layer of a disk: an image file without the filters above it. */
 struct image {
-    char *node; /* owned */
-    char *file; /* owned: as QEMU calls what it has open, "" when it says nothing */
+    char *node;     /* owned */
+    unsigned level; /* where qemu:allocation-depth, from 0, tells of it: filters between images above it are counted */
+    char *file;     /* owned: as QEMU calls what it has open, "" when it says nothing */
     bool read_only;
     /* Of the file, where it can be seen from here (disk_list_stat()), else 0. */
     uint64_t dev, ino;
     int64_t born_ns;
 };
+
+/* false: it lies too deep. */
+bool checkpoint_count_allocation(struct checkpoint *c, const struct image *i);
 
 struct disk {
     char *name;     /* owned: qdev id, else drive id, else node name */
@@ -91,8 +95,8 @@ int disk_list_parse(struct json_object *query_block, struct json_object *named_n
                     struct disk_list **ret_list, struct failure *f);
 void disk_list_free(struct disk_list *l); /* NULL is fine */
 /*
- * Whether the answers speak of the same nodes, and of devices on the same ones (query_block NULL: those of images, which
- * QEMU did not give): if not, one came before a change and one after it; ask anew.
+ * Whether the answers speak of the same nodes, and of devices on the same ones (query_block NULL: those of images,
+ * which QEMU did not give): if not, one came before a change and one after it; ask anew.
  */
 bool answers_agree(struct json_object *query_block, struct json_object *named_nodes, struct json_object *graph);
 

@@ -346,13 +346,10 @@ static void apply(const struct past *p, struct checkpoint *c)
     }
 }
 
-#define ALLOCATION_BITS 64u /* of checkpoint.allocation_layers */
-
-static void count_allocation(struct lineage *l, struct past *p, size_t depth, struct checkpoint *c)
+static void count_allocation(struct lineage *l, struct past *p, const struct disk *d, size_t depth,
+                             struct checkpoint *c)
 {
-    if (depth < ALLOCATION_BITS)
-        c->allocation_layers |= UINT64_C(1) << depth;
-    else
+    if (!checkpoint_count_allocation(c, &d->images[depth]))
         condemn(l, p, CAUSE_LAYER_GONE);
 }
 
@@ -376,7 +373,7 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
     if (!jobs)
         drop_promises(l, p, root);
     if (fill)
-        count_allocation(l, p, depth, c);
+        count_allocation(l, p, d, depth, c);
 }
 
 /*
@@ -426,7 +423,7 @@ static int look_at(struct lineage *l, struct past_disk *was, const struct disk *
     if (r == 0)
         compare(l, was, p, d, c, jobs);
     else if (r == LEARNED && p->roots[0].fill)
-        count_allocation(l, p, depth_of(d, &p->roots[0].at), c);
+        count_allocation(l, p, d, depth_of(d, &p->roots[0].at), c);
     apply(p, c);
     return MIN(r, 0);
 }

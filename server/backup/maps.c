@@ -120,9 +120,9 @@ static int fill_in_since(struct session *s, unsigned disk, const struct checkpoi
     struct map *filled = NULL;
     int r;
 
-    if (!c->allocation_layers)
+    if (!c->allocation_levels)
         return 0;
-    r = fill_in(map, s->disks[disk].layers, c->allocation_layers, &filled);
+    r = fill_in(map, s->disks[disk].layers, c->allocation_levels, &filled);
     return r < 0 ? r : session_add_map(s, disk, context, filled);
 }
 

@@ -419,7 +419,7 @@ bool session_needs_allocation(const struct session *s, unsigned disk)
     const struct disk *d = s->disks[disk].disk;
 
     for (size_t i = 0; i < d->ncheckpoints; i++) {
-        if (d->checkpoints[i].reason == REASON_NONE && d->checkpoints[i].allocation_layers)
+        if (d->checkpoints[i].reason == REASON_NONE && d->checkpoints[i].allocation_levels)
             return true;
     }
     return false;

@@ -176,7 +176,7 @@ class Row:
             node['backing'] = self.head(i - 1)
         found = [node]
         if layer.above:
-            found.append({'driver': layer.above, 'node-name': self.head(i), 'file': self.nodes[i]})
+            found.append({'driver': layer.above, 'node-name': self.head(i), 'discard': 'unmap', 'file': self.nodes[i]})
             if layer.above == 'throttle':
                 found[1]['throttle-group'] = 'group'
         return found

@@ -178,9 +178,9 @@ static void what_layers_above_the_deepest_record_have_allocated_counts(void **st
     expect_checkpoint(&l->disks[0], "both", REASON_NONE, "top d0");
     expect_checkpoint(&l->disks[0], "only-top", REASON_NONE, "top");
     expect_checkpoint(&l->disks[0], "below", REASON_NONE, "d0");
-    assert_int_equal(disk_checkpoint(&l->disks[0], "both")->allocation_layers, 1);
-    assert_int_equal(disk_checkpoint(&l->disks[0], "only-top")->allocation_layers, 0); /* nothing is above it */
-    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 1);
+    assert_int_equal(disk_checkpoint(&l->disks[0], "both")->allocation_levels, 1);
+    assert_int_equal(disk_checkpoint(&l->disks[0], "only-top")->allocation_levels, 0); /* nothing is above it */
+    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_levels, 1);
     assert_int_equal(l->disks[0].nimages, 2);
     assert_string_equal(l->disks[0].images[1].node, "d0");
     assert_true(l->disks[0].images[1].read_only);
@@ -192,7 +192,7 @@ static void what_layers_above_the_deepest_record_have_allocated_counts(void **st
     expect_checkpoint(&l->disks[0], "both", REASON_NONE, "top2 top d0");
     expect_checkpoint(&l->disks[0], "only-top", REASON_NONE, "top2 top");
     expect_checkpoint(&l->disks[0], "below", REASON_NONE, "top2 d0");
-    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_layers, 3);
+    assert_int_equal(disk_checkpoint(&l->disks[0], "below")->allocation_levels, 3);
     disk_list_free(l);
 }
 
@@ -233,7 +233,7 @@ static void a_session_of_ours_is_seen_through_with_others_in_between(void **stat
 
     assert_string_equal(l->disks[0].node, "top");
     expect_checkpoint(&l->disks[0], "mon", REASON_NONE, "d0");
-    assert_int_equal(disk_checkpoint(&l->disks[0], "mon")->allocation_layers, 1);
+    assert_int_equal(disk_checkpoint(&l->disks[0], "mon")->allocation_levels, 1);
     disk_list_free(l);
     l = parse("live_throttle");
     assert_string_equal(l->disks[0].node, "thr");

@@ -57,9 +57,10 @@ static int end(void **state)
 
 static void add_image(struct disk *d, const struct level *v)
 {
-    struct image *i = &d->images[d->nimages++];
+    struct image *i = &d->images[d->nimages];
     const char *colon = strchr(v->file, ':');
 
+    i->level = (unsigned)d->nimages++;
     i->file = strndup(v->file, colon ? (size_t)(colon - v->file) : strlen(v->file));
     i->node = strdup(i->file);
     i->ino = colon ? (uint64_t)strtoul(colon + 1, NULL, 10) : state_hash(v->file);
@@ -78,7 +79,7 @@ static void add_layer(struct checkpoint *c, const struct level *v, unsigned dept
     l->granularity = granularity;
     l->dirty = v->dirty == HUSK ? 0 : (uint64_t)v->dirty * CLUSTER;
     c->reason = v->dirty == HUSK ? REASON_INCONSISTENT : REASON_NONE;
-    c->allocation_layers = (UINT64_C(1) << depth) - 1;
+    c->allocation_levels = (UINT64_C(1) << depth) - 1;
 }
 
 /* One disk with these layers, as disk_list_parse() would show it. */
@@ -271,9 +272,9 @@ static void a_promise_is_kept_when_the_job_ends(void **state)
     expect(NONE, s, {"t", 5}, {"b", 4});
     s->jobs = false;
     expect(NONE, s, {"t", 6});
-    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 1); /* its own layer's, too */
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 1); /* its own layer's, too */
     expect(NONE, s, {"u", NONE}, {"t", 6});
-    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 3);
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 3);
     expect(GAP, s, {"t", 5}); /* and watched from then on */
 }
 
@@ -289,12 +290,12 @@ static void a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accept
     expect(NONE, s, {"u", 0}, {"t", 6});
     lineage_accept(s->lineage, NULL, "c");
     expect(NONE, s, {"t", 6});
-    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 1);
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 1);
     expect(NONE, s, {"u", 0}, {"t", 6});
-    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 3);
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 3);
     lineage_forget(s->lineage, NULL, "c"); /* made anew */
     expect(NONE, s, {"t", 0});
-    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_layers, 0);
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 0);
 }
 
 static void a_promise_ends_with_the_jobs(void **state)
