@@ -13,8 +13,11 @@
 
 /* A query-qmp-schema answer of QEMU 11.1 is about 300 KiB; query-named-block-nodes grows with disks and bitmaps. */
 #define QMP_STREAM_MAX_DOCUMENT (64u << 20)
-/* Objects and arrays inside each other. QEMU's own parser allows 1024, its answers nest a dozen. */
-#define QMP_STREAM_MAX_DEPTH 64
+/*
+ * Objects and arrays inside each other. QEMU's own parser allows 1024; its answers nest a dozen, and query-block one more
+ * for each backing file: so this allows chains far longer than we work with (256, backup/disks).
+ */
+#define QMP_STREAM_MAX_DEPTH 512
 
 struct qmp_stream {
     struct json_tokener *tokener; /* owned */

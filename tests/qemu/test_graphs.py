@@ -14,7 +14,7 @@ from truth import covered, settle
 LARGE = 8 * MIB + 3 * SECTOR
 GROWN, SHRUNK = SIZE + MIB + SECTOR, SIZE - MIB + SECTOR
 CONTEXT = nbdpull.dirty_context(CHECKPOINT)
-MANY = 16
+MANY = 64  # layers above the record, of which the daemon can tell what they have allocated
 
 
 def resize_live(size):
@@ -58,7 +58,8 @@ DEEP = [
     graph('PPPPP'), graph('P----'), graph('----P'), graph('-P---'), graph('P-P-P'), graph('PXDL-'), graph('-PLXD'),
     graph('X---P', 'INCONSISTENT'), graph('--X-P', 'INCONSISTENT'), graph('--D-P', 'BUSY'), graph('PXXXX'),
     graph('-----', 'NO_SUCH_CHECKPOINT'),
-    Row('many layers', layers('P' + '-' * (MANY - 1))),
+    Row('as many layers as can be told apart', layers('P' + '-' * MANY)),
+    Row('one more', layers('P' + '-' * (MANY + 1)), 'GAP'),
 ]
 
 
