@@ -49,10 +49,11 @@ static bool change_init(struct control_call *call, struct json_object *args, con
                         const char *count)
 {
     struct change *c = container_of(call, struct change, call);
+    struct vm *vm = control_vm(call, args);
 
-    c->vm = control_vm(call, args);
-    if (!c->vm)
+    if (!vm) /* the call is gone, and c with it */
         return false;
+    c->vm = vm;
     c->verb = verb;
     c->count = count;
     c->name = strdup(name);
@@ -197,6 +198,25 @@ static void rename_vm(struct control_call *call, struct json_object *args)
     if (!change_init(call, args, from, "take over the notes of VM", "notes"))
         return;
     r = vm_rename_start(c->vm, &c->op, from, &f);
+    if (r < 0)
+        change_refused(call, r, &f);
+}
+
+/* Before anything else is done with the disk; whether there is such a one nobody can say while the VM is off. */
+static void invalidate(struct control_call *call, struct json_object *args)
+{
+    struct change *c = container_of(call, struct change, call);
+    const char *disk = control_string(args, "disk");
+    struct failure f = {0};
+    int r;
+
+    if (!*disk) {
+        control_error(call, CONTROL_GENERIC, "Which disk was restored? Say its name");
+        return;
+    }
+    if (!change_init(call, args, disk, "call invalid the checkpoints of restored disk", "disks"))
+        return;
+    r = vm_restored_start(c->vm, &c->op, disk, &f);
     if (r < 0)
         change_refused(call, r, &f);
 }
@@ -391,6 +411,10 @@ static const struct control_command commands[] = {
                 {"accept", .type = CONTROL_BOOL}},
      .size = sizeof(struct adopt),
      .run = adopt},
+    {.name = "checkpoint-invalidate",
+     .params = {{"vm", REQUIRED}, {"disk", REQUIRED}},
+     .size = sizeof(struct change),
+     .run = invalidate},
     {.name = "checkpoint-export", .params = {{"vm", REQUIRED}}, .run = export_notes},
     {.name = "checkpoint-import",
      .params = {{"vm", REQUIRED}, {"document", REQUIRED, CONTROL_OBJECT}},

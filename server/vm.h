@@ -100,6 +100,8 @@ int vm_delete_start(struct vm *vm, struct vm_change *change, const char *checkpo
 int vm_import_start(struct vm *vm, struct vm_change *change, struct json_object *doc /* borrowed */, struct failure *f);
 /* The VM was called `from` before, and has no notes under its own name yet. */
 int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, struct failure *f);
+/* The disk was restored from a backup: all its checkpoints are a GAP from now on. n: 1. */
+int vm_restored_start(struct vm *vm, struct vm_change *change, const char *disk, struct failure *f);
 /* What others did to its records is forgiven, on all disks: what the next look sees is taken for right. */
 void vm_accept(struct vm *vm, const char *checkpoint);
 const char *vm_current(const struct vm *vm); /* the current checkpoint, or NULL; borrowed until the next change */

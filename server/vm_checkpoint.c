@@ -580,3 +580,32 @@ int vm_rename_start(struct vm *vm, struct vm_change *change, const char *from, s
         work_drop(w);
     return r < 0 ? failure_set(f, r, "it cannot be done now: %s", strerror(-r)) : 0;
 }
+
+/* -- a disk that was restored -------------------------------------------------------------------------------------- */
+
+static void on_restored(struct vm_watch_wait *wait, const struct failure *f)
+{
+    struct work *w = container_of(wait, struct work, remembered);
+
+    if (f)
+        (void)failure_set(&w->failure, f->err, "it is not on disk that disk '%s' was restored: %s", w->name, f->text);
+    else
+        w->ndone = 1;
+    vm_watch_wake(w->vm);
+    vm_notes_write(w->vm, &w->wait, on_noted);
+}
+
+int vm_restored_start(struct vm *vm, struct vm_change *change, const char *disk, struct failure *f)
+{
+    struct work *w = work_new(vm, change, disk, NULL, 0);
+    int r = w ? lineage_restored(vm->keeper->watch.lineage, disk) : -ENOMEM;
+
+    if (r == 0)
+        r = vm_watch_store(vm, &w->remembered, on_restored);
+    if (r == 0)
+        return 0;
+    if (w)
+        work_drop(w);
+    return failure_set(f, r < 0 ? r : -EAGAIN, "what is remembered of disk '%s' cannot be written: %s", disk,
+                       r < 0 ? strerror(-r) : "try again");
+}

@@ -127,6 +127,7 @@ enum exit_status run_checkpoint_list(const struct args *args);
 enum exit_status run_checkpoint_show(const struct args *args);
 enum exit_status run_checkpoint_can_increment(const struct args *args);
 enum exit_status run_checkpoint_adopt(const struct args *args);
+enum exit_status run_checkpoint_invalidate(const struct args *args);
 enum exit_status run_checkpoint_export(const struct args *args);
 enum exit_status run_checkpoint_import(const struct args *args);
 enum exit_status run_checkpoint_rename_vm(const struct args *args);

@@ -107,6 +107,16 @@ enum exit_status run_checkpoint_adopt(const struct args *args)
     return change_checkpoint(args, "checkpoint-adopt", query, "notes", "written");
 }
 
+enum exit_status run_checkpoint_invalidate(const struct args *args)
+{
+    struct json_object *query = json_object_new_object();
+    char what[512];
+
+    put_text(query, "disk", args->words[1]);
+    (void)snprintf(what, sizeof what, "the checkpoints of VM \"%s\", disk \"%s\"", args->words[0], args->words[1]);
+    return change(args, "checkpoint-invalidate", query, what, "disks", "invalid");
+}
+
 enum exit_status run_checkpoint_rename_vm(const struct args *args)
 {
     struct args swapped = *args;

@@ -28,6 +28,9 @@ static const struct {
                       "its record was lost or removed, and somebody made a new one of the same name"},
     [CAUSE_RETURNED] = {"returned", REASON_GAP,
                         "its image file was taken away and has come back; what happened meanwhile is not known"},
+    [CAUSE_RESTORED] =
+        {"restored", REASON_GAP,
+         "the disk was restored from a backup after it, so its record says nothing about what is there now"},
 };
 static_assert(ARRAY_SIZE(causes) == CAUSE_NCAUSES, "every cause has a reason");
 
@@ -475,6 +478,16 @@ static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
         if (!was->pasts[i].seen)
             miss(l, was, &was->pasts[i], d);
     }
+    for (size_t i = 0; was->restored && i < d->ncheckpoints; i++) {
+        struct past *p = find_past(was, d->checkpoints[i].name);
+
+        if (p && !p->buried)
+            condemn(l, p, CAUSE_RESTORED);
+        if (p)
+            apply(p, &d->checkpoints[i]);
+    }
+    l->dirty |= was->restored;
+    was->restored = false;
     prune(l, was);
     return lineage_remember_images(l, was, d);
 }
@@ -588,6 +601,19 @@ int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint
     return 0;
 }
 
+int lineage_restored(struct lineage *l, const char *disk)
+{
+    struct past_disk *was = lineage_find_disk(l, disk);
+
+    if (!was && l->ndisks >= LINEAGE_DISKS_MAX)
+        return -E2BIG;
+    if (!was && !(was = lineage_add_disk(l, disk)))
+        return -ENOMEM;
+    was->restored = true;
+    l->dirty = true;
+    return 0;
+}
+
 void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
 {
     for (size_t i = 0; i < l->ndisks; i++) {
@@ -631,6 +657,7 @@ static int inherit_disk(struct past_disk *d, struct past_disk *old)
         past_done(&was);
     }
     newer.npasts = 0;
+    old->restored |= newer.restored;
     *d = *old;
     *old = newer;
     return 0;

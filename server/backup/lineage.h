@@ -68,6 +68,11 @@ void lineage_forget(struct lineage *l, const char *disk, const char *checkpoint)
  * d is as it was before the removal. -ENOMEM.
  */
 int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint);
+/*
+ * The disk was restored from a backup: whatever checkpoints the next look finds on it are a GAP from then on. Known by
+ * name only, it need not have been seen before. -E2BIG: too many disks; -ENOMEM.
+ */
+int lineage_restored(struct lineage *l, const char *disk);
 /* Whatever is held against the checkpoint is forgiven: what the next look sees is taken for right. disk NULL: on all.
  */
 void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint);

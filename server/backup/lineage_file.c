@@ -63,6 +63,7 @@ static struct json_object *disk_to_json(const struct past_disk *d)
         (void)json_object_array_add(pasts, past_to_json(&d->pasts[i]));
     for (size_t i = 0; i < d->nretired; i++)
         (void)json_object_array_add(retired, image_to_json(&d->retired[i]));
+    (void)json_object_object_add(o, "restored", json_object_new_boolean(d->restored));
     (void)json_object_object_add(o, "images", images);
     (void)json_object_object_add(o, "retired", retired);
     (void)json_object_object_add(o, "checkpoints", pasts);
@@ -176,6 +177,7 @@ static int disk_of(struct json_object *o, struct lineage *l)
         return -E2BIG;
     if (!(d = lineage_add_disk(l, name)) || !(d->images = calloc(nimages + 1, sizeof(*d->images))))
         return -ENOMEM;
+    d->restored = qmp_get_bool(o, "restored");
     for (; r == 0 && d->nimages < nimages; d->nimages += r == 0)
         r = image_of(json_object_array_get_idx(images, d->nimages), &d->images[d->nimages]);
     for (; r == 0 && d->nretired < nretired; d->nretired += r == 0)

@@ -15,6 +15,7 @@ enum cause {
     CAUSE_SHRANK,
     CAUSE_REMADE,
     CAUSE_RETURNED,
+    CAUSE_RESTORED,
     CAUSE_NCAUSES
 };
 const char *cause_name(enum cause c);
@@ -59,7 +60,8 @@ struct past {
 #define RETIRED_MAX 8u
 
 struct past_disk {
-    char *name; /* owned */
+    char *name;    /* owned */
+    bool restored; /* said so; the next look holds it against all checkpoints that it finds */
     size_t nimages;
     struct past_image *images; /* owned: top first */
     size_t nretired;

@@ -48,6 +48,34 @@ class Checkpoints(harness.Case):
         daemon.stop()
         self.assertEqual(list(harness.bitmaps(guest.look)), [('node-vda', 'monday')])
 
+    def test_a_restored_disk_goes_on_with_a_full(self):
+        """Said while the VM is off, and the daemon is killed right after its answer."""
+        guest = self.two_disks()
+        daemon = self.qpulld(guest, linger=0)
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
+        guest.quit()
+        said = daemon.qpull('checkpoint', 'invalidate', 'vm', 'vda').stdout
+        self.assertIn('disk "vda": 1 disk invalid', said)
+        daemon.kill()
+        guest.start()
+        daemon.start()
+        daemon.wait_idle()
+        self.assertEqual(self.checkpoints(daemon), [('monday', 'vda', 'GAP'), ('monday', 'vdb', 'NONE')])
+        told = daemon.qpull('checkpoint', 'can-increment', 'vm', 'monday', '--disk', 'vda', check=False)
+        self.assertEqual(told.returncode, 1)
+        self.assertIn('restored from a backup', told.stdout)
+        self.assertEqual((self.offered(daemon), self.offered(daemon, 'vdb')), ([], ['monday']))
+        nbdpull.pull(daemon.uri('vm/vda@tuesday'))
+        daemon.wait_idle()
+        self.assertEqual(self.offered(daemon), ['tuesday'])
+        daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'monday'})
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
+        self.assertEqual(self.offered(daemon), ['monday', 'tuesday'])
+        refused = daemon.qpull('checkpoint', 'invalidate', 'nobody', 'vda', check=False)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn('nobody', refused.stderr)
+        daemon.stop()
+
     def test_a_client_that_vanishes_leaves_no_checkpoint(self):
         guest = self.two_disks()
         before = guest.state()

@@ -402,6 +402,30 @@ static void what_is_accepted_is_taken_for_right(void **state)
     expect(GAP, s, {"b:8", 1});
 }
 
+static void a_restored_disk_has_no_checkpoint_that_counts(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"t", 1}, {"b", 5});
+    assert_int_equal(lineage_restored(s->lineage, "vda"), 0);
+    write_and_read(s);
+    expect(GAP, s, {"t", 1}, {"b", 5});
+    expect(GAP, s, {"t", 2}, {"b", 5});
+    lineage_forget(s->lineage, NULL, "c"); /* made anew */
+    expect(NONE, s, {"t", 0});
+}
+
+static void a_disk_that_was_never_seen_can_be_restored_too(void **state)
+{
+    struct story *s = *state;
+
+    assert_int_equal(lineage_restored(s->lineage, "vdb"), 0);
+    assert_int_equal(lineage_restored(s->lineage, "vda"), 0);
+    expect(GAP, s, {"b", 5});
+    lineage_accept(s->lineage, "vda", "c");
+    expect(NONE, s, {"b", 5});
+}
+
 static void a_buried_record_is_nobodys_until_its_layer_is_gone(void **state)
 {
     struct story *s = *state;
@@ -676,6 +700,8 @@ int main(void)
         story_test(a_file_that_was_away_and_comes_back_is_a_gap),
         story_test(what_was_removed_on_purpose_may_come_anew),
         story_test(what_is_accepted_is_taken_for_right),
+        story_test(a_restored_disk_has_no_checkpoint_that_counts),
+        story_test(a_disk_that_was_never_seen_can_be_restored_too),
         story_test(what_a_running_vm_has_left_behind_is_known_until_it_runs_on_it),
         story_test(what_is_changed_while_the_vm_is_off_leaves_nothing_behind),
         story_test(only_so_many_left_images_are_remembered),
