@@ -65,7 +65,7 @@ struct vm_watch {
     struct json_object *status;  /* owned: query-block-jobs */
     struct failure carry_failure;
     size_t ncargo, at;
-    unsigned npromises; /* so far */
+    unsigned npromises;  /* so far */
     struct cargo *cargo; /* owned */
 };
 
@@ -102,5 +102,14 @@ void vm_watch_forget(struct vm *vm, const char *checkpoint);
 void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint);
 /* The checkpoint was removed from this disk, as far as its layers can be written; d is as it was before. */
 void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoint);
+
+/* -- between vm_watch.c and vm_carry.c ----------------------------------------------------------------------------- */
+
+void vm_watch_drop_jobs(struct job_list *jobs, struct image **targets);
+void vm_carry_drop(struct vm_watch *w);
+/* Of a look of our own (a vm_query's cb): the jobs that it saw. */
+void vm_carry_on_look(struct vm_query *q, const struct disk_list *disks, const struct failure *f);
+/* A job has begun to work. */
+void vm_carry_meet_jobs(struct vm *vm);
 
 #endif
