@@ -360,7 +360,8 @@ static int step_flush(struct seq *s, struct failure *f)
     return calls_wait(&c->rig.calls, after_flush, f);
 }
 
-static void on_let_go(struct calls *calls, const struct failure *f)
+/* The job has been told, or runs by itself: what is left of it is waited for. */
+static void on_begun_to_end(struct calls *calls, const struct failure *f)
 {
     struct commit *c = commit_of_calls(calls);
     struct failure mine = {0};
@@ -378,7 +379,7 @@ static int step_finish(struct seq *s, struct failure *f)
     c->finishing = true;
     calls_add(&c->rig.calls, c->active ? "job-complete" : "job-finalize", qmp_args_strings("id", c->job, NULL),
               QMP_NO_FD, 0, NULL);
-    return calls_wait(&c->rig.calls, on_let_go, f);
+    return calls_wait(&c->rig.calls, on_begun_to_end, f);
 }
 
 static int step_dismiss(struct seq *s, struct failure *f)
@@ -392,17 +393,6 @@ static int step_dismiss(struct seq *s, struct failure *f)
 /* -- an empty image, made by a job of the same name ------------------------------------------------------------------
  */
 
-static void on_formatting(struct calls *calls, const struct failure *f)
-{
-    struct commit *c = commit_of_calls(calls);
-    struct failure mine = {0};
-
-    if (!f && commit_wait_for(c, "concluded", &mine) < 0)
-        f = &mine;
-    if (f)
-        rig_step_done(calls, f);
-}
-
 static int step_format(struct seq *s, struct failure *f)
 {
     struct commit *c = commit_of_seq(s);
@@ -410,7 +400,7 @@ static int step_format(struct seq *s, struct failure *f)
     if (!commit_empties(c))
         return SEQ_DONE;
     calls_add(&c->rig.calls, "blockdev-create", TAKE_PTR(c->new_format), QMP_NO_FD, 0, NULL);
-    return calls_wait(&c->rig.calls, on_formatting, f);
+    return calls_wait(&c->rig.calls, on_begun_to_end, f);
 }
 
 static int step_formatted(struct seq *s, struct failure *f)
