@@ -72,6 +72,32 @@ static int set_count(unsigned *to, const char *value, unsigned max, struct failu
     return 0;
 }
 
+/* "4096", "10G": bytes, or units of a power of 1024. */
+static int set_size(uint64_t *to, const char *value, struct failure *f)
+{
+    static const char units[] = "KMGT";
+    unsigned shift = 0;
+    char *end;
+    unsigned long long n;
+
+    errno = 0;
+    n = strtoull(value, &end, 10);
+    if (isdigit((unsigned char)*value) && *end) {
+        const char *unit = strchr(units, toupper((unsigned char)*end));
+
+        if (unit) {
+            shift = 10 * (unsigned)(unit - units + 1);
+            end++;
+        }
+    }
+    if (!isdigit((unsigned char)*value) || *end)
+        return failure_set(f, -EINVAL, "\"%s\" is not a size: a number of bytes, or with K, M, G or T", value);
+    if (errno || n > CONFIG_SIZE_MAX >> shift)
+        return failure_set(f, -EINVAL, "\"%s\" is more than %lluT", value, CONFIG_SIZE_MAX >> 40);
+    *to = (uint64_t)n << shift;
+    return 0;
+}
+
 static int set_bool(bool *to, const char *value, struct failure *f)
 {
     static const char *const yes[] = {"yes", "true", "on", "1"}, *const no[] = {"no", "false", "off", "0"};
@@ -188,6 +214,9 @@ enum row {
     ROW_LISTEN,
     ROW_CONTROL,
     ROW_SCRATCH,
+    ROW_SCRATCH_LIMIT,
+    ROW_SCRATCH_TOTAL_LIMIT,
+    ROW_SCRATCH_RESERVE,
     ROW_STATE,
     ROW_LINGER,
     ROW_HANDSHAKE_TIMEOUT,
@@ -222,6 +251,12 @@ static const struct {
                     "unix:PATH, tcp:HOST:PORT or fd; repeatable (default " CONFIG_LISTEN ")"},
     [ROW_CONTROL] = {"control", 0, "PATH", "control socket (default " CONFIG_CONTROL ")"},
     [ROW_SCRATCH] = {"scratch", 0, "DIR", "where copy-before-write data goes (default " CONFIG_SCRATCH ")"},
+    [ROW_SCRATCH_LIMIT] = {"scratch-limit", 0, "SIZE",
+                           "of one session; past it the session is given up (default 0: none)"},
+    [ROW_SCRATCH_TOTAL_LIMIT] = {"scratch-total-limit", 0, "SIZE",
+                                 "of all sessions; past it the largest is given up (default 0: none)"},
+    [ROW_SCRATCH_RESERVE] = {"scratch-reserve", 0, "SIZE",
+                             "left free on DIR's file system, likewise (default 256M; 0: none)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
@@ -243,7 +278,6 @@ static const struct {
     {"allow", REPEATABLE, NULL, NULL},
     {"quiesce", 0, NULL, NULL},
     {"threads", 0, NULL, NULL},
-    {"scratch-limit", 0, NULL, NULL},
 };
 static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
 
@@ -264,6 +298,12 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_path(&c->control, value, f);
     case ROW_SCRATCH:
         return config_set_path(&c->scratch, value, f);
+    case ROW_SCRATCH_LIMIT:
+        return set_size(&c->scratch_limit, value, f);
+    case ROW_SCRATCH_TOTAL_LIMIT:
+        return set_size(&c->scratch_total_limit, value, f);
+    case ROW_SCRATCH_RESERVE:
+        return set_size(&c->scratch_reserve, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
     case ROW_LINGER:
@@ -505,6 +545,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
+        .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .log_level = LOG_LEVEL_INFO,
     };
     r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
@@ -565,5 +606,6 @@ void config_print_help(FILE *out)
         }
     (void)fprintf(
         out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
-             "qmp=, disks=, disk.NAME= and image.DISK=. Exit status: 0 done, 1 failed, 2 wrong usage.\n");
+             "qmp=, disks=, disk.NAME= and image.DISK=. SIZE: bytes, or with K, M, G or T (powers of 1024) behind.\n"
+             "Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

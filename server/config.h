@@ -23,6 +23,7 @@
 #define CONFIG_CONTROL CONFIG_RUN_DIR "/control.sock"
 #define CONFIG_SCRATCH "/var/tmp"
 #define CONFIG_STATE "/var/lib/qpull"
+#define CONFIG_SCRATCH_RESERVE (256ull << 20) /* bytes; more than SCRATCH_RATE in SCRATCH_LOOK_MIN_MS */
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
@@ -36,6 +37,7 @@
 #define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
 #define CONFIG_CONNECTIONS_MAX 65536u
+#define CONFIG_SIZE_MAX (1ull << 60)  /* of any SIZE: no file system holds more, and sums of them stay numbers */
 #define CONFIG_CHECKPOINTS_MAX 10000u /* of --keep-checkpoints; backup/notes.h keeps no more notes of a VM */
 
 /* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
@@ -151,7 +153,9 @@ struct server_config {
     char *file;                      /* owned: the file that was read, or NULL */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
     unsigned max_connections;
-    unsigned keep_checkpoints; /* of each VM; 0: all */
+    unsigned keep_checkpoints;                   /* of each VM; 0: all */
+    uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
+    uint64_t scratch_reserve;                    /* bytes; 0: none */
     enum log_level log_level;
     bool allow_plaintext;
     /* private to the parser: how often each row was set, by the file and by flags */

@@ -25,6 +25,7 @@ struct server {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
     struct vm **vms;                    /* owned, each: one count */
+    struct scratch_place *scratch;      /* owned */
     size_t nvms;
     struct catalog catalog;
     struct conn_set conns;
@@ -61,7 +62,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .nonly = from->ndisks,
         .renames = renames,
         .nrenames = from->nrenames,
-        .scratch_dir = s->config->scratch,
+        .scratch = s->scratch,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
@@ -86,9 +87,18 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
 
 static void on_conns_gone(void *arg);
 
+static void ignore_closed(void *arg)
+{
+}
+
 int server_new(uv_loop_t *loop, const struct server_config *config, struct server **ret_server, struct failure *f)
 {
     struct server *s = calloc(1, sizeof *s);
+    const struct scratch_limits limits = {
+        .session = config->scratch_limit,
+        .all = config->scratch_total_limit,
+        .reserve = config->scratch_reserve,
+    };
     int r;
 
     if (!s)
@@ -99,8 +109,12 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? conn_set_init(&s->conns, loop, config, &s->catalog) : -ENOMEM;
+    r = s->vms && s->listeners ? scratch_new(loop, config->scratch, &limits, &s->scratch) : -ENOMEM;
+    if (r == 0)
+        r = conn_set_init(&s->conns, loop, config, &s->catalog);
     if (r < 0) {
+        if (s->scratch)
+            scratch_close(s->scratch, ignore_closed, NULL);
         free(s->vms);
         free(s->listeners);
         free(s);
@@ -207,11 +221,18 @@ static void on_timer_closed(uv_handle_t *handle)
     cb(arg, /* clean= */ true);
 }
 
-static void on_set_closed(void *arg)
+static void on_scratch_closed(void *arg)
 {
     struct server *s = arg;
 
     uv_close((uv_handle_t *)&s->timer, on_timer_closed);
+}
+
+static void on_set_closed(void *arg)
+{
+    struct server *s = arg;
+
+    scratch_close(TAKE_PTR(s->scratch), on_scratch_closed, s);
 }
 
 static void on_control_closed(void *arg)
@@ -338,6 +359,19 @@ const char *server_address(const struct server *s, size_t i)
     return listen_address(s->listeners[i]);
 }
 
+static struct json_object *scratch_to_json(const struct server *s)
+{
+    struct json_object *o = json_object_new_object();
+    const struct scratch_limits *limits = scratch_limits(s->scratch);
+
+    json_object_object_add(o, "directory", json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "used", json_object_new_uint64(scratch_used_by_all(s->scratch)));
+    json_object_object_add(o, "limit", json_object_new_uint64(limits->session));
+    json_object_object_add(o, "total-limit", json_object_new_uint64(limits->all));
+    json_object_object_add(o, "reserve", json_object_new_uint64(limits->reserve));
+    return o;
+}
+
 struct json_object *server_status_to_json(struct server *s)
 {
     struct json_object *o = json_object_new_object(), *listeners = json_object_new_array();
@@ -361,6 +395,7 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(o, "stopping", json_object_new_boolean(server_is_stopping(s)));
     json_object_object_add(o, "listeners", listeners);
     json_object_object_add(o, "buffers", memory);
+    json_object_object_add(o, "scratch", scratch_to_json(s));
     json_object_object_add(o, "connection-counts", counts);
     json_object_object_add(o, "connections", conn_set_to_json(&s->conns));
     return o;

@@ -37,7 +37,6 @@ static void vm_free(struct vm *vm)
         (void)close(vm->state_dir);
     free(vm->name);
     free(vm->qmp_path);
-    free(vm->scratch_dir);
     free(vm->server_socket);
     free(vm);
 }
@@ -50,13 +49,12 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);
     vm->qmp_path = c->qmp_path ? strdup(c->qmp_path) : NULL;
-    vm->scratch_dir = strdup(c->scratch_dir);
+    vm->scratch = c->scratch;
     vm->only = calloc(c->nonly + 1, sizeof(*vm->only));
     vm->renames = calloc(c->nrenames + 1, sizeof(*vm->renames));
     if (asprintf(&vm->server_socket, "nbd-%s.sock", c->name) < 0)
         vm->server_socket = NULL;
-    if (!vm->name || (c->qmp_path && !vm->qmp_path) || !vm->scratch_dir || !vm->only || !vm->renames ||
-        !vm->server_socket)
+    if (!vm->name || (c->qmp_path && !vm->qmp_path) || !vm->only || !vm->renames || !vm->server_socket)
         return -ENOMEM;
     for (; vm->nonly < c->nonly; vm->nonly++) {
         if (!(vm->only[vm->nonly] = strdup(c->only[vm->nonly])))

@@ -24,8 +24,8 @@ struct vm_config {
         const char *name, *target;
     } * renames;
     size_t nrenames;
-    const char *scratch_dir;
-    const char *state_dir; /* exists */
+    struct scratch_place *scratch; /* borrowed for life */
+    const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */
     /*

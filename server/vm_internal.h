@@ -41,10 +41,11 @@ struct vm_note_wait {
 
 struct vm {
     uv_loop_t *loop;
-    char *name, *qmp_path, *scratch_dir; /* owned */
-    char *server_socket;                 /* owned: "nbd-NAME.sock" */
-    int state_dir;                       /* O_PATH */
-    char **only;                         /* owned */
+    char *name, *qmp_path;         /* owned */
+    struct scratch_place *scratch; /* borrowed */
+    char *server_socket;           /* owned: "nbd-NAME.sock" */
+    int state_dir;                 /* O_PATH */
+    char **only;                   /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;

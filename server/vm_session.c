@@ -326,7 +326,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .checkpoint = stay->checkpoint,
             .since = since,
             .nsince = collect_since(vm, stay, since),
-            .scratch_dir = vm->scratch_dir,
+            .scratch = vm->scratch,
             .state_dir = vm->state_dir,
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
             .narrow_reads = vm->narrow,

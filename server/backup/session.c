@@ -6,7 +6,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 static const char *const status_names[] = {
@@ -40,6 +39,8 @@ static void set_status(struct session *s, enum session_status status)
 
 static void session_free(struct session *s)
 {
+    scratch_leave(&s->scratch_user);
+    free(s->scratch_files);
     for (unsigned i = 0; s->disks && i < s->list->ndisks; i++) {
         struct session_disk *d = &s->disks[i];
 
@@ -179,7 +180,8 @@ static int fill(struct session *s, const struct session_config *c)
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->vm = strdup(c->vm);
-    s->scratch_dir = strdup(c->scratch_dir);
+    s->scratch = c->scratch;
+    s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
     s->list = disk_list_copy(c->disks);
     s->still = c->still_socket;
     if (s->still)
@@ -191,8 +193,9 @@ static int fill(struct session *s, const struct session_config *c)
     if (!s->vm || !s->scratch_dir || !s->server_socket || !s->list)
         return -ENOMEM;
     s->disks = calloc(s->list->ndisks, sizeof(*s->disks));
+    s->scratch_files = calloc(s->list->ndisks, sizeof(*s->scratch_files));
     s->since = calloc(c->nsince + 1, sizeof(*s->since));
-    if (!s->disks || !s->since)
+    if (!s->disks || !s->scratch_files || !s->since)
         return -ENOMEM;
     for (size_t i = 0; i < s->list->ndisks; i++) {
         s->disks[i].disk = &s->list->disks[i];
@@ -266,6 +269,7 @@ void session_stop(struct session *s)
     if (s->stop_wanted)
         return;
     s->stop_wanted = true;
+    scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     if (s->rig.seq.phase == SEQ_TOP && s->late_running)
@@ -313,6 +317,63 @@ bool session_kept(const struct session *s, const char *disk)
     return false;
 }
 
+/* -- scratch ------------------------------------------------------------------------------------------------------- */
+
+static void over_in_words(const struct session *s, const struct scratch_over *over, char *buf, size_t size)
+{
+    unsigned long long found = over->found, allowed = over->allowed;
+
+    switch (over->limit) {
+    case SCRATCH_SESSION:
+        (void)snprintf(buf, size, "more than the %llu that --scratch-limit allows", allowed);
+        break;
+    case SCRATCH_ALL:
+        (void)snprintf(buf, size, "those of all sessions %llu, more than the %llu that --scratch-total-limit allows",
+                       found, allowed);
+        break;
+    case SCRATCH_RESERVE:
+        (void)snprintf(buf, size,
+                       "%llu are free on the file system of '%s', less than the %llu that --scratch-reserve keeps",
+                       found, s->scratch_dir, allowed);
+        break;
+    }
+}
+
+/* The frozen view still stands: a disk whose pull has ended well keeps its part of the checkpoint. */
+static void on_scratch_over(struct scratch_user *u, const struct scratch_over *over)
+{
+    struct session *s = container_of(u, struct session, scratch_user);
+    struct failure f = {0};
+    char why[256];
+    unsigned most = 0;
+
+    for (unsigned i = 1; i < u->nfiles; i++) {
+        if (u->files[i].used > u->files[most].used)
+            most = i;
+    }
+    over_in_words(s, over, why, sizeof(why));
+    (void)failure_set(&f, -ENOSPC,
+                      "session %s of VM '%s' is given up so that the guest is not: its scratch holds %llu bytes (%llu "
+                      "for disk '%s'), %s; %s, or pull when the guest writes less",
+                      s->rig.id, s->vm, (unsigned long long)scratch_used(u), (unsigned long long)u->files[most].used,
+                      s->disks[most].disk->name, why,
+                      over->limit == SCRATCH_RESERVE ? "make room there, name another --scratch" : "raise the limit");
+    session_fail(s, &f);
+}
+
+void session_watch_scratch(struct session *s)
+{
+    if (!s->scratch)
+        return;
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        s->scratch_files[i].fd = s->disks[i].scratch_fd;
+    s->scratch_user =
+        (struct scratch_user){.files = s->scratch_files, .nfiles = s->rig.ndisks, .on_over = on_scratch_over};
+    scratch_enter(s->scratch, &s->scratch_user);
+    if (s->stop_wanted)
+        scratch_going(&s->scratch_user);
+}
+
 /* -- questions ----------------------------------------------------------------------------------------------------- */
 
 const char *session_id(const struct session *s)
@@ -353,15 +414,7 @@ unsigned session_setup_ms(const struct session *s)
 
 uint64_t session_scratch_used(const struct session *s)
 {
-    uint64_t used = 0;
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        struct stat st;
-
-        if (s->disks[i].scratch_fd >= 0 && fstat(s->disks[i].scratch_fd, &st) == 0)
-            used += (uint64_t)st.st_blocks * 512; /* st_blocks counts 512 bytes whatever the file system, stat(2) */
-    }
-    return used;
+    return scratch_used(&s->scratch_user);
 }
 
 struct source *session_source(struct session *s, const char *disk)

@@ -10,6 +10,7 @@
 #define QPULL_BACKUP_SESSION_H
 
 #include "backup/disks.h"
+#include "backup/scratch.h"
 #include "qmp/client.h"
 #include "source/map.h"
 #include "source/source.h"
@@ -44,7 +45,8 @@ struct session_config {
     const char *checkpoint;        /* NAME of the provisional checkpoint, or NULL */
     const char *const *since;      /* checkpoints whose dirty maps are wanted, for all disks that have them */
     size_t nsince;
-    const char *scratch_dir; /* unused where still_socket is set */
+    const char *scratch_dir;       /* unused where still_socket is set, and where the next one is set */
+    struct scratch_place *scratch; /* borrowed until on_down: the limits of the place; NULL: scratch_dir, without any */
     int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
     /*
      * Set: the disks are images that a qemu-storage-daemon of ours holds for reading, and its NBD server listens here
@@ -81,7 +83,7 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
-uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system */
+uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */
 struct source *session_source(struct session *s, const char *disk);

@@ -86,6 +86,8 @@ static void make_scratch(struct rig *r)
                               (unsigned long long)d->disk->size, s->scratch_dir, strerror(-err));
             return;
         }
+        if (i == 0 && s->scratch && scratch_check_room(s->scratch, d->scratch_fd, &r->work_failure) < 0)
+            return;
     }
 }
 
@@ -106,6 +108,7 @@ static void after_scratch(struct rig *r)
         seq_done(&r->seq, &r->work_failure);
         return;
     }
+    session_watch_scratch(s);
     for (unsigned i = 0; i < r->ndisks; i++)
         calls_add(&r->calls, "add-fd", qmp_args_add_fd(names_make(name, r->id, NAMES_SCRATCH, i)),
                   s->disks[i].scratch_fd, i, on_fd_added);
@@ -116,6 +119,10 @@ static void after_scratch(struct rig *r)
 
 static int scratch_up(struct seq *q, struct failure *f)
 {
+    const struct session *s = session_of_seq(q);
+
+    if (s->scratch && scratch_check_quota(s->scratch, f) < 0)
+        return f->err;
     return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
 }
 

@@ -61,6 +61,9 @@ struct session {
     struct failure problems;
 
     char *vm, *checkpoint, *scratch_dir; /* owned */
+    struct scratch_place *scratch;       /* borrowed, or NULL */
+    struct scratch_user scratch_user;    /* inside while the files stand */
+    struct scratch_file *scratch_files;  /* owned; list->ndisks */
     char *server_socket;                 /* owned */
     struct disk_list *list;              /* owned */
     struct session_disk *disks;          /* owned; list->ndisks */
@@ -104,6 +107,9 @@ void session_one_done(struct session *s, const struct failure *f);
 /* All that a step wanted to start was started, or has left its failure: what the step function returns. */
 int session_begun(struct session *s, struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
+
+/* session.c: the scratch files stand; from now on they are watched. */
+void session_watch_scratch(struct session *s);
 
 /* steps.c: shared with still.c */
 int step_exports_up(struct seq *q, struct failure *f);

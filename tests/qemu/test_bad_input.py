@@ -266,7 +266,7 @@ class Rude(harness.Case):
         guest = self.guest(Disk('vda', 32 * MIB))
         guest.write('vda', 0, 16 * MIB, 1)
         before = guest.state()
-        daemon = self.qpulld(guest, linger=1)
+        daemon = self.qpulld(guest, linger=1, flags=['--scratch-reserve=0'])
         raw = rawnbd.Raw(daemon.socket)
         raw.go('vm/vda@never')
         session = daemon.vm()['session']

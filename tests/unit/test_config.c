@@ -84,6 +84,9 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_string_equal(b->config->state, "/var/lib/qpull");
     assert_int_equal(b->config->linger_ms, 10000);
     assert_int_equal(b->config->idle_timeout_ms, 0);
+    assert_int_equal(b->config->scratch_limit, 0);
+    assert_int_equal(b->config->scratch_total_limit, 0);
+    assert_int_equal(b->config->scratch_reserve, 256 << 20);
     assert_null(b->config->pidfile);
     assert_false(b->config->allow_plaintext);
     assert_int_equal(b->config->log_level, LOG_LEVEL_INFO);
@@ -101,6 +104,9 @@ static void a_whole_file_is_read(void **state)
                   "linger = 2.5\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
+                  "scratch-limit = 12345\n"
+                  "scratch-total-limit = 3g\n"
+                  "scratch-reserve = 0\n"
                   "allow-plaintext = yes\n"
                   "log = debug\n"
                   "\n"
@@ -118,6 +124,9 @@ static void a_whole_file_is_read(void **state)
     assert_int_equal(b->config->linger_ms, 2500);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
+    assert_int_equal(b->config->scratch_limit, 12345);
+    assert_int_equal(b->config->scratch_total_limit, 3ull << 30);
+    assert_int_equal(b->config->scratch_reserve, 0);
     assert_true(b->config->allow_plaintext);
     assert_int_equal(b->config->log_level, LOG_LEVEL_DEBUG);
     assert_int_equal(b->config->nvms, 2);
@@ -239,7 +248,17 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--allow", "x=y"}, "not supported"},
         {{"--quiesce", "try"}, "not supported"},
         {{"--threads", "2"}, "not supported"},
-        {{"--scratch-limit", "2G"}, "not supported"},
+        {{"--scratch-limit", ""}, "--scratch-limit: \"\" is not a size"},
+        {{"--scratch-limit", "-1"}, "is not a size"},
+        {{"--scratch-limit", "G"}, "is not a size"},
+        {{"--scratch-limit", "1X"}, "is not a size"},
+        {{"--scratch-limit", "1GB"}, "is not a size"},
+        {{"--scratch-limit", "1 G"}, "is not a size"},
+        {{"--scratch-limit", "1.5G"}, "is not a size"},
+        {{"--scratch-total-limit", "0x10"}, "--scratch-total-limit: \"0x10\" is not a size"},
+        {{"--scratch-total-limit", "1048577T"}, "is more than 1048576T"},
+        {{"--scratch-reserve", "99999999999999999999"}, "--scratch-reserve: \"99999999999999999999\" is more than"},
+        {{"--scratch-reserve", "18446744073709551615T"}, "is more than"},
         {{"word"}, "\"word\""},
         {{"-x"}, "-x"},
     };
