@@ -220,6 +220,17 @@ void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b)
 
 /* -- jobs ---------------------------------------------------------------------------------------------------------- */
 
+void qmp_action_backup(struct json_object *args, const char *job, const char *device, const char *target,
+                       const char *filter, bool break_snapshot)
+{
+    struct json_object *data = qmp_args_strings("job-id", job, "device", device, "target", target, "sync", "none",
+                                                "filter-node-name", filter, NULL);
+
+    if (break_snapshot)
+        put_string(data, "on-cbw-error", "break-snapshot");
+    put_action(args, "blockdev-backup", data);
+}
+
 struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,
                                           bool auto_finalize, uint64_t speed)
 {

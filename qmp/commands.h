@@ -47,6 +47,12 @@ void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target,
                              size_t nsources);
 void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b);
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
+/*
+ * A backup job that copies nothing but what is about to be overwritten, and goes when it has ended. break_snapshot: its
+ * on-cbw-error, which not every QEMU has.
+ */
+void qmp_action_backup(struct json_object *args, const char *job, const char *device, const char *target,
+                       const char *filter, bool break_snapshot);
 struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
 struct json_object *qmp_args_bitmap_merge(struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources);
 

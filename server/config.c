@@ -115,6 +115,14 @@ static int set_bool(bool *to, const char *value, struct failure *f)
     return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
 }
 
+int config_set_engine(enum engine *to, const char *value, struct failure *f)
+{
+    if (engine_parse(value, to) == 0)
+        return 0;
+    return failure_set(f, -EINVAL, "\"%s\" is none of %s, %s, %s", value, engine_name(ENGINE_AUTO),
+                       engine_name(ENGINE_CBW), engine_name(ENGINE_JOB));
+}
+
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 static void listener_done(struct config_listener *l)
 {
@@ -223,6 +231,7 @@ enum row {
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
     ROW_KEEP_CHECKPOINTS,
+    ROW_ENGINE,
     ROW_PIDFILE,
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
@@ -264,6 +273,7 @@ static const struct {
                           "close a client that asks nothing for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
+    [ROW_ENGINE] = {"engine", 0, "NAME", "auto, copy-before-write or backup-job: how disks are frozen (default auto)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
@@ -320,6 +330,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
     case ROW_KEEP_CHECKPOINTS:
         return set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
+    case ROW_ENGINE:
+        return config_set_engine(&c->engine, value, f);
     case ROW_PIDFILE:
         return config_set_path(&c->pidfile, value, f);
     case ROW_LOG:
@@ -440,6 +452,8 @@ static int set_key(struct reader *r, const char *key, const char *value)
                            : config_set_path(&vm->qmp, value, &r->failure);
         if (strcmp(key, "disks") == 0)
             return config_set_disks(vm, value, r->goes_on, &r->failure);
+        if (strcmp(key, "engine") == 0)
+            return config_set_vm_engine(vm, value, &r->failure);
         if (strncmp(key, "disk.", 5) == 0)
             return config_set_rename(vm, key + 5, value, &r->failure);
         if (strncmp(key, "image.", 6) == 0)

@@ -9,6 +9,7 @@
 #ifndef QPULL_CONFIG_H
 #define QPULL_CONFIG_H
 
+#include "backup/engine.h"
 #include "log.h"
 #include "qmp/base.h"
 
@@ -121,8 +122,9 @@ struct config_vm {
     size_t nrenames;
     struct config_image *images; /* owned: image.DISK= */
     size_t nimages;
+    enum engine engine; /* engine=; where it was not said, that of the server */
     /* private to the parser: where it was said */
-    bool by_flag, disks_said;
+    bool by_flag, disks_said, engine_said;
     unsigned line;
 };
 
@@ -156,6 +158,7 @@ struct server_config {
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
+    enum engine engine;                          /* of VMs that do not say their own */
     enum log_level log_level;
     bool allow_plaintext;
     /* private to the parser: how often each row was set, by the file and by flags */

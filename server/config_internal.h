@@ -10,6 +10,7 @@
 
 /* config.c */
 int config_set_path(char **to, const char *value, struct failure *f);
+int config_set_engine(enum engine *to, const char *value, struct failure *f);
 
 /* config_vm.c */
 struct config_vm *config_find_vm(struct server_config *c, const char *name);
@@ -19,6 +20,7 @@ int config_set_disks(struct config_vm *vm, const char *value, bool goes_on, stru
 int config_set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f);
 int config_set_image(struct config_vm *vm, const char *disk, const char *value, bool by_flag, struct failure *f);
 int config_set_image_of(struct server_config *c, const char *value, bool by_flag, struct failure *f);
+int config_set_vm_engine(struct config_vm *vm, const char *value, struct failure *f);
 void config_vm_done(struct config_vm *vm);
 
 #endif

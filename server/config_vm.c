@@ -102,6 +102,14 @@ int config_set_disks(struct config_vm *vm, const char *value, bool goes_on, stru
     return 0;
 }
 
+int config_set_vm_engine(struct config_vm *vm, const char *value, struct failure *f)
+{
+    if (vm->engine_said)
+        return failure_set(f, -EINVAL, "\"engine\" is there twice");
+    vm->engine_said = true;
+    return config_set_engine(&vm->engine, value, f);
+}
+
 int config_set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f)
 {
     struct config_rename *renames;

@@ -66,6 +66,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
+        .engine = from->engine_said ? from->engine : s->config->engine,
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
@@ -376,6 +377,7 @@ struct json_object *server_status_to_json(struct server *s)
 {
     struct json_object *o = json_object_new_object(), *listeners = json_object_new_array();
     struct json_object *memory = json_object_new_object(), *counts = json_object_new_object();
+    struct json_object *vms = json_object_new_array();
 
     for (size_t i = 0; i < s->nlisteners; i++)
         json_object_array_add(listeners, json_object_new_string(server_address(s, i)));
@@ -396,6 +398,9 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(o, "listeners", listeners);
     json_object_object_add(o, "buffers", memory);
     json_object_object_add(o, "scratch", scratch_to_json(s));
+    for (size_t i = 0; i < s->nvms; i++)
+        json_object_array_add(vms, vm_brief_to_json(s->vms[i]));
+    json_object_object_add(o, "vms", vms);
     json_object_object_add(o, "connection-counts", counts);
     json_object_object_add(o, "connections", conn_set_to_json(&s->conns));
     return o;

@@ -45,6 +45,7 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
+    vm->engine_wish = c->engine;
     vm->on_event = c->on_event;
     vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);
@@ -264,7 +265,8 @@ static void on_ready(void *arg, struct json_object *greeting)
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
     vm_images_yield(vm);
-    vm->tested = false;
+    vm->tested = vm->capable = false;
+    memset(&vm->engine_failure, 0, sizeof(vm->engine_failure));
     if (!vm->session && !vm_is_committing(vm) && vm->state <= VM_LOST)
         vm_sweep(vm);
     else
@@ -279,7 +281,7 @@ static void on_lost(void *arg, const struct failure *why)
     if (strcmp(vm->lost.text, why->text) != 0)
         log_warning("VM %s: no QMP connection: %s", vm->name, why->text);
     vm->lost = *why;
-    vm->tested = false;
+    vm->tested = vm->capable = false;
     if (vm->state == VM_READY || vm->state == VM_CONNECTING)
         vm->state = VM_LOST;
     if (vm->session) {
@@ -295,8 +297,8 @@ static void on_lost(void *arg, const struct failure *why)
     }
 }
 
-/* A sweep or a self-test has ended, perhaps with a connection that came after the one it began with. */
-static void settle(struct vm *vm)
+/* Perhaps with a connection that came after the one it began with. */
+void vm_settle(struct vm *vm)
 {
     vm->state = qmp_client_is_ready(vm->qmp) ? VM_READY : VM_LOST;
     if (vm->state == VM_LOST) {
@@ -304,7 +306,11 @@ static void settle(struct vm *vm)
         vm_refuse_waiting(vm, &vm->lost);
     } else if (vm->sweep_wanted && !vm->stopping) {
         vm->tested = false;
+        memset(&vm->engine_failure, 0, sizeof(vm->engine_failure));
         vm_sweep(vm);
+        return;
+    } else if (!vm->images && !vm->capable && !vm->engine_failure.err && !vm->stopping) {
+        vm_ask_capabilities(vm);
         return;
     }
     vm_watch_wake(vm);
@@ -321,7 +327,7 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
     else if (nsessions)
         log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions,
                     nsessions == 1 ? "" : "s");
-    settle(vm);
+    vm_settle(vm);
 }
 
 void vm_sweep(struct vm *vm)
@@ -360,7 +366,7 @@ static void on_tested(void *arg, bool narrow, const struct failure *f, const str
                           "KiB clusters"
                         : "reads frozen bytes right");
     }
-    settle(vm);
+    vm_settle(vm);
 }
 
 static int on_iothreads(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -568,7 +574,8 @@ static void ask(struct vm *vm)
 
 void vm_ask_if_waiting(struct vm *vm)
 {
-    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY)
+    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY &&
+        (!vm->session || session_may_ask(vm->session)))
         ask(vm);
 }
 
@@ -632,6 +639,7 @@ struct json_object *vm_to_json(struct vm *vm)
     (void)json_object_object_add(o, "qemu", connected ? json_object_new_string(now->qemu_version) : NULL);
     (void)json_object_object_add(o, "reason", connected ? NULL : string_or_null(now->lost.text));
     (void)json_object_object_add(o, "session", now->session ? json_object_new_string(session_id(now->session)) : NULL);
+    (void)json_object_object_add(o, "engine", vm->qmp_path ? vm_engine_to_json(vm) : NULL);
     (void)json_object_object_add(o, "narrow-reads", now->tested ? json_object_new_boolean(now->narrow) : NULL);
     (void)json_object_object_add(o, "last-session", json_object_get(last->last));
     return o;

@@ -28,6 +28,7 @@ struct vm_config {
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */
+    enum engine engine;        /* the wish */
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
      * none, all questions, sessions and changes go to them. Borrowed for life.
@@ -167,7 +168,10 @@ const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the 
 
 /* For the control socket; the caller owns the answer. */
 struct json_object *
-vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null} */
+vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */
+/* {"wish", "name", "why", "risk", "failure", "capabilities": {NAME: bool} or null}; null: not known (yet). */
+struct json_object *vm_engine_to_json(const struct vm *vm);
+struct json_object *vm_brief_to_json(const struct vm *vm); /* {"name", "qemu", "engine": {…}} for query-status */
 struct json_object *vm_session_to_json(struct vm *vm); /* NULL: no session. {"id", "vm", "status", "step", "checkpoint",
                                                           "identity", "frozen-at", "disks": [...], …} */
 struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c);

@@ -20,7 +20,7 @@ enum vm_state {
     VM_CONNECTING, /* images: closed, or being opened or closed. Else: the first attempt is under way: a client that
                       comes with the daemon's start waits for it */
     VM_LOST,       /* no QMP connection; everything that waits is refused */
-    VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone */
+    VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone, then QEMU is asked what it can do */
     VM_READY,      /* -> TESTING at the first session */
     VM_TESTING,    /* the self-test for the snapshot-access bug runs */
 };
@@ -72,6 +72,13 @@ struct vm {
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */
+
+    /* what QEMU can do, valid for this connection (vm_capabilities.c) */
+    enum engine engine_wish;
+    bool capable; /* the next two are known */
+    struct capabilities capabilities;
+    struct engine_choice engine;   /* unless … */
+    struct failure engine_failure; /* … sessions are refused with this, or nothing is known */
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;
@@ -199,7 +206,12 @@ bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; sa
 void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
 void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 
+/* vm_capabilities.c */
+void vm_ask_capabilities(struct vm *vm); /* ends in vm_settle() */
+bool vm_engine_refuses(struct vm *vm);   /* those who wait for a session */
+
 /* vm.c */
+void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
 void vm_sweep(struct vm *vm);
 void vm_test(struct vm *vm); /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);

@@ -329,6 +329,8 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .scratch = vm->scratch,
             .state_dir = vm->state_dir,
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
+            .engine = vm->engine.engine,
+            .job_breaks = vm->capabilities.has[CAPABILITY_JOB_ON_ERROR],
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
@@ -339,6 +341,9 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             if (stay->checkpoint)
                 vm_watch_forget(vm, stay->checkpoint);
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
+            if (!vm->images && vm->engine.risk)
+                log_warning("VM %s: session %s: engine %s: %s", vm->name, session_id(vm->session),
+                            engine_name(vm->engine.engine), vm->engine.risk);
             return;
         }
         free(TAKE_PTR(vm->identity));
@@ -488,6 +493,12 @@ void vm_pump(struct vm *vm)
     if (!first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm) || vm->starting || vm->asking ||
         (vm->images && vm->nwrites))
         return;
+    if (!vm->images && !vm->capable) { /* the question at the connection was not answered */
+        vm_ask_capabilities(vm);
+        return;
+    }
+    if (vm_engine_refuses(vm))
+        return;
     if (!vm->tested) {
         vm_test(vm);
         return;
@@ -606,6 +617,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
                          session_step(s), "identity", vm->identity, NULL);
     (void)json_object_object_add(o, "checkpoint",
                                  session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
+    (void)json_object_object_add(o, "engine",
+                                 vm->images ? NULL : json_object_new_string(engine_name(session_engine(s))));
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));

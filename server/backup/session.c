@@ -2,6 +2,7 @@
 #include "backup/session.h"
 
 #include "backup/steps.h"
+#include "qmp/commands.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -122,9 +123,26 @@ static void on_tell_closed(uv_handle_t *h)
     session_free(s);
 }
 
+/* The frozen view goes with its job: QEMU then puts it on the disk itself, where reads of it are refused. */
+static void on_job_changed(struct qmp_watch *w, const char *event, struct json_object *data)
+{
+    struct session *s = container_of(w, struct session, jobs_watch);
+    const char *id = qmp_get_string(data, "id"), *status = qmp_get_string(data, "status");
+    char job[NAMES_SIZE];
+
+    if (!id || !status || s->status >= SESSION_GOING_DOWN ||
+        (strcmp(status, "aborting") != 0 && strcmp(status, "concluded") != 0))
+        return;
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (strcmp(id, names_make(job, s->rig.id, NAMES_JOB, i)) == 0)
+            session_lost(s, s->disks[i].disk->name, "somebody else has ended the backup job that keeps it");
+    }
+}
+
 /* Down is told only once the owner has let go; a failed set-up may be undone before that. */
 static void finish(struct session *s)
 {
+    qmp_watch_remove(&s->jobs_watch);
     rig_done(&s->rig);
     uv_close((uv_handle_t *)&s->tell, on_tell_closed);
 }
@@ -177,6 +195,8 @@ static int check(const struct session_config *c, struct failure *f)
 
 static int fill(struct session *s, const struct session_config *c)
 {
+    s->engine = c->engine == ENGINE_JOB ? ENGINE_JOB : ENGINE_CBW;
+    s->job_breaks = c->job_breaks;
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->vm = strdup(c->vm);
@@ -238,8 +258,14 @@ int session_start(const struct session_config *config, const struct session_ops 
     s->began_ns = uv_hrtime();
     rig.server_socket = s->server_socket;
     /* timers only: these cannot fail */
-    (void)rig_init(&s->rig, &rig, s->still ? session_still_steps : session_steps,
-                   s->still ? session_nstill_steps : session_nsteps, &walk_ops);
+    if (s->still)
+        (void)rig_init(&s->rig, &rig, session_still_steps, session_nstill_steps, &walk_ops);
+    else if (s->engine == ENGINE_JOB)
+        (void)rig_init(&s->rig, &rig, session_job_steps, session_njob_steps, &walk_ops);
+    else
+        (void)rig_init(&s->rig, &rig, session_steps, session_nsteps, &walk_ops);
+    if (s->engine == ENGINE_JOB && !s->still)
+        qmp_watch_add(config->qmp, &s->jobs_watch, "JOB_STATUS_CHANGE", on_job_changed, s);
     (void)uv_timer_init(config->loop, &s->tell);
     seq_start(&s->rig.seq);
     *ret_session = s;
@@ -306,6 +332,11 @@ void session_keep(struct session *s, const char *disk)
 
     if (d && s->checkpoint && d->disk->tracked && !d->lost)
         d->keep = true;
+}
+
+bool session_may_ask(const struct session *s)
+{
+    return s->still || s->engine != ENGINE_JOB || s->status < SESSION_GOING_DOWN;
 }
 
 bool session_kept(const struct session *s, const char *disk)
@@ -375,6 +406,11 @@ void session_watch_scratch(struct session *s)
 }
 
 /* -- questions ----------------------------------------------------------------------------------------------------- */
+
+enum engine session_engine(const struct session *s)
+{
+    return s->engine;
+}
 
 const char *session_id(const struct session *s)
 {

@@ -10,6 +10,7 @@
 #define QPULL_BACKUP_SESSION_H
 
 #include "backup/disks.h"
+#include "backup/engine.h"
 #include "backup/scratch.h"
 #include "qmp/client.h"
 #include "source/map.h"
@@ -53,7 +54,9 @@ struct session_config {
      * already (file name in state_dir). Nobody can write to them, so nothing is frozen and there is no scratch.
      */
     const char *still_socket;
-    bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
+    enum engine engine; /* AUTO: CBW */
+    bool job_breaks;    /* QEMU's backup job has on-cbw-error: ENGINE_JOB sets it to break-snapshot */
+    bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;
 };
@@ -71,9 +74,17 @@ void session_lost(struct session *s, const char *disk, const char *why);
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
 
+/*
+ * Whether QEMU may be asked about its disks. Not while backup jobs go: QEMU up to 7.2 looks at the nodes one after the
+ * other and waits in between, and a job that ends just then takes its node away (docs/decisions/0009, "Asking can
+ * kill").
+ */
+bool session_may_ask(const struct session *s);
+
 /* When it is down: whether this disk's part of the checkpoint has been made. */
 bool session_kept(const struct session *s, const char *disk);
 
+enum engine session_engine(const struct session *s);
 const char *session_id(const struct session *s); /* e.g. "5f0c21ab" */
 enum session_status session_status(const struct session *s);
 const char *session_checkpoint(const struct session *s); /* or NULL */

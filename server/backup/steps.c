@@ -117,7 +117,7 @@ static void after_scratch(struct rig *r)
         seq_done(&r->seq, &f);
 }
 
-static int scratch_up(struct seq *q, struct failure *f)
+int step_scratch_up(struct seq *q, struct failure *f)
 {
     const struct session *s = session_of_seq(q);
 
@@ -126,7 +126,7 @@ static int scratch_up(struct seq *q, struct failure *f)
     return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
 }
 
-static int scratch_nodes_up(struct seq *q, struct failure *f)
+int step_scratch_nodes_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
     char name[NAMES_SIZE];
@@ -226,7 +226,7 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
  * a snapshot that somebody takes now goes in between our filter and the disk; one taken before that left our filter on
  * what is now a backing image.
  */
-static int check_up(struct seq *q, struct failure *f)
+int step_compare_disks(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
@@ -302,14 +302,15 @@ static void on_layers(struct calls *c, const struct failure *f)
         (void)failure_copy(&mine, f);
     else
         (void)disk_list_parse(r->answers[0], r->answers[1], r->answers[2], &now, &mine);
-    rig_drop_answers(r);
     for (unsigned i = 0; now && i < r->ndisks; i++) {
         const struct disk *was = s->disks[i].disk, *is = same_device(now, was);
 
-        if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0)
+        if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0 ||
+            !names_is_ours(root_of_device(r->answers[0], was->qdev)))
             (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
                               was->name, is ? is->top : "none", was->top);
     }
+    rig_drop_answers(r);
     disk_list_free(now);
     seq_done(&r->seq, &mine);
 }
@@ -318,11 +319,14 @@ static void on_layers(struct calls *c, const struct failure *f)
  * From "insert" on every write goes through pre, which records it whatever layer it ends in. A snapshot that somebody
  * took before that has a layer whose record nobody asked for: writes that went there past pre would be missing.
  */
+int step_compare_layers(struct seq *q, struct failure *f)
+{
+    return rig_ask_graph(rig_of_seq(q), on_layers, f);
+}
+
 static int layers_up(struct seq *q, struct failure *f)
 {
-    struct session *s = session_of_seq(q);
-
-    return s->nsince ? rig_ask_graph(&s->rig, on_layers, f) : SEQ_DONE;
+    return session_of_seq(q)->nsince ? step_compare_layers(q, f) : SEQ_DONE;
 }
 
 /* The record of every layer of the image that has it, into the recording bitmap on pre. */
@@ -356,7 +360,7 @@ static int records_up(struct seq *q, struct failure *f)
 
 /* -- the freeze ---------------------------------------------------------------------------------------------------- */
 
-static int on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+int session_on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
 {
     session_of_calls(c)->frozen_at_ms = unix_time_ms();
     return 0;
@@ -371,7 +375,7 @@ static int freeze_up(struct seq *q, struct failure *f)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         qmp_args_reopen_raw(args, names_make(cut, s->rig.id, NAMES_CUT, i), names_make(cbw, s->rig.id, NAMES_CBW, i));
-    calls_add(&s->rig.calls, "blockdev-reopen", args, QMP_NO_FD, 0, on_frozen);
+    calls_add(&s->rig.calls, "blockdev-reopen", args, QMP_NO_FD, 0, session_on_frozen);
     return rig_wait(&s->rig, f);
 }
 
@@ -388,35 +392,42 @@ static int settle_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
+void session_add_view(struct session *s, unsigned disk, enum names_kind holder)
+{
+    struct json_object *args = qmp_args_transaction();
+    char access[NAMES_SIZE], cbw[NAMES_SIZE], records[NAMES_SIZE], since[NAMES_SIZE];
+
+    names_make(access, s->rig.id, NAMES_ACCESS, disk);
+    names_make(records, s->rig.id, holder, disk);
+    calls_add(&s->rig.calls, "blockdev-add",
+              qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, disk)), QMP_NO_FD,
+              disk, NULL);
+    for (unsigned k = 0; k < s->nsince; k++) {
+        const struct checkpoint *c = session_usable_since(s, disk, s->since[k]);
+        struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
+                          source = {records, target.name};
+
+        if (!c)
+            continue;
+        qmp_action_bitmap_add(args, target, c->granularity, false, true);
+        qmp_action_bitmap_merge(args, target, &source, 1);
+    }
+    if (qmp_array_length(qmp_get(args, "actions")))
+        calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, disk, NULL);
+    else
+        json_object_put(args);
+}
+
 /* The frozen view, with the temporary bitmaps on it; after this pre has done its work. */
 static int access_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
-    char access[NAMES_SIZE], cbw[NAMES_SIZE], pre[NAMES_SIZE], since[NAMES_SIZE];
+    char pre[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        struct json_object *args = qmp_args_transaction();
-
-        names_make(access, s->rig.id, NAMES_ACCESS, i);
-        names_make(pre, s->rig.id, NAMES_PRE, i);
-        calls_add(&s->rig.calls, "blockdev-add",
-                  qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, i)), QMP_NO_FD, i,
-                  NULL);
-        for (unsigned k = 0; k < s->nsince; k++) {
-            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
-            struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
-                              source = {pre, target.name};
-
-            if (!c)
-                continue;
-            qmp_action_bitmap_add(args, target, c->granularity, false, true);
-            qmp_action_bitmap_merge(args, target, &source, 1);
-        }
-        if (qmp_array_length(qmp_get(args, "actions")))
-            calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, i, NULL);
-        else
-            json_object_put(args);
-        calls_add(&s->rig.calls, "blockdev-del", qmp_args_strings("node-name", pre, NULL), QMP_NO_FD, i, NULL);
+        session_add_view(s, i, NAMES_PRE);
+        calls_add(&s->rig.calls, "blockdev-del",
+                  qmp_args_strings("node-name", names_make(pre, s->rig.id, NAMES_PRE, i), NULL), QMP_NO_FD, i, NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -515,10 +526,10 @@ int step_sources_up(struct seq *q, struct failure *f)
  * freezes the guest.
  */
 const struct seq_step session_steps[] = {
-    {"pass scratch files", scratch_up, rig_no_fds, NULL},
-    {"add scratch nodes", scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
+    {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
     {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
-    {"compare disks", check_up, NULL, NULL},
+    {"compare disks", step_compare_disks, NULL, NULL},
     {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
     {"compare layers", layers_up, NULL, NULL},

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, still.c, maps.c
- * and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo
- * makes its things absent.
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, job_steps.c,
+ * still.c, maps.c and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every
+ * row's undo makes its things absent.
  */
 #ifndef QPULL_BACKUP_STEPS_H
 #define QPULL_BACKUP_STEPS_H
@@ -68,9 +68,12 @@ struct session {
     struct disk_list *list;              /* owned */
     struct session_disk *disks;          /* owned; list->ndisks */
     size_t nsince;
-    char **since;         /* owned */
-    bool still;           /* walks session_still_steps */
-    struct reopen reopen; /* of them */
+    char **since;                /* owned */
+    bool still;                  /* walks session_still_steps */
+    struct reopen reopen;        /* of them */
+    enum engine engine;          /* of what is not still: CBW walks session_steps, JOB session_job_steps */
+    struct qmp_watch jobs_watch; /* JOB: somebody else may end a job of ours */
+    bool job_breaks;             /* QEMU's backup job has on-cbw-error */
     bool narrow_reads;
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
@@ -92,6 +95,9 @@ static inline struct session *session_of_calls(struct calls *c)
 
 extern const struct seq_step session_steps[];
 extern const unsigned session_nsteps;
+/* job_steps.c: by QEMU's backup jobs. */
+extern const struct seq_step session_job_steps[];
+extern const unsigned session_njob_steps;
 /* still.c: of images that nobody writes to. */
 extern const struct seq_step session_still_steps[];
 extern const unsigned session_nstill_steps;
@@ -111,7 +117,17 @@ int session_add_map(struct session *s, unsigned disk, const char *context, struc
 /* session.c: the scratch files stand; from now on they are watched. */
 void session_watch_scratch(struct session *s);
 
-/* steps.c: shared with still.c */
+/* steps.c: shared with job_steps.c */
+int step_scratch_up(struct seq *q, struct failure *f);
+int step_scratch_nodes_up(struct seq *q, struct failure *f);
+int step_compare_disks(struct seq *q, struct failure *f);  /* before the freeze: node and size */
+int step_compare_layers(struct seq *q, struct failure *f); /* device, node and top are those that we were told of */
+/* A calls_ret_cb of the command that freezes. */
+int session_on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f);
+/* Sends for the frozen view of one disk and for its temporary bitmaps, which `holder` has kept from the freeze on. */
+void session_add_view(struct session *s, unsigned disk, enum names_kind holder);
+
+/* steps.c: shared with job_steps.c and still.c */
 int step_exports_up(struct seq *q, struct failure *f);
 int step_sources_up(struct seq *q, struct failure *f);
 

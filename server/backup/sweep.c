@@ -23,6 +23,10 @@ struct sweep {
     struct failure problems;
 };
 
+/*
+ * From the last row to the first. A backup job takes its filter away, so the frozen view on it goes before; a commit
+ * has no such view. Its bitmaps can only be removed when it has ended.
+ */
 static const struct seq_step steps[] = {
     {"fds", NULL, rig_no_fds, NULL},
     {"scratch nodes", NULL, rig_no_scratch_nodes, NULL},
@@ -30,11 +34,11 @@ static const struct seq_step steps[] = {
     {"pass-throughs", NULL, rig_no_passthroughs, NULL},
     {"devices", NULL, rig_detach, NULL},
     {"freeze", NULL, rig_thaw, NULL},
+    {"bitmaps", NULL, rig_no_bitmaps, NULL},
+    {"block jobs", NULL, rig_no_jobs, NULL},
     {"snapshot-access", NULL, rig_no_access, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
-    {"bitmaps", NULL, rig_no_bitmaps, NULL},
-    {"block jobs", NULL, rig_no_jobs, NULL},
 };
 
 static void found(struct sweep *s, const char *name)

@@ -215,6 +215,7 @@ static void start_session(struct daemon *d)
         .nsince = 1,
         .scratch_dir = d->guest->scratch,
         .state_dir = d->state_dir,
+        .engine = d->config.job ? ENGINE_JOB : ENGINE_CBW,
         .narrow_reads = d->config.narrow_reads,
         .cbw_timeout_s = CBW_TIMEOUT_S,
         .call_timeout_ms = d->config.timeout_ms,

@@ -22,6 +22,7 @@ struct daemon_config {
     unsigned keep; /* bit n: the pull of disk n ends well; the session has a checkpoint in any case */
     bool ask;      /* one more dirty map while the session is up */
     bool narrow_reads;
+    bool job; /* the backup-job engine */
     unsigned timeout_ms;
     bool impatient; /* so short that on a loaded machine a good answer may be late, too: then no read need succeed */
     void (*at_top)(void *arg); /* once all has been read; may be NULL */

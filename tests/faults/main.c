@@ -22,6 +22,10 @@ static const struct scenario scenarios[] = {
     {.name = "one-disk-dropped", .ndisks = 1},
     {.name = "three-disks", .ndisks = 3, .keep = 5},
     {.name = "snapshot", .ndisks = 1, .ask = true, .snapshot_at = "block-export-add *"},
+    {.name = "job", .ndisks = 1, .keep = 1, .ask = true, .job = true},
+    {.name = "job-three-disks", .ndisks = 3, .keep = 5, .job = true},
+    {.name = "job-snapshot", .ndisks = 1, .ask = true, .snapshot_at = "block-export-add *", .job = true},
+    {.name = "job-sweep", .ndisks = 3, .ask = true, .swept = true, .job = true},
     {.name = "full-scratch", .ndisks = 1, .keep = 1, .small_scratch = true},
     {.name = "foreign-server", .ndisks = 1, .keep = 1, .foreign_server = true},
     {.name = "selftest", .ndisks = 1, .task = DAEMON_SELFTEST},
@@ -224,7 +228,7 @@ int main(int argc, char **argv)
 {
     unsigned nfailures = 0;
 
-    if (argc == 9 && strcmp(argv[1], "--as-daemon") == 0)
+    if (argc == 10 && strcmp(argv[1], "--as-daemon") == 0)
         return run_as_daemon(argv + 2);
     parse(argc, argv);
     if (!guest_possible()) {

@@ -81,6 +81,18 @@ static int makes_checkpoint(const char *name, struct json_object *args)
     return node && bitmap && strcmp(bitmap, GUEST_CHECKPOINT) == 0 && node[0] == 'd' ? node[1] - '0' : -1;
 }
 
+/* job_steps.c's transaction: the freeze. */
+static bool begins_jobs(const char *name, struct json_object *args)
+{
+    struct json_object *actions = qmp_get(args, "actions");
+    const char *type;
+
+    if (strcmp(name, "transaction") != 0 || qmp_array_length(actions) == 0)
+        return false;
+    type = qmp_get_string(json_object_array_get_idx(actions, 0), "type");
+    return type && strcmp(type, "blockdev-backup") == 0;
+}
+
 static enum verdict spoil(struct stand *st, const char *text)
 {
     switch (st->run.fault) {
@@ -150,7 +162,7 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
     }
     st->ncommands++;
     note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (strcmp(name, "blockdev-reopen") == 0)
+    if (strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args))
         guest_freezes(&st->guest);
     return verdict;
 }
@@ -179,14 +191,15 @@ static const struct proxy_ops proxy_ops = {.on_command = on_command, .on_cut = o
 
 static void exec_daemon(const struct stand *st)
 {
-    char ndisks[16], narrow[16], ask[16];
+    char ndisks[16], narrow[16], ask[16], job[16];
 
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     (void)snprintf(ndisks, sizeof(ndisks), "%u", st->guest.ndisks);
     (void)snprintf(narrow, sizeof(narrow), "%d", st->narrow);
     (void)snprintf(ask, sizeof(ask), "%d", st->scenario->ask);
+    (void)snprintf(job, sizeof(job), "%d", st->scenario->job);
     (void)execl(st->program, st->program, "--as-daemon", st->path, st->guest.scratch, st->guest.state, ndisks,
-                st->scenario->task == DAEMON_SELFTEST ? "selftest" : "session", narrow, ask, (char *)NULL);
+                st->scenario->task == DAEMON_SELFTEST ? "selftest" : "session", narrow, ask, job, (char *)NULL);
     _exit(127);
 }
 
@@ -205,6 +218,7 @@ int run_as_daemon(char **argv)
     config.task = strcmp(argv[4], "selftest") == 0 ? DAEMON_SELFTEST : DAEMON_SESSION;
     config.narrow_reads = strcmp(argv[5], "1") == 0;
     config.ask = strcmp(argv[6], "1") == 0;
+    config.job = strcmp(argv[7], "1") == 0;
     daemon_start(&d, &loop, argv[0], &g, NULL, &config);
     while (!daemon_is_over(&d))
         (void)uv_run(&loop, UV_RUN_ONCE);
@@ -469,6 +483,7 @@ static int run_living(struct stand *st, struct failure *f)
         .task = s->task,
         .keep = s->keep,
         .ask = s->ask,
+        .job = s->job,
         .narrow_reads = st->narrow,
         .timeout_ms = slow ? SHORT_MS : PATIENT_MS,
         .at_top = s->small_scratch ? flood : NULL,

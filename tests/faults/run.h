@@ -37,6 +37,7 @@ struct scenario {
     const char *snapshot_at; /* somebody takes an external snapshot of each disk before the command that this pattern
                                 fits, NULL: nobody */
     bool small_scratch;  /* it does not hold what the guest writes while the session is up: the frozen view is lost */
+    bool job;            /* the backup-job engine */
     bool foreign_server; /* QEMU's NBD server is in use by somebody else */
 };
 

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # ctest: timeout 240
+# ctest: every engine
 """Is a session one instant? The guest writes numbered records over its disks in strict order, each flushed before the
 next; what is pulled must be a cut through that order, at any moment and however the pull is done."""
 import os

@@ -89,6 +89,7 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_int_equal(b->config->scratch_reserve, 256 << 20);
     assert_null(b->config->pidfile);
     assert_false(b->config->allow_plaintext);
+    assert_int_equal(b->config->engine, ENGINE_AUTO);
     assert_int_equal(b->config->log_level, LOG_LEVEL_INFO);
 }
 
@@ -104,6 +105,7 @@ static void a_whole_file_is_read(void **state)
                   "linger = 2.5\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
+                  "engine = backup-job\n"
                   "scratch-limit = 12345\n"
                   "scratch-total-limit = 3g\n"
                   "scratch-reserve = 0\n"
@@ -115,6 +117,7 @@ static void a_whole_file_is_read(void **state)
                   "disks = vda, vdb\n"
                   "    vdc\n"
                   "disk.root = vda\n"
+                  "engine = copy-before-write\n"
                   "[vm \"db\"]\n"
                   "qmp = /run/db.qmp\n");
     assert_int_equal(PARSE_FILE_ONLY(b), 0);
@@ -124,6 +127,7 @@ static void a_whole_file_is_read(void **state)
     assert_int_equal(b->config->linger_ms, 2500);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
+    assert_int_equal(b->config->engine, ENGINE_JOB);
     assert_int_equal(b->config->scratch_limit, 12345);
     assert_int_equal(b->config->scratch_total_limit, 3ull << 30);
     assert_int_equal(b->config->scratch_reserve, 0);
@@ -134,6 +138,9 @@ static void a_whole_file_is_read(void **state)
     assert_string_equal(b->config->vms[0].qmp, "/run/web.qmp");
     assert_int_equal(b->config->vms[0].ndisks, 3);
     assert_string_equal(b->config->vms[0].disks[2], "vdc");
+    assert_true(b->config->vms[0].engine_said);
+    assert_int_equal(b->config->vms[0].engine, ENGINE_CBW);
+    assert_false(b->config->vms[1].engine_said);
     assert_int_equal(b->config->vms[0].nrenames, 1);
     assert_string_equal(b->config->vms[0].renames[0].name, "root");
     assert_string_equal(b->config->vms[0].renames[0].target, "vda");
@@ -173,6 +180,9 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[server]\nmax-connections = 0\n", ":2:", "from 1 to"},
         {"[server]\nmax-connections = -1\n", ":2:", "from 1 to"},
         {"[server]\nlog = loud\n", ":2:", "none of error, warning"},
+        {"[server]\nengine = best\n", ":2:", "\"best\" is none of auto, copy-before-write, backup-job"},
+        {"[vm \"a\"]\nqmp = /a\nengine = x\n", ":3:", "\"x\" is none of auto"},
+        {"[vm \"a\"]\nqmp = /a\nengine = auto\nengine = auto\n", ":4:", "\"engine\" is there twice"},
         {"[server]\nallow-plaintext = maybe\n", ":2:", "neither yes nor no"},
         {"[server]\nlisten = tcp:::1:80\n", ":2:", "brackets"},
         {"[server]\nlisten = tcp:localhost\n", ":2:", "no port"},
@@ -225,6 +235,7 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--lingr", "3"}, "--lingr"},
         {{"--linger", "x"}, "--linger: \"x\" is not"},
         {{"--linger"}, "--linger wants a value"},
+        {{"--engine", "fast"}, "--engine: \"fast\" is none of auto, copy-before-write, backup-job"},
         {{"--linger", "1", "--linger", "1"}, "--linger is there twice"},
         {{"--vm", "web"}, "--vm: \"web\" is not NAME=QMP_SOCKET"},
         {{"--vm", "=/x"}, "--vm: the VM's name is empty"},
