@@ -9,6 +9,7 @@
 #ifndef QPULL_CONFIG_H
 #define QPULL_CONFIG_H
 
+#include "backup/quiesce.h"
 #include "log.h"
 #include "qmp/base.h"
 
@@ -113,16 +114,19 @@ struct config_image {
 };
 
 struct config_vm {
-    char *name;   /* owned */
-    char *qmp;    /* owned: path of QEMU's QMP socket; NULL: there are only images */
-    char **disks; /* owned: disks=, none: all */
+    char *name; /* owned */
+    char *qmp;  /* owned: path of QEMU's QMP socket; NULL: there are only images */
+    char *qga;  /* owned: path of its guest agent's socket, or NULL */
+    enum quiesce_mode quiesce;
+    bool quiesce_said; /* else [server]'s */
+    char **disks;      /* owned: disks=, none: all */
     size_t ndisks;
     struct config_rename *renames; /* owned: disk.NAME= */
     size_t nrenames;
     struct config_image *images; /* owned: image.DISK= */
     size_t nimages;
     /* private to the parser: where it was said */
-    bool by_flag, disks_said;
+    bool by_flag, qga_by_flag, disks_said;
     unsigned line;
 };
 
@@ -158,6 +162,7 @@ struct server_config {
     uint64_t scratch_reserve;                    /* bytes; 0: none */
     enum log_level log_level;
     bool allow_plaintext;
+    enum quiesce_mode quiesce;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
 };

@@ -77,6 +77,8 @@ struct vm {
     bool tested, narrow;
     bool has_iothreads;
 
+    struct quiesce *quiesce; /* owned; NULL: images only */
+
     /* the session */
     struct session *session;
     struct vm_stay *stays;
@@ -198,6 +200,11 @@ bool vm_commit_may_ask(const struct vm *vm); /* whether QEMU may be asked about 
 bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; says whether one may not begin */
 void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
 void vm_commit_done(struct vm *vm);          /* frees what is left of it */
+
+/* vm_quiesce.c */
+int vm_quiesce_new(struct vm *vm, const struct vm_config *config);
+void vm_quiesce_tell_up(const struct vm *vm, char *buf, size_t size); /* for the log: ", quiesced for 12 ms" */
+void vm_quiesce_to_json(const struct vm *vm, struct json_object *o);
 
 /* vm.c */
 void vm_sweep(struct vm *vm);

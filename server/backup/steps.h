@@ -68,9 +68,14 @@ struct session {
     struct disk_list *list;              /* owned */
     struct session_disk *disks;          /* owned; list->ndisks */
     size_t nsince;
-    char **since;         /* owned */
-    bool still;           /* walks session_still_steps */
-    struct reopen reopen; /* of them */
+    char **since;            /* owned */
+    bool still;              /* walks session_still_steps */
+    struct reopen reopen;    /* of them */
+    struct quiesce *quiesce; /* borrowed, or NULL */
+    bool marked;             /* quiesce_steps.c: the mark may stand in QEMU */
+    bool quiesced;
+    struct failure not_quiesced; /* why not; err 0: it is, or has not been tried yet, or was not wanted */
+    unsigned quiesced_ms;
     bool narrow_reads;
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
@@ -123,6 +128,16 @@ void session_late_next(struct session *s);
 void session_late_cancel(struct session *s);
 /* session.c: maps.c has ended one ask; a stop may be waiting for that. */
 void session_late_idle(struct session *s);
+
+/* quiesce_steps.c: rows for any engine's table */
+int step_agent_up(struct seq *q, struct failure *f); /* before anything is built */
+int step_agent_down(struct seq *q, struct failure *f);
+int step_mark_up(struct seq *q, struct failure *f); /* right before the cut: these two */
+int step_mark_down(struct seq *q, struct failure *f);
+int step_quiesce_up(struct seq *q, struct failure *f);
+int step_quiesce_down(struct seq *q, struct failure *f);
+int step_thaw_up(struct seq *q, struct failure *f); /* right after the cut: these two */
+int step_unmark_up(struct seq *q, struct failure *f);
 
 /* keep.c */
 int step_probe_and_close(struct seq *q, struct failure *f);
