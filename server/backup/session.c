@@ -141,6 +141,7 @@ static void on_end(struct seq *q, const struct failure *problems)
 {
     struct session *s = session_of_seq(q);
 
+    s->walked = true;
     if (s->stop_wanted)
         finish(s);
 }
@@ -261,9 +262,9 @@ static void stop_walk(struct session *s)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         commit |= s->disks[i].keep;
-    if (s->rig.seq.phase == SEQ_END)
+    if (s->walked)
         finish(s);
-    else
+    else if (s->rig.seq.phase != SEQ_END) /* else its handle closes: on_end() comes */
         seq_stop(&s->rig.seq, commit);
 }
 

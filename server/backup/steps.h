@@ -56,6 +56,7 @@ struct session {
     const struct session_ops *ops;
     void *arg;
     bool failed, stop_wanted;
+    bool walked; /* the walk is over, and with it the last callback of the sequence */
     uv_timer_t tell; /* tells the owner of a failure from the loop */
     struct failure failure;
     struct failure problems;
