@@ -123,6 +123,17 @@ int config_set_engine(enum engine *to, const char *value, struct failure *f)
                        engine_name(ENGINE_CBW), engine_name(ENGINE_JOB));
 }
 
+static int set_quiesce(enum quiesce_mode *to, const char *value, struct failure *f)
+{
+    for (unsigned mode = QUIESCE_OFF; mode <= QUIESCE_REQUIRE; mode++) {
+        if (strcmp(value, quiesce_mode_name((enum quiesce_mode)mode)) == 0) {
+            *to = (enum quiesce_mode)mode;
+            return 0;
+        }
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is none of off, try, require", value);
+}
+
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 static void listener_done(struct config_listener *l)
 {
@@ -236,6 +247,8 @@ enum row {
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
     ROW_STORAGE_DAEMON,
+    ROW_QGA,
+    ROW_QUIESCE,
     ROW_VERSION,
     ROW_HELP,
     ROW_NOT_YET, /* from here on: names of the contract that this version refuses */
@@ -279,14 +292,15 @@ static const struct {
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
     [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
                             "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},
+    [ROW_QGA] = {"qga", REPEATABLE, "NAME=SOCKET", "the guest agent of a VM; repeatable"},
+    [ROW_QUIESCE] = {"quiesce", 0, "off|try|require",
+                     "freeze the guest's file systems for the cut (default off; try: go on where it fails)"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
-    [ROW_NOT_YET] = {"qga", REPEATABLE, NULL, NULL},
-    {"tls", 0, NULL, NULL},
+    [ROW_NOT_YET] = {"tls", 0, NULL, NULL},
     {"tls-certs", 0, NULL, NULL},
     {"tls-psk", 0, NULL, NULL},
     {"allow", REPEATABLE, NULL, NULL},
-    {"quiesce", 0, NULL, NULL},
     {"threads", 0, NULL, NULL},
 };
 static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
@@ -343,6 +357,10 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return value ? set_bool(&c->allow_plaintext, value, f) : 0;
     case ROW_STORAGE_DAEMON:
         return config_set_path(&c->storage_daemon, value, f);
+    case ROW_QGA:
+        return config_set_qga(c, value, by_flag, f);
+    case ROW_QUIESCE:
+        return set_quiesce(&c->quiesce, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -459,7 +477,14 @@ static int set_key(struct reader *r, const char *key, const char *value)
         if (strncmp(key, "image.", 6) == 0)
             return config_set_image(vm, key + 6, value, /* by_flag= */ false, &r->failure);
         if (strcmp(key, "qga") == 0)
-            return failure_set(&r->failure, -EINVAL, "\"qga\": not supported by this version");
+            return vm->qga ? failure_set(&r->failure, -EINVAL, "\"qga\" is there twice")
+                           : config_set_path(&vm->qga, value, &r->failure);
+        if (strcmp(key, "quiesce") == 0 && vm->quiesce_said)
+            return failure_set(&r->failure, -EINVAL, "\"quiesce\" is there twice");
+        if (strcmp(key, "quiesce") == 0) {
+            vm->quiesce_said = true;
+            return set_quiesce(&vm->quiesce, value, &r->failure);
+        }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [vm \"%s\"]", key, vm->name);
     }
     return failure_set(&r->failure, -EINVAL, "\"%s\" stands before any section", key);
@@ -580,7 +605,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
     if (r == 0 && c->nlisteners == 0)
         r = add_listener(c, CONFIG_LISTEN, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        if (!c->vms[i].qmp && c->vms[i].nimages == 0)
+        if (!c->vms[i].qmp && c->vms[i].nimages == 0 && c->vms[i].qga_by_flag && !c->vms[i].line)
+            r = failure_set(f, -EINVAL, "--qga: there is no VM \"%s\"", c->vms[i].name);
+        else if (!c->vms[i].qmp && c->vms[i].nimages == 0)
             r = failure_set(f, -EINVAL, "%s:%u: the VM \"%s\" has neither \"qmp\" nor an \"image.DISK\"", c->file,
                             c->vms[i].line, c->vms[i].name);
     if (r < 0) {
@@ -620,6 +647,7 @@ void config_print_help(FILE *out)
         }
     (void)fprintf(
         out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
-             "qmp=, disks=, disk.NAME= and image.DISK=. SIZE: bytes, or with K, M, G or T (powers of 1024) behind.\n"
+             "qmp=, qga=, quiesce=, disks=, disk.NAME= and image.DISK=. SIZE: bytes, or with K, M, G or T (powers of "
+             "1024) behind.\n"
              "Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

@@ -10,6 +10,7 @@
 #define QPULL_CONFIG_H
 
 #include "backup/engine.h"
+#include "backup/quiesce.h"
 #include "log.h"
 #include "qmp/base.h"
 
@@ -114,9 +115,12 @@ struct config_image {
 };
 
 struct config_vm {
-    char *name;   /* owned */
-    char *qmp;    /* owned: path of QEMU's QMP socket; NULL: there are only images */
-    char **disks; /* owned: disks=, none: all */
+    char *name; /* owned */
+    char *qmp;  /* owned: path of QEMU's QMP socket; NULL: there are only images */
+    char *qga;  /* owned: path of its guest agent's socket, or NULL */
+    enum quiesce_mode quiesce;
+    bool quiesce_said; /* else [server]'s */
+    char **disks;      /* owned: disks=, none: all */
     size_t ndisks;
     struct config_rename *renames; /* owned: disk.NAME= */
     size_t nrenames;
@@ -124,7 +128,7 @@ struct config_vm {
     size_t nimages;
     enum engine engine; /* engine=; where it was not said, that of the server */
     /* private to the parser: where it was said */
-    bool by_flag, disks_said, engine_said;
+    bool by_flag, qga_by_flag, disks_said, engine_said;
     unsigned line;
 };
 
@@ -161,6 +165,7 @@ struct server_config {
     enum engine engine;                          /* of VMs that do not say their own */
     enum log_level log_level;
     bool allow_plaintext;
+    enum quiesce_mode quiesce;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
 };

@@ -88,8 +88,9 @@ static int check_listener(const struct server_config *c, struct config_listener 
     return 0;
 }
 
-static int check_vm(const struct config_vm *vm, struct failure *f)
+static int check_vm(const struct server_config *c, const struct config_vm *vm, struct failure *f)
 {
+    enum quiesce_mode quiesce = vm->quiesce_said ? vm->quiesce : c->quiesce;
     struct failure why = {0};
     struct stat st;
 
@@ -97,6 +98,14 @@ static int check_vm(const struct config_vm *vm, struct failure *f)
         return 0; /* the images are looked at when somebody wants them: they may come later */
     if (check_socket_path(vm->qmp, &why) < 0)
         return failure_set(f, -EINVAL, "VM \"%s\": %s", vm->name, why.text);
+    if (vm->qga && check_socket_path(vm->qga, &why) < 0)
+        return failure_set(f, -EINVAL, "VM \"%s\", guest agent: %s", vm->name, why.text);
+    if (quiesce == QUIESCE_REQUIRE && !vm->qga)
+        return failure_set(
+            f, -EINVAL,
+            "VM \"%s\": quiesce=require needs its guest agent (--qga NAME=SOCKET, or qga= in its section); "
+            "or say quiesce=try or quiesce=off there",
+            vm->name);
     /* QEMU may start later than we do, so that the socket need not be there; what is there must be one. */
     if (stat(vm->qmp, &st) == 0 && !S_ISSOCK(st.st_mode))
         return failure_set(f, -EINVAL, "VM \"%s\": %s is not a socket", vm->name, vm->qmp);
@@ -129,6 +138,6 @@ int config_check(struct server_config *c, struct failure *f)
     if (r == 0 && c->pidfile)
         r = check_parent("directory of the pidfile", c->pidfile, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        r = check_vm(&c->vms[i], f);
+        r = check_vm(c, &c->vms[i], f);
     return r;
 }

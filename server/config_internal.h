@@ -16,6 +16,7 @@ int config_set_engine(enum engine *to, const char *value, struct failure *f);
 struct config_vm *config_find_vm(struct server_config *c, const char *name);
 struct config_vm *config_add_vm(struct server_config *c, const char *name, struct failure *f); /* NULL: failed */
 int config_set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f);
+int config_set_qga(struct server_config *c, const char *value, bool by_flag, struct failure *f);
 int config_set_disks(struct config_vm *vm, const char *value, bool goes_on, struct failure *f);
 int config_set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f);
 int config_set_image(struct config_vm *vm, const char *disk, const char *value, bool by_flag, struct failure *f);

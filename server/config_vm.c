@@ -72,6 +72,29 @@ int config_set_vm(struct server_config *c, const char *value, bool by_flag, stru
     return config_set_path(&vm->qmp, equals + 1, f);
 }
 
+/* NAME=SOCKET of a VM that --vm may name later. */
+int config_set_qga(struct server_config *c, const char *value, bool by_flag, struct failure *f)
+{
+    _cleanup_free_ char *name = NULL;
+    const char *equals = strchr(value, '=');
+    struct config_vm *vm;
+
+    if (!equals)
+        return failure_set(f, -EINVAL, "\"%s\" is not NAME=SOCKET", value);
+    name = strndup(value, (size_t)(equals - value));
+    if (!name)
+        return failure_set(f, -ENOMEM, "out of memory");
+    vm = config_find_vm(c, name);
+    if (vm && vm->qga && (!by_flag || vm->qga_by_flag))
+        return failure_set(f, -EINVAL, "the guest agent of VM \"%s\" is there twice", name);
+    if (!vm)
+        vm = config_add_vm(c, name, f);
+    if (!vm)
+        return f->err;
+    vm->qga_by_flag = by_flag;
+    return config_set_path(&vm->qga, equals + 1, f);
+}
+
 /* disks= of a VM: names, with commas or blanks between them. */
 int config_set_disks(struct config_vm *vm, const char *value, bool goes_on, struct failure *f)
 {
@@ -236,4 +259,5 @@ void config_vm_done(struct config_vm *vm)
     free(vm->images);
     free(vm->name);
     free(vm->qmp);
+    free(vm->qga);
 }

@@ -67,6 +67,8 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .linger_ms = s->config->linger_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
         .engine = from->engine_said ? from->engine : s->config->engine,
+        .qga_path = from->qga,
+        .quiesce = from->quiesce_said ? from->quiesce : s->config->quiesce,
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,

@@ -98,6 +98,9 @@ static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
     struct vm_config twin = *config;
     int r = qmp_client_new(vm->loop, vm->qmp_path, &client_ops, vm, NULL, &vm->qmp);
 
+    if (r == 0)
+        r = vm_quiesce_new(vm, config);
+
     if (r < 0)
         return r;
     (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
@@ -137,6 +140,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     if (r < 0) {
         if (vm->qmp)
             qmp_client_close(vm->qmp, ignore_closed, NULL);
+        quiesce_close(vm->quiesce);
         vm_free(vm);
         return r;
     }
@@ -223,6 +227,7 @@ void vm_stop_if_idle(struct vm *vm)
         qmp_client_close(TAKE_PTR(vm->qmp), on_client_closed, vm);
     } else if (vm->client_closed && !vm->closing) {
         vm->closing = true;
+        quiesce_close(TAKE_PTR(vm->quiesce));
         vm_watch_close(vm, on_watch_closed);
     }
 }
@@ -339,6 +344,7 @@ void vm_sweep(struct vm *vm)
         .server_socket = vm->server_socket,
         .server_dir = vm->state_dir,
         .timeout_ms = VM_CALL_TIMEOUT_MS,
+        .quiesce = vm->quiesce,
     };
 
     vm->state = VM_SWEEPING;

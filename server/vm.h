@@ -8,6 +8,7 @@
 #ifndef QPULL_VM_H
 #define QPULL_VM_H
 
+#include "backup/quiesce.h"
 #include "backup/session.h"
 
 struct vm;
@@ -29,6 +30,8 @@ struct vm_config {
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */
     enum engine engine;        /* the wish */
+    const char *qga_path;      /* its guest agent's socket, or NULL */
+    enum quiesce_mode quiesce;
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
      * none, all questions, sessions and changes go to them. Borrowed for life.

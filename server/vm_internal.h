@@ -84,6 +84,8 @@ struct vm {
     bool tested, narrow;
     bool has_iothreads;
 
+    struct quiesce *quiesce; /* owned; NULL: images only */
+
     /* the session */
     struct session *session;
     struct vm_stay *stays;
@@ -209,6 +211,10 @@ void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 /* vm_capabilities.c */
 void vm_ask_capabilities(struct vm *vm); /* ends in vm_settle() */
 bool vm_engine_refuses(struct vm *vm);   /* those who wait for a session */
+/* vm_quiesce.c */
+int vm_quiesce_new(struct vm *vm, const struct vm_config *config);
+void vm_quiesce_tell_up(const struct vm *vm, char *buf, size_t size); /* for the log: ", quiesced for 12 ms" */
+void vm_quiesce_to_json(const struct vm *vm, struct json_object *o);
 
 /* vm.c */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */

@@ -156,11 +156,13 @@ static bool wants_session(const struct vm *vm, const struct vm_stay *stay)
 static void on_up(void *arg)
 {
     struct vm *vm = arg;
+    char quiesced[64];
 
-    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s", vm->name, session_id(vm->session),
+    vm_quiesce_tell_up(vm, quiesced, sizeof(quiesced));
+    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s%s", vm->name, session_id(vm->session),
              session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
              session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
-             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "", quiesced);
     vm_pump(vm);
 }
 
@@ -334,6 +336,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
+            .quiesce = vm->quiesce,
         };
 
         vm->identity = strdup(stay->identity);
@@ -622,6 +625,7 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
+    vm_quiesce_to_json(vm, o);
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
     (void)json_object_object_add(o, "failure",
                                  vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);

@@ -94,10 +94,15 @@ static int access_up(struct seq *q, struct failure *f)
  * the disk itself.
  */
 const struct seq_step session_job_steps[] = {
+    {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
     {"compare disks", step_compare_disks, NULL, NULL},
+    {"mark guest", step_mark_up, step_mark_down, NULL},
+    {"quiesce guest", step_quiesce_up, step_quiesce_down, NULL},
     {"freeze", freeze_up, rig_no_jobs, NULL},
+    {"thaw guest", step_thaw_up, NULL, NULL},
+    {"unmark guest", step_unmark_up, NULL, NULL},
     {"compare layers", step_compare_layers, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},

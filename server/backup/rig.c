@@ -178,6 +178,13 @@ int rig_no_cbw(struct seq *s, struct failure *f)
     return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
+int rig_no_marks(struct seq *s, struct failure *f)
+{
+    static const enum names_kind kinds[] = {NAMES_QUIESCE};
+
+    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+}
+
 int rig_no_scratch_nodes(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_SCRATCH, NAMES_BASE};

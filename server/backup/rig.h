@@ -99,6 +99,7 @@ int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
 int rig_no_fds(struct seq *s, struct failure *f);
 int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours on nodes that are not */
+int rig_no_marks(struct seq *s, struct failure *f);   /* nodes that only say something to a successor */
 int rig_no_jobs(struct seq *s, struct failure *f);    /* cancelled unless they have ended, and dismissed */
 
 /* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into

@@ -98,6 +98,13 @@ void session_fail(struct session *s, const struct failure *why)
     (void)uv_timer_start(&s->tell, on_tell, 0, 0);
 }
 
+/* The way down begins, and the guest does not wait for it. */
+static void thaw_now(struct session *s, const char *why)
+{
+    if (s->quiesce)
+        quiesce_thaw_now(s->quiesce, why);
+}
+
 static void on_failed(struct seq *q, const struct failure *why)
 {
     struct session *s = session_of_seq(q);
@@ -107,6 +114,7 @@ static void on_failed(struct seq *q, const struct failure *why)
     seq_describe(q, step, sizeof(step));
     (void)failure_set(&f, why->err, "VM '%s' cannot be %s: step %s: %s", s->vm, s->still ? "read" : "frozen", step,
                       why->text);
+    thaw_now(s, f.text);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     session_fail(s, &f);
@@ -151,6 +159,7 @@ static void on_end(struct seq *q, const struct failure *problems)
 {
     struct session *s = session_of_seq(q);
 
+    s->walked = true;
     if (s->stop_wanted)
         finish(s);
 }
@@ -198,6 +207,7 @@ static int fill(struct session *s, const struct session_config *c)
     s->engine = c->engine == ENGINE_JOB ? ENGINE_JOB : ENGINE_CBW;
     s->job_breaks = c->job_breaks;
     s->narrow_reads = c->narrow_reads;
+    s->quiesce = c->quiesce;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->vm = strdup(c->vm);
     s->scratch = c->scratch;
@@ -278,9 +288,9 @@ static void stop_walk(struct session *s)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         commit |= s->disks[i].keep;
-    if (s->rig.seq.phase == SEQ_END)
+    if (s->walked)
         finish(s);
-    else
+    else if (s->rig.seq.phase != SEQ_END) /* else its handle closes: on_end() comes */
         seq_stop(&s->rig.seq, commit);
 }
 
@@ -295,6 +305,7 @@ void session_stop(struct session *s)
     if (s->stop_wanted)
         return;
     s->stop_wanted = true;
+    thaw_now(s, "the session was stopped");
     scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
@@ -446,6 +457,21 @@ int64_t session_frozen_at_ms(const struct session *s)
 unsigned session_setup_ms(const struct session *s)
 {
     return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
+}
+
+const struct failure *session_not_quiesced(const struct session *s)
+{
+    return s->not_quiesced.err ? &s->not_quiesced : NULL;
+}
+
+bool session_quiesced(const struct session *s)
+{
+    return s->quiesced;
+}
+
+unsigned session_quiesced_ms(const struct session *s)
+{
+    return s->quiesced_ms;
 }
 
 uint64_t session_scratch_used(const struct session *s)

@@ -11,6 +11,7 @@
 
 #include "backup/disks.h"
 #include "backup/engine.h"
+#include "backup/quiesce.h"
 #include "backup/scratch.h"
 #include "qmp/client.h"
 #include "source/map.h"
@@ -59,6 +60,7 @@ struct session_config {
     bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;
+    struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -94,6 +96,10 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
+/* Whether the guest's file systems were frozen at the cut, and for how long at most. */
+bool session_quiesced(const struct session *s);
+unsigned session_quiesced_ms(const struct session *s);
+const struct failure *session_not_quiesced(const struct session *s); /* why not, or NULL: they are, or were not to be */
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */

@@ -526,6 +526,7 @@ int step_sources_up(struct seq *q, struct failure *f)
  * freezes the guest.
  */
 const struct seq_step session_steps[] = {
+    {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
     {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
@@ -534,7 +535,11 @@ const struct seq_step session_steps[] = {
     {"insert", insert_up, rig_detach, NULL},
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
+    {"mark guest", step_mark_up, step_mark_down, NULL},
+    {"quiesce guest", step_quiesce_up, step_quiesce_down, NULL},
     {"freeze", freeze_up, rig_thaw, NULL},
+    {"thaw guest", step_thaw_up, NULL, NULL},
+    {"unmark guest", step_unmark_up, NULL, NULL},
     {"settle", settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},

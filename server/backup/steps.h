@@ -56,6 +56,7 @@ struct session {
     const struct session_ops *ops;
     void *arg;
     bool failed, stop_wanted;
+    bool walked;     /* the walk is over, and with it the last callback of the sequence */
     uv_timer_t tell; /* tells the owner of a failure from the loop */
     struct failure failure;
     struct failure problems;
@@ -74,6 +75,11 @@ struct session {
     enum engine engine;          /* of what is not still: CBW walks session_steps, JOB session_job_steps */
     struct qmp_watch jobs_watch; /* JOB: somebody else may end a job of ours */
     bool job_breaks;             /* QEMU's backup job has on-cbw-error */
+    struct quiesce *quiesce;     /* borrowed, or NULL */
+    bool marked;                 /* quiesce_steps.c: the mark may stand in QEMU */
+    bool quiesced;
+    struct failure not_quiesced; /* why not; err 0: it is, or has not been tried yet, or was not wanted */
+    unsigned quiesced_ms;
     bool narrow_reads;
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
@@ -139,6 +145,16 @@ void session_late_next(struct session *s);
 void session_late_cancel(struct session *s);
 /* session.c: maps.c has ended one ask; a stop may be waiting for that. */
 void session_late_idle(struct session *s);
+
+/* quiesce_steps.c: rows for any engine's table */
+int step_agent_up(struct seq *q, struct failure *f); /* before anything is built */
+int step_agent_down(struct seq *q, struct failure *f);
+int step_mark_up(struct seq *q, struct failure *f); /* right before the cut: these two */
+int step_mark_down(struct seq *q, struct failure *f);
+int step_quiesce_up(struct seq *q, struct failure *f);
+int step_quiesce_down(struct seq *q, struct failure *f);
+int step_thaw_up(struct seq *q, struct failure *f); /* right after the cut: these two */
+int step_unmark_up(struct seq *q, struct failure *f);
 
 /* keep.c */
 int step_probe_and_close(struct seq *q, struct failure *f);

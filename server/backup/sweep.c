@@ -18,10 +18,34 @@ struct sweep {
     struct {
         char id[NAMES_ID_SIZE];
         unsigned ndisks;
+        bool quiesced; /* a mark says that the guest's file systems may be frozen */
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
     struct failure problems;
 };
+
+static void on_guest_thawed(void *arg, const struct failure *f)
+{
+    struct sweep *s = arg;
+    struct failure mine = {0};
+
+    if (f) {
+        seq_done(&s->rig.seq, f);
+        return;
+    }
+    if (rig_no_marks(&s->rig.seq, &mine) != 0)
+        seq_done(&s->rig.seq, &mine);
+}
+
+/* Only what a daemon of ours has frozen, which the mark says; it goes when the agent says that all is thawed. */
+static int guest_thawed(struct seq *q, struct failure *f)
+{
+    struct sweep *s = container_of(rig_of_seq(q), struct sweep, rig);
+
+    if (s->next == s->nfound || !s->found[s->next].quiesced || !s->config.quiesce)
+        return SEQ_DONE;
+    return quiesce_rescue(s->config.quiesce, on_guest_thawed, s, f);
+}
 
 /*
  * From the last row to the first. A backup job takes its filter away, so the frozen view on it goes before; a commit
@@ -39,6 +63,7 @@ static const struct seq_step steps[] = {
     {"snapshot-access", NULL, rig_no_access, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
+    {"frozen file systems", NULL, guest_thawed, NULL}, /* first of all: the guest stands still */
 };
 
 static void found(struct sweep *s, const char *name)
@@ -56,6 +81,7 @@ static void found(struct sweep *s, const char *name)
     if (i == s->nfound)
         memcpy(s->found[s->nfound++].id, id, sizeof(id));
     s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
+    s->found[i].quiesced |= kind == NAMES_QUIESCE;
 }
 
 static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)

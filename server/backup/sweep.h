@@ -7,6 +7,7 @@
 #ifndef QPULL_BACKUP_SWEEP_H
 #define QPULL_BACKUP_SWEEP_H
 
+#include "backup/quiesce.h"
 #include "qmp/client.h"
 
 #include <uv.h>
@@ -17,6 +18,7 @@ struct sweep_config {
     const char *server_socket; /* as struct rig_config */
     int server_dir;
     unsigned timeout_ms;
+    struct quiesce *quiesce; /* thaws what a dead daemon has frozen; NULL: nothing can have been */
 };
 
 /* nsessions: whose leftovers were found. f NULL: all of them are gone. */

@@ -196,7 +196,10 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[vm \"a\"]\n[vm \"a\"]\n", ":2:", "there twice"},
         {"[vm \"a\"]\nqmp = /a\nqmp = /b\n", ":3:", "\"qmp\" is there twice"},
         {"[vm \"a\"]\ncolour = red\n", ":2:", "unknown key \"colour\" in [vm \"a\"]"},
-        {"[vm \"a\"]\nqga = /a\n", ":2:", "not supported by this version"},
+        {"[vm \"a\"]\nqga = /a\nqga = /b\n", ":3:", "\"qga\" is there twice"},
+        {"[vm \"a\"]\nquiesce = maybe\n", ":2:", "\"maybe\" is none of off, try, require"},
+        {"[vm \"a\"]\nquiesce = try\nquiesce = off\n", ":3:", "\"quiesce\" is there twice"},
+        {"[server]\nquiesce = yes\n", ":2:", "none of off, try, require"},
         {"[vm \"a\"]\n\n", ":1:", "has neither \"qmp\" nor"},
         {"[vm \"a\"]\nqmp = /a\ndisks = ,\n", ":3:", "names no disk"},
         {"[vm \"a\"]\nqmp = /a\ndisks = vda vda\n", ":3:", "there twice"},
@@ -243,7 +246,9 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--vm", "a=/x", "--vm", "a=/y"}, "there twice"},
         {{"--vm", "a@b=/x"}, "may not have"},
         {{"--listen", "unix:"}, "--listen: the socket's path is empty"},
-        {{"--qga", "a=/x"}, "--qga: not supported by this version"},
+        {{"--qga", "a=/x"}, "--qga: there is no VM \"a\""},
+        {{"--qga", "a"}, "--qga: \"a\" is not NAME=SOCKET"},
+        {{"--vm", "a=/x", "--qga", "a=/y", "--qga", "a=/z"}, "--qga: the guest agent of VM \"a\" is there twice"},
         {{"--image", "a=/x"}, "--image: \"a=/x\" is not VM/DISK=PATH"},
         {{"--image", "a/b"}, "--image: \"a/b\" is not VM/DISK=PATH"},
         {{"--image", "a=/x/y=z"}, "--image: \"a=/x/y=z\" is not VM/DISK=PATH"},
@@ -257,7 +262,7 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--tls-certs", "/x"}, "not supported"},
         {{"--tls-psk", "/x"}, "not supported"},
         {{"--allow", "x=y"}, "not supported"},
-        {{"--quiesce", "try"}, "not supported"},
+        {{"--quiesce", "perhaps"}, "--quiesce: \"perhaps\" is none of"},
         {{"--threads", "2"}, "not supported"},
         {{"--scratch-limit", ""}, "--scratch-limit: \"\" is not a size"},
         {{"--scratch-limit", "-1"}, "is not a size"},
@@ -412,6 +417,43 @@ static void images_are_named_by_vm_and_disk_with_or_without_a_format(void **stat
     assert_string_equal(b->config->storage_daemon, "qemu-storage-daemon");
 }
 
+static void a_guest_agent_is_named_in_either_place(void **state)
+{
+    struct box *b = *state;
+
+    write_file(b, "[server]\nquiesce = require\nqga = db=/run/db.qga\n"
+                  "[vm \"web\"]\nqmp = /web.qmp\nqga = /web.qga\nquiesce = try\n");
+    assert_int_equal(PARSE(b, "--qga", "web=/new.qga", "--vm", "db=/db.qmp"), 0);
+    assert_int_equal(b->config->quiesce, QUIESCE_REQUIRE);
+    assert_string_equal(b->config->vms[0].name, "db"); /* its agent came first */
+    assert_string_equal(b->config->vms[0].qga, "/run/db.qga");
+    assert_false(b->config->vms[0].quiesce_said);
+    assert_string_equal(b->config->vms[1].qga, "/new.qga");
+    assert_int_equal(b->config->vms[1].quiesce, QUIESCE_TRY);
+    write_file(b, "");
+    assert_int_equal(PARSE_FILE_ONLY(b), 0);
+    assert_int_equal(b->config->quiesce, QUIESCE_OFF);
+}
+
+static void what_must_be_quiesced_has_an_agent(void **state)
+{
+    struct box *b = *state;
+    char control[96];
+
+    (void)snprintf(control, sizeof control, "%s/control", b->dir);
+    write_file(b, "[vm \"web\"]\nqmp = /web.qmp\n");
+    assert_int_equal(PARSE(b, "--listen", "tcp:127.0.0.1:0", "--scratch", b->dir, "--state", b->dir, "--control",
+                           control, "--quiesce", "require"),
+                     0);
+    assert_int_equal(config_check(b->config, &b->failure), -EINVAL);
+    assert_says(b, "VM \"web\": quiesce=require needs its guest agent");
+    write_file(b, "[vm \"web\"]\nqmp = /web.qmp\nquiesce=off\n");
+    assert_int_equal(PARSE(b, "--listen", "tcp:127.0.0.1:0", "--scratch", b->dir, "--state", b->dir, "--control",
+                           control, "--quiesce", "require"),
+                     0);
+    assert_int_equal(config_check(b->config, &b->failure), 0);
+}
+
 static void a_vm_in_the_file_has_qmp_or_images(void **state)
 {
     struct box *b = *state;
@@ -439,6 +481,8 @@ int main(void)
         TEST(paths_that_cannot_be_used_are_named),
         TEST(a_qmp_path_may_be_missing_but_not_be_something_else),
         TEST(images_are_named_by_vm_and_disk_with_or_without_a_format),
+        TEST(a_guest_agent_is_named_in_either_place),
+        TEST(what_must_be_quiesced_has_an_agent),
         TEST(a_vm_in_the_file_has_qmp_or_images),
         TEST(the_log_escapes_what_could_forge_a_line),
     };
