@@ -290,7 +290,7 @@ static void on_overdue(uv_timer_t *t)
 {
     struct quiesce *q = container_of(t, struct quiesce, timer);
 
-    quiesce_thaw_now(q, "the file systems were not frozen, or the disks not cut, in time");
+    quiesce_thaw_now(q, "the disks were not cut in time");
 }
 
 int quiesce_freeze(struct quiesce *q, quiesce_cb cb, void *arg, struct failure *f)
@@ -303,7 +303,7 @@ int quiesce_freeze(struct quiesce *q, quiesce_cb cb, void *arg, struct failure *
     q->began_ns = uv_hrtime();
     q->state = Q_FREEZING;
     (void)uv_timer_start(&q->timer, on_overdue, QUIESCE_FROZEN_MS, 0);
-    r = agent_call(q->agent, "guest-fsfreeze-freeze", AGENT_AFTER_SYNC, QUIESCE_FROZEN_MS, on_frozen, q);
+    r = agent_call(q->agent, "guest-fsfreeze-freeze", AGENT_AFTER_SYNC, QUIESCE_FREEZE_MS, on_frozen, q);
     if (r < 0)
         return failure_set(f, r, "cannot ask the guest agent '%s': %s", q->path, strerror(-r));
     wait_for(q, cb, arg);

@@ -21,13 +21,15 @@
 
 #define QUIESCE_SYNC_MS 3000u     /* for an agent to say that it is there: one that runs does so in ms */
 #define QUIESCE_READY_MS 10000u   /* for our watchdog to start, on a machine under load */
+#define QUIESCE_FREEZE_MS 7500u   /* for the freeze's answer: the guest stores what it has not stored yet */
 #define QUIESCE_FROZEN_MS 8000u   /* from the freeze to the thaw: Windows thaws by itself after 10 s */
 #define QUIESCE_THAW_MS 5000u     /* for the thaw's answer, but … */
 #define QUIESCE_THAW_MIN_MS 2000u /* … not past QUIESCE_FROZEN_MS and this */
 #define QUIESCE_DOG_MS 11000u     /* then the watchdog steps in by itself; we have handed over to it before */
-#define QUIESCE_RESCUE_MS 120000u /* for all tries to thaw: of the watchdog, and of ours after a dead daemon's freeze \
-                                   */
-#define QUIESCE_WAIT_MS 5000u     /* a sweep waits so long for that */
+#define QUIESCE_RESCUE_MS                                                                                         \
+    120000u                   /* for all tries to thaw: of the watchdog, and of ours after a dead daemon's freeze \
+                               */
+#define QUIESCE_WAIT_MS 5000u /* a sweep waits so long for that */
 
 enum quiesce_mode { QUIESCE_OFF, QUIESCE_TRY, QUIESCE_REQUIRE };
 const char *quiesce_mode_name(enum quiesce_mode mode);

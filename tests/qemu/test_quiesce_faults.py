@@ -2,103 +2,121 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sessions with a guest agent that fails in every way at every command: nobody is left frozen, no process is left over,
 and the session says what is true. The agent is a fake; tests/qemu/test_quiesce.py has a real one."""
+import concurrent.futures
 import os
-import signal
-import time
 
 import fakeagent
 import harness
-import rawnbd
-from harness import MIB, Disk
+import quiesceworld
+from quiesceworld import Place, session
 
 FAULTS = ('refuses', 'deaf', 'silent', 'lies', 'rubbish', 'floods', 'hangs-up')
-MARK = '-quiesce0'
 
 
-class Faults(harness.Case):
-    def setUp(self):
-        self.vm = self.bare(Disk('vda', 4 * MIB), Disk('vdb', 4 * MIB, fmt='raw'))
-        self.before = self.vm.state()
-        self.path = f'{self.folder}/vm.qga'
-        self.agent = fakeagent.FakeAgent(self.path)
-        self.addCleanup(lambda: self.agent.close())
-
-    def daemon(self, mode, **options):
-        return self.qpulld(self.vm, linger=0, flags=[f'--qga=vm={self.path}', f'--quiesce={mode}'], **options)
-
-    def marks(self):
-        return [n for n in self.vm.state()['nodes'] if n.endswith(MARK)]
-
-    def session(self, daemon):
-        """What query-sessions says about one, or the words of its refusal."""
-        raw = rawnbd.Raw(daemon.socket)
-        try:
-            raw.go('vm/vda')
-            session = daemon.ask('query-sessions')[0]
-            raw.request(rawnbd.CMD_DISC)
-            return session
-        except rawnbd.Refused as e:
-            return str(e)
-        finally:
-            raw.close()
-
-    def nothing_left(self, daemon):
-        daemon.wait_idle(60)
-        harness.wait_until(lambda: self.agent.frozen == 0, 60, 'the thaw')
-        harness.wait_until(lambda: not self.marks(), 60, 'the end of the mark')
-        daemon.wait_idle(60)
-        self.assertNothingLeft(self.vm, daemon, self.before)
-        harness.wait_until(lambda: not fakeagent.watchdogs(daemon), 20, 'the end of the watchdogs')
-
-    def written(self, daemon):
-        with open(daemon.log_path) as f:
-            return f.read()
-
+class Faults(quiesceworld.Case):
     def test_a_session_is_quiesced_and_says_so(self):
-        daemon = self.daemon('require')
-        daemon.wait_idle()
-        marked = []
-        self.agent.before['freeze'] = lambda: marked.append(len(fakeagent.watchdogs(daemon)))
-        session = self.session(daemon)
-        self.assertEqual((session['quiesced'], session['not-quiesced']), (True, None))
-        self.assertEqual(marked, [1])
+        place = Place(self)
+        daemon = self.daemon('require', place)
+        seen = []
+        place.agent.before['freeze'] = lambda: seen.append(len(fakeagent.watchdogs(daemon)))
+        found = session(daemon, place)
+        self.assertEqual((found['quiesced'], found['not-quiesced']), (True, None))
+        self.assertEqual(seen, [1])
         self.assertIn('guest quiesced for', self.written(daemon))
-        self.assertEqual(self.agent.heard[-4:], ['sync', 'freeze', 'sync', 'thaw'])
-        self.nothing_left(daemon)
+        self.assertEqual(place.agent.heard[-4:], ['sync', 'freeze', 'sync', 'thaw'])
+        self.nothing_left(daemon, place)
+        self.no_watchdogs(daemon)
         daemon.stop()
 
     def test_off_asks_nobody(self):
-        daemon = self.daemon('off')
-        self.assertIsNone(self.session(daemon)['quiesced'])
-        self.assertEqual(self.agent.heard, [])
-        self.nothing_left(daemon)
+        place = Place(self)
+        daemon = self.daemon('off', place)
+        self.assertIsNone(session(daemon, place)['quiesced'])
+        self.assertEqual(place.agent.heard, [])
+        self.nothing_left(daemon, place)
 
-    def test_every_fault_at_every_command(self):
-        for mode in ('try', 'require'):
-            daemon = self.daemon(mode, name=f'qpulld-{mode}')
-            daemon.wait_idle()
-            for command in ('sync', 'status', 'freeze', 'thaw'):
-                for fault in FAULTS:
-                    what = f'{mode}: {command} {fault}'
-                    # Each way of failing costs its deadline: the slow ones are tried with one mode only.
-                    if mode == 'require' and fault in ('deaf', 'silent'):
-                        continue
-                    self.agent.faults = {command: fault}
-                    if command == 'thaw' and fault != 'refuses':  # the next one works
-                        self.agent.before['thaw'] = self.agent.faults.clear
-                    session = self.session(daemon)
-                    self.agent.faults = {}
-                    self.agent.before = {}
-                    self.judge(mode, what, session)
-                    self.nothing_left(daemon)
+    def test_nobody_at_the_socket(self):
+        place = Place(self)
+        place.agent.close()
+        os.unlink(place.path)
+        for mode in 'try', 'require':
+            daemon = self.daemon(mode, place, name=mode)
+            self.judge(mode, 'nobody', session(daemon, place))
+            self.nothing_left(daemon, place)
+            self.assertIn('nobody listens there', self.written(daemon))
             daemon.stop()
 
-    def judge(self, mode, what, session):
+    def test_what_others_have_frozen_stays_so(self):
+        place = Place(self)
+        place.agent.frozen = 1
+        daemon = self.daemon('require', place)
+        self.assertIn('somebody else has frozen', session(daemon, place))
+        daemon.wait_idle()
+        self.assertEqual(place.agent.frozen, 1)
+        self.assertNotIn('thaw', place.agent.heard)
+        place.agent.frozen = 0
+        self.nothing_left(daemon, place)
+
+    def judge(self, mode, what, found):
         if mode == 'require':
-            self.assertIn('quiesce', session, what)
+            self.assertIn('quiesce', found, what)
         else:
-            self.assertIs(session['quiesced'], False, f'{what}: {session}')
-            self.assertTrue(session['not-quiesced'].isprintable(), what)
+            self.assertIs(found['quiesced'], False, f'{what}: {found}')
+            self.assertTrue(found['not-quiesced'].isprintable(), what)
+
+    def all_faults_of(self, mode, daemon, place):
+        command = place.name
+        for fault in FAULTS:
+            # Silence costs its deadline each time, and looks the same to both modes.
+            if fault in ('deaf', 'silent') and mode == 'require':
+                continue
+            place.agent.faults = {command: fault}
+            if command == 'thaw' and fault != 'refuses':  # the next one works
+                place.agent.before['thaw'] = place.agent.faults.clear
+            found = session(daemon, place)
+            place.agent.faults = {}
+            place.agent.before = {}
+            self.judge(mode, f'{mode}: {command} {fault}', found)
+            self.nothing_left(daemon, place)
+
+    def test_every_fault_at_every_command(self):
+        places = [Place(self, command) for command in ('sync', 'status', 'freeze', 'thaw')]
+        for mode in 'try', 'require':
+            daemon = self.daemon(mode, *places, name=f'qpulld-{mode}')
+            with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+                for done in [pool.submit(self.all_faults_of, mode, daemon, place) for place in places]:
+                    done.result()
+            self.no_watchdogs(daemon)
+            daemon.stop()
+
+    def test_a_guest_that_thaws_by_itself_is_not_quiesced(self):
+        place = Place(self)
+        for mode in 'try', 'require':
+            daemon = self.daemon(mode, place, name=mode)
+            place.agent.faults = {'thaw': 'self-thawed'}  # as Windows says it
+
+            def thaws():
+                place.agent.frozen = 0
+            place.agent.before = {'thaw': thaws}
+            self.judge(mode, 'an error', session(daemon, place))
+            place.agent.faults = {}  # and as Linux does: nothing was left to thaw
+            self.judge(mode, 'zero', session(daemon, place))
+            self.assertIn('thaws them', self.written(daemon))
+            self.nothing_left(daemon, place)
+            self.no_watchdogs(daemon)
+            daemon.stop()
+
+    def test_an_agent_that_wakes_up_late_thaws_what_it_freezes_late(self):
+        place = Place(self)
+        daemon = self.daemon('try', place)
+        place.agent.faults = {'freeze': 'late'}
+        found = session(daemon, place)
+        self.assertIn("did not answer 'guest-fsfreeze-freeze'", found['not-quiesced'])
+        self.assertEqual(place.agent.ever_frozen, 0)
+        place.agent.wake()
+        self.assertGreater(place.agent.ever_frozen, 0)
+        self.nothing_left(daemon, place)
+        self.no_watchdogs(daemon)
 
 
 if __name__ == '__main__':
