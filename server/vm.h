@@ -27,6 +27,7 @@ struct vm_config {
     struct scratch_place *scratch; /* borrowed for life */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
+    unsigned max_pause_ms;     /* as struct session_config */
     unsigned keep_checkpoints; /* 0: all */
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is

@@ -157,10 +157,12 @@ static void on_up(void *arg)
 {
     struct vm *vm = arg;
 
-    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s", vm->name, session_id(vm->session),
-             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
-             session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
-             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+    log_info(
+        "VM %s: session %s is up, %zu disk%s frozen, the guest stood still for %.1f ms at most, set up in %u ms%s%s",
+        vm->name, session_id(vm->session), session_disks(vm->session)->ndisks,
+        session_disks(vm->session)->ndisks == 1 ? "" : "s", (double)session_pause_us(vm->session) / 1000,
+        session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
+        session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
     vm_pump(vm);
 }
 
@@ -331,6 +333,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
+            .max_pause_ms = vm->max_pause_ms,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
         };
 
@@ -608,6 +611,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
                                  session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
+    (void)json_object_object_add(o, "pause-us", json_object_new_int64((int64_t)session_pause_us(s)));
+    (void)json_object_object_add(o, "flush-ms", json_object_new_int64(session_flush_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
     (void)json_object_object_add(o, "failure",

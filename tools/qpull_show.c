@@ -142,10 +142,16 @@ static void print_summary(struct json_object *status)
 
 static void print_sessions(struct json_object *sessions)
 {
-    struct table t = {
-        .ncolumns = 8,
-        .columns = {
-            {"SESSION"}, {"VM"}, {"STATUS"}, {"STEP"}, {"CLIENT"}, {"CHECKPOINT"}, {"FROZEN"}, {"SCRATCH", true}}};
+    struct table t = {.ncolumns = 9,
+                      .columns = {{"SESSION"},
+                                  {"VM"},
+                                  {"STATUS"},
+                                  {"STEP"},
+                                  {"CLIENT"},
+                                  {"CHECKPOINT"},
+                                  {"FROZEN"},
+                                  {"PAUSE", true},
+                                  {"SCRATCH", true}}};
     char text[32];
 
     if (json_object_array_length(sessions) == 0) {
@@ -167,6 +173,10 @@ static void print_sessions(struct json_object *sessions)
         table_add(&t, "%s", or_dash(answer_text(s, "identity")));
         table_add(&t, "%s", or_dash(answer_text(s, "checkpoint")));
         table_add(&t, "%s", date);
+        if (frozen > 0)
+            table_add(&t, "%.1f ms", (double)answer_number(s, "pause-us") / 1000);
+        else
+            table_add(&t, "-");
         table_add(&t, "%s", size_text(text, answer_number(s, "scratch-bytes")));
     }
     printf("\n");
@@ -218,7 +228,8 @@ static void print_past(struct json_object *vms)
             continue;
         why = answer_text(last, "failure") ? answer_text(last, "failure") : answer_text(last, "problems");
         if (why)
-            printf("\nlast session of VM %s, %s: %s\n", or_dash(answer_text(vm, "name")), or_dash(answer_text(last, "id")), why);
+            printf("\nlast session of VM %s, %s: %s\n", or_dash(answer_text(vm, "name")),
+                   or_dash(answer_text(last, "id")), why);
     }
 }
 

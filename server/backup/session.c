@@ -179,6 +179,7 @@ static int fill(struct session *s, const struct session_config *c)
 {
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
+    s->max_pause_ms = c->max_pause_ms;
     s->vm = strdup(c->vm);
     s->scratch = c->scratch;
     s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
@@ -410,6 +411,16 @@ int64_t session_frozen_at_ms(const struct session *s)
 unsigned session_setup_ms(const struct session *s)
 {
     return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
+}
+
+uint64_t session_pause_us(const struct session *s)
+{
+    return s->pause_us;
+}
+
+unsigned session_flush_ms(const struct session *s)
+{
+    return (unsigned)(s->flush.all_ns / 1000000);
 }
 
 uint64_t session_scratch_used(const struct session *s)

@@ -55,6 +55,7 @@ struct session_config {
     const char *still_socket;
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
+    unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
     unsigned call_timeout_ms;
 };
 
@@ -83,6 +84,9 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
+/* How long the guest's I/O stood still for the freeze at most, and how long flushing before it took. */
+uint64_t session_pause_us(const struct session *s);
+unsigned session_flush_ms(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */

@@ -75,6 +75,15 @@ struct session {
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
+    struct {
+        uint64_t step_ns, round_ns; /* when these began */
+        uint64_t all_ns;            /* spent in all steps */
+        unsigned nrounds;           /* of the step under way */
+        unsigned slowest;           /* disk, in the last round */
+    } flush;
+    unsigned max_pause_ms; /* 0: any */
+    uint64_t cut_ns;       /* when the command was sent that freezes */
+    uint64_t pause_us;
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;
     char step_text[96];
@@ -114,6 +123,16 @@ void session_watch_scratch(struct session *s);
 /* steps.c: shared with still.c */
 int step_exports_up(struct seq *q, struct failure *f);
 int step_sources_up(struct seq *q, struct failure *f);
+
+/* flush.c */
+int step_live_exports_up(struct seq *q, struct failure *f);
+int step_flush_up(struct seq *q, struct failure *f);
+void session_drop_live_exports(struct session *s); /* adds to rig.calls */
+
+/* cut.c */
+void session_set_drives(struct session *s, enum names_kind kind); /* adds to rig.calls */
+int step_freeze_up(struct seq *q, struct failure *f);
+int step_settle_up(struct seq *q, struct failure *f);
 
 /* maps.c */
 int step_read_maps(struct seq *q, struct failure *f);

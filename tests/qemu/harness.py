@@ -449,6 +449,8 @@ class Qpulld:
             self.flags += ['--listen=tcp:127.0.0.1:0']
         if linger is not None:
             self.flags += [f'--linger={linger}']
+        if not any(f.startswith('--max-pause') for f in flags):
+            self.flags += ['--max-pause=30']  # the machine that tests run on may have slow moments
         self.flags += list(flags)
         self.process = None
         if start:
