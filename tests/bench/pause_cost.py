@@ -67,7 +67,7 @@ def session(daemon, name):
 def measure(folder, ndisks, programs, rounds, args):
     disks = [Disk(f'vd{chr(97 + i)}', 2048 * MIB, options='preallocation=metadata') for i in range(ndisks)]
     Guest.accel = args.accel
-    with slowsync.rate(folder, args.rate):
+    with slowsync.slow(folder, args.rate):
         guest = Guest(folder, disks, memory=256)
     rows = []
     for number in range(rounds):
