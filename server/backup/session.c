@@ -413,6 +413,29 @@ unsigned session_setup_ms(const struct session *s)
     return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
 }
 
+static const char *const way_names[] = {
+    [SESSION_AS_IT_IS] = "nothing",
+    [SESSION_REOPENED] = "blockdev-reopen",
+    [SESSION_STOPPED] = "stop",
+    [SESSION_WAS_STOPPED] = "while stopped",
+};
+static_assert(ARRAY_SIZE(way_names) == SESSION_WAS_STOPPED + 1, "every way has a name");
+
+const char *session_way_name(enum session_way way)
+{
+    return way_names[way];
+}
+
+const char *session_way_why(const struct session *s)
+{
+    return s->cut.refusal.text;
+}
+
+enum session_way session_way(const struct session *s)
+{
+    return s->cut.way;
+}
+
 uint64_t session_pause_us(const struct session *s)
 {
     return s->pause_us;

@@ -84,7 +84,17 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
-/* How long the guest's I/O stood still for the freeze at most, and how long flushing before it took. */
+/* How the disks were frozen: all at once, one after the other while we had stopped the guest, or while others had. */
+enum session_way {
+    SESSION_AS_IT_IS /* nobody writes to them */,
+    SESSION_REOPENED,
+    SESSION_STOPPED,
+    SESSION_WAS_STOPPED
+};
+enum session_way session_way(const struct session *s);
+const char *session_way_name(enum session_way way);
+const char *session_way_why(const struct session *s); /* why not without the CPUs; "" */
+/* How long the guest's I/O, or its CPUs, stood still for the freeze at most, and how long flushing before it took. */
 uint64_t session_pause_us(const struct session *s);
 unsigned session_flush_ms(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */

@@ -267,7 +267,7 @@ static int insert_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
-    session_set_drives(s, NAMES_CUT);
+    session_set_drives(s, NAMES_CUT, NULL);
     return rig_wait(&s->rig, f);
 }
 
@@ -485,7 +485,8 @@ const struct seq_step session_steps[] = {
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
     {"flush again", step_flush_up, NULL, NULL},
-    {"freeze", step_freeze_up, rig_thaw, NULL},
+    {"before the freeze", NULL, rig_thaw, NULL},
+    {"freeze", step_freeze_up, rig_go_on, NULL},
     {"settle", step_settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},

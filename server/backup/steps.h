@@ -82,7 +82,16 @@ struct session {
         unsigned slowest;           /* disk, in the last round */
     } flush;
     unsigned max_pause_ms; /* 0: any */
-    uint64_t cut_ns;       /* when the command was sent that freezes */
+    struct {
+        enum session_way way;
+        struct failure refusal; /* what QEMU said to blockdev-reopen */
+        uint64_t ns;            /* when the command was sent that stops the guest's I/O */
+        unsigned nset;
+        bool stopped, resumed;  /* what was heard: STOP at all, RESUME before the last device was switched */
+        bool running;           /* query-status: before stop, or at the end of what others have stopped */
+        char status[24];        /* of the stopped guest */
+        struct qmp_watch watch; /* of all events */
+    } cut;
     uint64_t pause_us;
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;
@@ -130,7 +139,7 @@ int step_flush_up(struct seq *q, struct failure *f);
 void session_drop_live_exports(struct session *s); /* adds to rig.calls */
 
 /* cut.c */
-void session_set_drives(struct session *s, enum names_kind kind); /* adds to rig.calls */
+void session_set_drives(struct session *s, enum names_kind kind, calls_ret_cb on_ret); /* adds to rig.calls */
 int step_freeze_up(struct seq *q, struct failure *f);
 int step_settle_up(struct seq *q, struct failure *f);
 

@@ -5,7 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
+#include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -20,21 +20,25 @@ struct sync {
     void *arg;
 };
 
-/* In its thread. Not to wait for the writer of a FIFO, and to touch nothing that is no storage. */
+/* In its thread. The name comes from QEMU: what is no storage is not even opened (a tape rewinds, a FIFO waits). */
 static int sync_path(const char *path)
 {
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC), err = 0;
+    int it = open(path, O_PATH | O_CLOEXEC), fd = -1, err = 0;
+    char self[64];
     struct stat st;
 
-    if (fd < 0)
+    if (it < 0)
         return -errno;
-    if (fstat(fd, &st) < 0)
+    (void)snprintf(self, sizeof(self), "/proc/self/fd/%d", it);
+    if (fstat(it, &st) < 0)
         err = -errno;
     else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         err = -ENOTSUP;
-    else if (fdatasync(fd) < 0)
+    else if ((fd = open(self, O_RDONLY | O_NONBLOCK | O_CLOEXEC)) < 0 || fdatasync(fd) < 0)
         err = -errno;
-    (void)close(fd); /* it was for reading */
+    (void)close(it);
+    if (fd >= 0)
+        (void)close(fd); /* it was for reading */
     return err;
 }
 
