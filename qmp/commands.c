@@ -111,6 +111,11 @@ struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file
     return o;
 }
 
+struct json_object *qmp_args_blockdev_add_null(const char *node)
+{
+    return new_node("null-co", node, NULL);
+}
+
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file)
 {
     struct json_object *o = new_node("raw", node, file);

@@ -29,6 +29,8 @@ struct json_object *qmp_args_blockdev_add_image(const char *node, const char *dr
                                                 const char *path);
 struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
                                               unsigned timeout_s);
+/* A node that is nothing but its name. */
+struct json_object *qmp_args_blockdev_add_null(const char *node);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
 /* {"options": []}; entries are added by qmp_args_reopen_raw(). */

@@ -237,6 +237,7 @@ enum row {
     ROW_SCRATCH_TOTAL_LIMIT,
     ROW_SCRATCH_RESERVE,
     ROW_STATE,
+    ROW_MAX_PAUSE,
     ROW_LINGER,
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
@@ -280,6 +281,7 @@ static const struct {
     [ROW_SCRATCH_RESERVE] = {"scratch-reserve", 0, "SIZE",
                              "left free on DIR's file system, likewise (default 256M; 0: none)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
+    [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
@@ -330,6 +332,12 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return set_size(&c->scratch_reserve, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
+    case ROW_MAX_PAUSE:
+        if (set_seconds(&c->max_pause_ms, value, f) < 0)
+            return f->err;
+        if (c->max_pause_ms == 0)
+            return failure_set(f, -EINVAL, "no freeze takes no time at all");
+        return 0;
     case ROW_LINGER:
         return set_seconds(&c->linger_ms, value, f);
     case ROW_HANDSHAKE_TIMEOUT:
@@ -583,6 +591,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .linger_ms = CONFIG_LINGER_MS,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
+        .max_pause_ms = CONFIG_MAX_PAUSE_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .log_level = LOG_LEVEL_INFO,

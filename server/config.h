@@ -30,6 +30,7 @@
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
 #define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
+#define CONFIG_MAX_PAUSE_MS 1000u
 #define CONFIG_MAX_CONNECTIONS 256u
 
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
@@ -158,6 +159,7 @@ struct server_config {
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
+    unsigned max_pause_ms; /* never 0 */
     unsigned max_connections;
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */

@@ -44,6 +44,7 @@ static void vm_free(struct vm *vm)
 static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
+    vm->max_pause_ms = c->max_pause_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->engine_wish = c->engine;
     vm->on_event = c->on_event;

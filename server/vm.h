@@ -28,6 +28,7 @@ struct vm_config {
     struct scratch_place *scratch; /* borrowed for life */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
+    unsigned max_pause_ms;     /* as struct session_config */
     unsigned keep_checkpoints; /* 0: all */
     enum engine engine;        /* the wish */
     const char *qga_path;      /* its guest agent's socket, or NULL */

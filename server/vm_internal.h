@@ -49,7 +49,7 @@ struct vm {
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
-    unsigned linger_ms;
+    unsigned linger_ms, max_pause_ms;
     unsigned keep_checkpoints;
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;

@@ -153,16 +153,42 @@ static bool wants_session(const struct vm *vm, const struct vm_stay *stay)
            (!checkpoint || strcmp(stay->checkpoint, checkpoint) == 0);
 }
 
+static void log_up(const struct vm *vm)
+{
+    const struct session *s = vm->session;
+    const char *checkpoint = session_checkpoint(s);
+    double pause_ms = (double)session_pause_us(s) / 1000;
+    size_t n = session_disks(s)->ndisks;
+    char how[96], quiesced[64];
+
+    switch (session_way(s)) {
+    case SESSION_AS_IT_IS:
+        (void)snprintf(how, sizeof(how), "nobody writes to %s", n == 1 ? "it" : "them");
+        break;
+    case SESSION_REOPENED:
+    case SESSION_BY_JOBS:
+        (void)snprintf(how, sizeof(how), "the guest's I/O stood still for %.1f ms at most", pause_ms);
+        break;
+    case SESSION_STOPPED:
+        (void)snprintf(how, sizeof(how), "the guest's CPUs stood still for %.1f ms at most", pause_ms);
+        log_warning("VM %s: session %s stopped the guest for its freeze: %s", vm->name, session_id(s),
+                    session_way_why(s));
+        break;
+    case SESSION_WAS_STOPPED:
+        (void)snprintf(how, sizeof(how), "the guest was stopped by others");
+        break;
+    }
+    vm_quiesce_tell_up(vm, quiesced, sizeof(quiesced));
+    log_info("VM %s: session %s is up, %zu disk%s frozen, %s, set up in %u ms%s%s%s", vm->name, session_id(s), n,
+             n == 1 ? "" : "s", how, session_setup_ms(s), checkpoint ? ", provisional checkpoint " : "",
+             checkpoint ? checkpoint : "", quiesced);
+}
+
 static void on_up(void *arg)
 {
     struct vm *vm = arg;
-    char quiesced[64];
 
-    vm_quiesce_tell_up(vm, quiesced, sizeof(quiesced));
-    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s%s", vm->name, session_id(vm->session),
-             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
-             session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
-             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "", quiesced);
+    log_up(vm);
     vm_pump(vm);
 }
 
@@ -335,6 +361,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .job_breaks = vm->capabilities.has[CAPABILITY_JOB_ON_ERROR],
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
+            .max_pause_ms = vm->max_pause_ms,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
             .quiesce = vm->quiesce,
         };
@@ -624,6 +651,9 @@ struct json_object *vm_session_to_json(struct vm *vm)
                                  vm->images ? NULL : json_object_new_string(engine_name(session_engine(s))));
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
+    (void)json_object_object_add(o, "frozen-by", json_object_new_string(session_way_name(session_way(s))));
+    (void)json_object_object_add(o, "pause-us", json_object_new_int64((int64_t)session_pause_us(s)));
+    (void)json_object_object_add(o, "flush-ms", json_object_new_int64(session_flush_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
     vm_quiesce_to_json(vm, o);
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));

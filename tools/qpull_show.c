@@ -151,6 +151,7 @@ static void print_sessions(struct json_object *sessions)
                                   {"CHECKPOINT"},
                                   {"FROZEN"},
                                   {"QUIESCED"},
+                                  {"PAUSE", true},
                                   {"SCRATCH", true}}};
     char text[32];
 
@@ -177,6 +178,10 @@ static void print_sessions(struct json_object *sessions)
             table_add(&t, "%" PRIu64 " ms", answer_number(s, "quiesced-ms"));
         else
             table_add(&t, "%s", answer_text(s, "not-quiesced") ? "NO" : "-");
+        if (frozen > 0)
+            table_add(&t, "%.1f ms", (double)answer_number(s, "pause-us") / 1000);
+        else
+            table_add(&t, "-");
         table_add(&t, "%s", size_text(text, answer_number(s, "scratch-bytes")));
     }
     printf("\n");

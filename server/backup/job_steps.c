@@ -64,6 +64,7 @@ static int freeze_up(struct seq *q, struct failure *f)
         add_job(s, i, args);
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         add_records(s, i, args);
+    s->cut.ns = uv_hrtime();
     calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, 0, session_on_frozen);
     return rig_wait(&s->rig, f);
 }

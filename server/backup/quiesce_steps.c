@@ -91,8 +91,7 @@ int step_mark_up(struct seq *q, struct failure *f)
     if (!is_wanted(s))
         return SEQ_DONE;
     s->marked = true;
-    calls_add(&s->rig.calls, "blockdev-add",
-              qmp_args_strings("driver", "null-co", "node-name", names_make(mark, s->rig.id, NAMES_QUIESCE, 0), NULL),
+    calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_null(names_make(mark, s->rig.id, NAMES_QUIESCE, 0)),
               QMP_NO_FD, 0, NULL);
     r = calls_wait(&s->rig.calls, on_marked, &why);
     return r < 0 ? refused(s, &why, f) : r;

@@ -192,6 +192,69 @@ int rig_no_scratch_nodes(struct seq *s, struct failure *f)
     return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
+/* -- a guest that we paused ---------------------------------------------------------------------------------------- */
+
+static int no_mark(struct rig *r, struct failure *f)
+{
+    static const enum names_kind kinds[] = {NAMES_PAUSED};
+    char name[NAMES_SIZE];
+
+    r->kinds = kinds;
+    r->nkinds = ARRAY_SIZE(kinds);
+    names_make(name, r->id, NAMES_PAUSED, 0);
+    calls_add(&r->calls, "blockdev-del", qmp_args_strings("node-name", name, NULL), QMP_NO_FD, 0, NULL);
+    return calls_wait(&r->calls, on_nodes_deleted, f);
+}
+
+static void on_went_on(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
+
+    if (f) {
+        step_done(r, f);
+        return;
+    }
+    r->pause = PAUSE_MARKED; /* whoever pauses it from now on, it was not us */
+    go_on(r, no_mark(r, &next), &next);
+}
+
+static void on_pause_looked_up(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    const char *status = qmp_get_string(r->answers[0], "status");
+    struct failure next = {0};
+    char name[NAMES_SIZE];
+    bool marked = !f && graph_named(r->answers[1], names_make(name, r->id, NAMES_PAUSED, 0));
+
+    if (f || !marked || !status || strcmp(status, "paused") != 0) {
+        on_went_on(c, f);
+        return;
+    }
+    calls_add(&r->calls, "cont", NULL, QMP_NO_FD, 0, NULL);
+    if (calls_wait(&r->calls, on_went_on, &next) < 0)
+        on_went_on(c, &next);
+}
+
+/* The mark goes after the guest goes on: whoever dies in between leaves a mark too many, never one too few. */
+int rig_go_on(struct seq *s, struct failure *f)
+{
+    struct rig *r = rig_of_seq(s);
+    int result;
+
+    if (r->pause == PAUSE_NONE)
+        return SEQ_DONE;
+    if (r->pause == PAUSE_MARKED)
+        return no_mark(r, f);
+    rig_drop_answers(r);
+    calls_add(&r->calls, "query-status", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
+    result = calls_wait(&r->calls, on_pause_looked_up, f);
+    if (result == -ENOTCONN)
+        result = f->err = -EAGAIN; /* it comes back within moments, and no other undo is as urgent */
+    return result;
+}
+
 /* -- the freeze, undone -------------------------------------------------------------------------------------------- */
 
 /*

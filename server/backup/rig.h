@@ -38,6 +38,11 @@ struct rig {
         SERVER_OURS
     } server;      /* PASSED: not started, but QEMU may hold our socket */
     int listen_fd; /* until QEMU has it */
+    /*
+     * Whether we have stopped the guest's CPUs. OURS: our mark stands in QEMU, or may stand; a VM that is "paused"
+     * while it does was paused by us. MARKED: the mark may stand, but the guest runs, or others have stopped it.
+     */
+    enum { PAUSE_NONE, PAUSE_MARKED, PAUSE_OURS } pause;
     /* Narrows rig_no_exports() to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
     enum names_kind only_export;
     /* private: of the step function under way */
@@ -90,10 +95,11 @@ int rig_wait(struct rig *r, struct failure *f);
 void rig_step_done(struct calls *c, const struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
-int rig_no_exports(struct seq *s, struct failure *f);      /* waits until QEMU says they are gone */
-int rig_no_access(struct seq *s, struct failure *f);       /* snapshot-access nodes */
-int rig_thaw(struct seq *s, struct failure *f);            /* no cut node stands on a cbw node */
-int rig_detach(struct seq *s, struct failure *f);          /* no device has a node of ours as its root */
+int rig_no_exports(struct seq *s, struct failure *f); /* waits until QEMU says they are gone */
+int rig_no_access(struct seq *s, struct failure *f);  /* snapshot-access nodes */
+int rig_go_on(struct seq *s, struct failure *f);      /* a guest that we paused goes on, and no mark says it does not */
+int rig_thaw(struct seq *s, struct failure *f);       /* no cut node stands on a cbw node */
+int rig_detach(struct seq *s, struct failure *f);     /* no device has a node of ours as its root */
 int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes */
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */

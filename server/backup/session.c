@@ -209,6 +209,7 @@ static int fill(struct session *s, const struct session_config *c)
     s->narrow_reads = c->narrow_reads;
     s->quiesce = c->quiesce;
     s->cbw_timeout_s = c->cbw_timeout_s;
+    s->max_pause_ms = c->max_pause_ms;
     s->vm = strdup(c->vm);
     s->scratch = c->scratch;
     s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
@@ -472,6 +473,37 @@ bool session_quiesced(const struct session *s)
 unsigned session_quiesced_ms(const struct session *s)
 {
     return s->quiesced_ms;
+}
+
+static const char *const way_names[] = {
+    [SESSION_AS_IT_IS] = "nothing", [SESSION_REOPENED] = "blockdev-reopen",  [SESSION_BY_JOBS] = "backup jobs",
+    [SESSION_STOPPED] = "stop",     [SESSION_WAS_STOPPED] = "while stopped",
+};
+static_assert(ARRAY_SIZE(way_names) == SESSION_WAS_STOPPED + 1, "every way has a name");
+
+const char *session_way_name(enum session_way way)
+{
+    return way_names[way];
+}
+
+const char *session_way_why(const struct session *s)
+{
+    return s->cut.refusal.text;
+}
+
+enum session_way session_way(const struct session *s)
+{
+    return s->cut.way;
+}
+
+uint64_t session_pause_us(const struct session *s)
+{
+    return s->pause_us;
+}
+
+unsigned session_flush_ms(const struct session *s)
+{
+    return (unsigned)(s->flush.all_ns / 1000000);
 }
 
 uint64_t session_scratch_used(const struct session *s)

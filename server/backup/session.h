@@ -59,6 +59,7 @@ struct session_config {
     bool job_breaks;    /* QEMU's backup job has on-cbw-error: ENGINE_JOB sets it to break-snapshot */
     bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
+    unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
     unsigned call_timeout_ms;
     struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
 };
@@ -100,6 +101,20 @@ unsigned session_setup_ms(const struct session *s);
 bool session_quiesced(const struct session *s);
 unsigned session_quiesced_ms(const struct session *s);
 const struct failure *session_not_quiesced(const struct session *s); /* why not, or NULL: they are, or were not to be */
+/* How the disks were frozen: all at once, one after the other while we had stopped the guest, or while others had. */
+enum session_way {
+    SESSION_AS_IT_IS, /* nobody writes to them */
+    SESSION_REOPENED,
+    SESSION_BY_JOBS,
+    SESSION_STOPPED,
+    SESSION_WAS_STOPPED
+};
+enum session_way session_way(const struct session *s);
+const char *session_way_name(enum session_way way);
+const char *session_way_why(const struct session *s); /* why not without the CPUs; "" */
+/* How long the guest's I/O, or its CPUs, stood still for the freeze at most, and how long flushing before it took. */
+uint64_t session_pause_us(const struct session *s);
+unsigned session_flush_ms(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */

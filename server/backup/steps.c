@@ -263,22 +263,11 @@ static int passthroughs_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
-static void set_drives(struct session *s, enum names_kind kind)
-{
-    char name[NAMES_SIZE];
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        names_make(name, s->rig.id, kind, i);
-        calls_add(&s->rig.calls, "qom-set", qmp_args_qom_set_drive(s->disks[i].disk->qom_path, name), QMP_NO_FD, i,
-                  NULL);
-    }
-}
-
 static int insert_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
-    set_drives(s, NAMES_CUT);
+    session_set_drives(s, NAMES_CUT, NULL);
     return rig_wait(&s->rig, f);
 }
 
@@ -358,39 +347,7 @@ static int records_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
-/* -- the freeze ---------------------------------------------------------------------------------------------------- */
-
-int session_on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
-{
-    session_of_calls(c)->frozen_at_ms = unix_time_ms();
-    return 0;
-}
-
-/* One blockdev-reopen over all disks: the instant of the session. */
-static int freeze_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_seq(q);
-    struct json_object *args = qmp_args_reopen();
-    char cut[NAMES_SIZE], cbw[NAMES_SIZE];
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++)
-        qmp_args_reopen_raw(args, names_make(cut, s->rig.id, NAMES_CUT, i), names_make(cbw, s->rig.id, NAMES_CBW, i));
-    calls_add(&s->rig.calls, "blockdev-reopen", args, QMP_NO_FD, 0, session_on_frozen);
-    return rig_wait(&s->rig, f);
-}
-
-/* The devices go straight to the cbw nodes: one layer less in the guest's way. */
-static int settle_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_seq(q);
-    char cut[NAMES_SIZE];
-
-    set_drives(s, NAMES_CBW);
-    for (unsigned i = 0; i < s->rig.ndisks; i++)
-        calls_add(&s->rig.calls, "blockdev-del",
-                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
-    return rig_wait(&s->rig, f);
-}
+/* -- after the freeze ---------------------------------------------------------------------------------------------- */
 
 void session_add_view(struct session *s, unsigned disk, enum names_kind holder)
 {
@@ -523,26 +480,30 @@ int step_sources_up(struct seq *q, struct failure *f)
 /*
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
- * freezes the guest.
+ * freezes the guest. The first flush comes before all that drains the disks, the second right before the freeze.
  */
 const struct seq_step session_steps[] = {
     {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"start NBD server", rig_server_up, rig_server_down, NULL},
+    {"export live disks", step_live_exports_up, rig_no_exports, NULL},
+    {"flush ahead", step_flush_up, NULL, NULL},
     {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
     {"compare disks", step_compare_disks, NULL, NULL},
     {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
+    {"flush again", step_flush_up, NULL, NULL},
     {"mark guest", step_mark_up, step_mark_down, NULL},
     {"quiesce guest", step_quiesce_up, step_quiesce_down, NULL},
-    {"freeze", freeze_up, rig_thaw, NULL},
+    {"before the freeze", NULL, rig_thaw, NULL},
+    {"freeze", step_freeze_up, rig_go_on, NULL},
     {"thaw guest", step_thaw_up, NULL, NULL},
     {"unmark guest", step_unmark_up, NULL, NULL},
-    {"settle", settle_up, NULL, NULL},
+    {"settle", step_settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
-    {"start NBD server", rig_server_up, rig_server_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"read maps", step_read_maps, NULL, NULL},

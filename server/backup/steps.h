@@ -84,6 +84,24 @@ struct session {
     unsigned cbw_timeout_s;
     unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
+    struct {
+        uint64_t step_ns, round_ns; /* when these began */
+        uint64_t all_ns;            /* spent in all steps */
+        unsigned nrounds;           /* of the step under way */
+        unsigned slowest;           /* disk, in the last round */
+    } flush;
+    unsigned max_pause_ms; /* 0: any */
+    struct {
+        enum session_way way;
+        struct failure refusal; /* what QEMU said to blockdev-reopen */
+        uint64_t ns;            /* when the command was sent that stops the guest's I/O */
+        unsigned nset;
+        bool stopped, resumed;  /* what was heard: STOP at all, RESUME before the last device was switched */
+        bool running;           /* query-status: before stop, or at the end of what others have stopped */
+        char status[24];        /* of the stopped guest */
+        struct qmp_watch watch; /* of all events */
+    } cut;
+    uint64_t pause_us;
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;
     char step_text[96];
@@ -136,6 +154,16 @@ void session_add_view(struct session *s, unsigned disk, enum names_kind holder);
 /* steps.c: shared with job_steps.c and still.c */
 int step_exports_up(struct seq *q, struct failure *f);
 int step_sources_up(struct seq *q, struct failure *f);
+
+/* flush.c */
+int step_live_exports_up(struct seq *q, struct failure *f);
+int step_flush_up(struct seq *q, struct failure *f);
+void session_drop_live_exports(struct session *s); /* adds to rig.calls */
+
+/* cut.c */
+void session_set_drives(struct session *s, enum names_kind kind, calls_ret_cb on_ret); /* adds to rig.calls */
+int step_freeze_up(struct seq *q, struct failure *f);
+int step_settle_up(struct seq *q, struct failure *f);
 
 /* maps.c */
 int step_read_maps(struct seq *q, struct failure *f);

@@ -19,6 +19,7 @@ struct sweep {
         char id[NAMES_ID_SIZE];
         unsigned ndisks;
         bool quiesced; /* a mark says that the guest's file systems may be frozen */
+        bool paused;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
     struct failure problems;
@@ -63,7 +64,8 @@ static const struct seq_step steps[] = {
     {"snapshot-access", NULL, rig_no_access, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
-    {"frozen file systems", NULL, guest_thawed, NULL}, /* first of all: the guest stands still */
+    {"frozen file systems", NULL, guest_thawed, NULL}, /* an agent answers only while its guest runs */
+    {"pause", NULL, rig_go_on, NULL},
 };
 
 static void found(struct sweep *s, const char *name)
@@ -82,6 +84,7 @@ static void found(struct sweep *s, const char *name)
         memcpy(s->found[s->nfound++].id, id, sizeof(id));
     s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
     s->found[i].quiesced |= kind == NAMES_QUIESCE;
+    s->found[i].paused |= kind == NAMES_PAUSED;
 }
 
 static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -173,8 +176,22 @@ static void next_id(struct sweep *s)
     }
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
     s->rig.server = SERVER_UNKNOWN;
+    s->rig.pause = !last && s->found[s->next].paused ? PAUSE_OURS : PAUSE_NONE;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
+}
+
+/* A guest that was left paused goes on before anything else is done. */
+static void paused_first(struct sweep *s)
+{
+    for (unsigned i = 1; i < s->nfound; i++) {
+        typeof(s->found[0]) it = s->found[i];
+
+        if (!it.paused)
+            continue;
+        memmove(&s->found[1], &s->found[0], i * sizeof(it));
+        s->found[0] = it;
+    }
 }
 
 static void on_searched(struct calls *c, const struct failure *f)
@@ -186,6 +203,7 @@ static void on_searched(struct calls *c, const struct failure *f)
         free(s);
         return;
     }
+    paused_first(s);
     next_id(s);
 }
 

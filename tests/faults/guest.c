@@ -545,3 +545,12 @@ int guest_undo_snapshots(struct guest *g, struct failure *f)
     }
     return 0;
 }
+
+bool guest_runs(struct guest *g)
+{
+    struct json_object *status = guest_call(g, NULL, "{'execute':'query-status'}");
+    bool runs = qmp_get_bool(status, "running");
+
+    json_object_put(status);
+    return runs;
+}

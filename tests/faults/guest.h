@@ -58,6 +58,9 @@ void guest_done(struct guest *g);
 /* False, with QEMU's last words, when QEMU has died. */
 bool guest_lives(struct guest *g, struct failure *f);
 
+/* Its CPUs are not stopped. */
+bool guest_runs(struct guest *g);
+
 /* One command in JSON (single quotes will do). NULL and the sentence in f (may be NULL): QEMU's refusal. Owned by the
  * caller. */
 struct json_object *guest_call(struct guest *g, struct failure *f, const char *fmt, ...) _printf_(3, 4);

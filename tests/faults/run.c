@@ -62,6 +62,7 @@ struct stand {
     bool made[GUEST_MAX_DISKS];     /* the command that makes the checkpoint reached QEMU */
     bool made_hit[GUEST_MAX_DISKS]; /* … and is the one that the fault hit */
     bool cut;
+    bool paused; /* by scenario->pause_at */
     struct stand *next_abandoned;
 };
 
@@ -130,6 +131,31 @@ static void note_made(struct stand *st, const char *name, struct json_object *ar
     st->made_hit[disk] |= hit;
 }
 
+/* This QEMU never gets to see it. */
+static enum verdict without_reopen(enum verdict verdict)
+{
+    switch (verdict) {
+    case VERDICT_LOSE:
+        return VERDICT_DROP;
+    case VERDICT_CUT_AFTER:
+        return VERDICT_CUT;
+    case VERDICT_PASS:
+        return VERDICT_REFUSE;
+    default:
+        return verdict;
+    }
+}
+
+/* The stopped guest's disks are frozen one after the other, and its writes end with the first of them. */
+static bool freezes(const struct stand *st, const char *name, struct json_object *args)
+{
+    const char *node = qmp_get_string(args, "value");
+
+    if (!st->scenario->no_reopen)
+        return strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args);
+    return strcmp(name, "qom-set") == 0 && node && fnmatch("qpull-*-cbw0", node, 0) == 0;
+}
+
 static enum verdict on_command(void *arg, const char *name, struct json_object *args)
 {
     struct stand *st = arg;
@@ -148,7 +174,11 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
         die("out of memory");
     if (st->scenario->snapshot_at && st->armed && st->ncommands && fnmatch(st->scenario->snapshot_at, text, 0) == 0)
         guest_take_snapshots(&st->guest);
-    if (st->run.writing && !st->scenario->small_scratch)
+    if (st->scenario->pause_at && !st->paused && fnmatch(st->scenario->pause_at, text, 0) == 0) {
+        json_object_put(guest_call(&st->guest, NULL, "{'execute':'stop'}"));
+        st->paused = true;
+    }
+    if (st->run.writing && !st->scenario->small_scratch && (!st->scenario->no_reopen || guest_runs(&st->guest)))
         guest_write(&st->guest);
     hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
           (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
@@ -160,9 +190,11 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
     } else if (st->sabotaged && strcmp(st->sabotaged, text) == 0) {
         verdict = VERDICT_REFUSE;
     }
+    if (st->scenario->no_reopen && strcmp(name, "blockdev-reopen") == 0)
+        verdict = without_reopen(verdict);
     st->ncommands++;
     note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args))
+    if (freezes(st, name, args))
         guest_freezes(&st->guest);
     return verdict;
 }
@@ -521,6 +553,24 @@ static int run_swept(struct stand *st, struct failure *f)
     return r < 0 ? r : sweep(st, true, f);
 }
 
+/*
+ * Whom nobody else stopped goes on, at the latest by a sweep; whom somebody stopped is still stopped, and let go on by
+ * the test. A daemon that was killed in the moment between its look and its mark cannot be told from one that stopped
+ * the guest: then the test goes first.
+ */
+static int check_pause(struct stand *st, bool suspect, struct failure *f)
+{
+    bool runs = guest_runs(&st->guest);
+
+    if (st->paused && runs)
+        return failure_set(f, -EPROTO, "somebody had stopped the guest, and it was let go on");
+    if (!st->paused && !suspect && !runs)
+        return failure_set(f, -EPROTO, "the guest is left stopped, and no problem was reported");
+    if (st->paused)
+        json_object_put(guest_call(&st->guest, NULL, "{'execute':'cont'}"));
+    return 0;
+}
+
 static int run_and_judge(struct stand *st, struct failure *f)
 {
     _cleanup_free_ char *before = guest_picture(&st->guest);
@@ -537,6 +587,9 @@ static int run_and_judge(struct stand *st, struct failure *f)
     suspect = st->run.fault == FAULT_KILLED || st->cut ||
               (st->scenario->swept ? st->daemon.failure.err != 0
                                    : st->daemon.problems.err && (is_excused(st) || !is_about_checkpoint(&st->daemon)));
+    if (check_pause(st, suspect, f) < 0)
+        return f->err;
+    suspect |= st->paused;
     /* Once nothing of ours is in the way, what somebody else built goes, too. */
     if (!suspect && guest_undo_snapshots(&st->guest, f) < 0)
         return f->err;
@@ -548,6 +601,8 @@ static int run_and_judge(struct stand *st, struct failure *f)
     if (suspect && (sweep(st, false, f) < 0 || guest_undo_snapshots(&st->guest, f) < 0 ||
                     compare_pictures(st, before, "after the sweep", f) < 0))
         return f->err;
+    if (!guest_runs(&st->guest))
+        return failure_set(f, -EPROTO, "the guest is left stopped");
     st->ncommands = ncommands;
     st->run.at = at;
     if (check_server(st, f) < 0 || guest_check_writes(&st->guest, f) < 0)
@@ -564,7 +619,7 @@ int stand_run(struct stand *st, const struct run *run, unsigned *ret_ncommands, 
 
     st->run = *run;
     st->ncommands = 0;
-    st->cut = false;
+    st->cut = st->paused = false;
     (void)strcpy(st->hit, "-");
     free(TAKE_PTR(st->sabotaged));
     memset(st->made, 0, sizeof(st->made));

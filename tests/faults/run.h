@@ -36,9 +36,11 @@ struct scenario {
     bool swept;              /* the fault hits the sweep after a daemon that was killed at its top */
     const char *snapshot_at; /* somebody takes an external snapshot of each disk before the command that this pattern
                                 fits, NULL: nobody */
-    bool small_scratch;  /* it does not hold what the guest writes while the session is up: the frozen view is lost */
-    bool job;            /* the backup-job engine */
-    bool foreign_server; /* QEMU's NBD server is in use by somebody else */
+    bool small_scratch;   /* it does not hold what the guest writes while the session is up: the frozen view is lost */
+    bool job;             /* the backup-job engine */
+    bool foreign_server;  /* QEMU's NBD server is in use by somebody else */
+    bool no_reopen;       /* QEMU refuses every blockdev-reopen: the guest is stopped for the freeze */
+    const char *pause_at; /* somebody stops the guest before the command that this pattern fits, NULL: nobody */
 };
 
 struct run {

@@ -450,6 +450,8 @@ class Qpulld:
             self.flags += ['--listen=tcp:127.0.0.1:0']
         if linger is not None:
             self.flags += [f'--linger={linger}']
+        if not any(f.startswith('--max-pause') for f in flags):
+            self.flags += ['--max-pause=30']  # the machine that tests run on may have slow moments
         self.flags += list(flags)
         if os.environ.get('QPULL_TEST_ENGINE') and not any(f.startswith('--engine') for f in self.flags):
             self.flags += [f'--engine={os.environ["QPULL_TEST_ENGINE"]}']

@@ -84,6 +84,7 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_string_equal(b->config->state, "/var/lib/qpull");
     assert_int_equal(b->config->linger_ms, 10000);
     assert_int_equal(b->config->idle_timeout_ms, 0);
+    assert_int_equal(b->config->max_pause_ms, 1000);
     assert_int_equal(b->config->scratch_limit, 0);
     assert_int_equal(b->config->scratch_total_limit, 0);
     assert_int_equal(b->config->scratch_reserve, 256 << 20);
@@ -103,6 +104,7 @@ static void a_whole_file_is_read(void **state)
                   "listen = tcp:127.0.0.1:0\n"
                   "control = /tmp/c.sock\n"
                   "linger = 2.5\n"
+                  "max-pause = 0.25\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
                   "engine = backup-job\n"
@@ -125,6 +127,7 @@ static void a_whole_file_is_read(void **state)
     assert_int_equal(b->config->listeners[1].type, LISTEN_TCP);
     assert_string_equal(b->config->listeners[1].host, "127.0.0.1");
     assert_int_equal(b->config->linger_ms, 2500);
+    assert_int_equal(b->config->max_pause_ms, 250);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
     assert_int_equal(b->config->engine, ENGINE_JOB);
@@ -239,6 +242,8 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--linger", "x"}, "--linger: \"x\" is not"},
         {{"--linger"}, "--linger wants a value"},
         {{"--engine", "fast"}, "--engine: \"fast\" is none of auto, copy-before-write, backup-job"},
+        {{"--max-pause", "0"}, "no freeze takes no time at all"},
+        {{"--max-pause", "1s"}, "\"1s\" is not a number of seconds"},
         {{"--linger", "1", "--linger", "1"}, "--linger is there twice"},
         {{"--vm", "web"}, "--vm: \"web\" is not NAME=QMP_SOCKET"},
         {{"--vm", "=/x"}, "--vm: the VM's name is empty"},
