@@ -84,12 +84,7 @@ static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost 
  */
 static void on_resumed(struct qmp_watch *watch, const char *event, struct json_object *data)
 {
-    struct vm *vm = container_of(watch, struct vm, resumed);
-
-    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
-        vm->sweep_wanted = true;
-    else if (!vm->stopping)
-        vm_sweep(vm);
+    vm_sweep_when_idle(container_of(watch, struct vm, resumed));
 }
 
 static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
@@ -102,6 +97,7 @@ static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
     (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
     calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
     qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
+    vm_life_watch(vm);
     if (config->nimages == 0)
         return 0;
     /* disks= and disk.NAME= speak of devices; an image has its name already. */
@@ -263,6 +259,7 @@ static void on_ready(void *arg, struct json_object *greeting)
                    (long long)qmp_get_int(qemu, "minor"), (long long)qmp_get_int(qemu, "micro"));
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
+    vm_life_connected(vm);
     vm_images_yield(vm);
     vm->tested = false;
     if (!vm->session && !vm_is_committing(vm) && vm->state <= VM_LOST)
@@ -285,7 +282,7 @@ static void on_lost(void *arg, const struct failure *why)
     if (vm->session) {
         struct failure f = {0};
 
-        (void)failure_set(&f, -ENOTCONN, "the connection to QEMU was lost: %s", why->text);
+        (void)failure_set(&f, -ENOTCONN, "%s", why->text);
         session_fail(vm->session, &f);
     }
     if (vm->state == VM_LOST) {
@@ -316,10 +313,11 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
 {
     struct vm *vm = arg;
 
+    vm->life.leftovers = f && qmp_client_is_ready(vm->qmp);
     if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)
-        log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions,
+        log_warning("VM %s: undid what %u earlier session%s had left in QEMU", vm->name, nsessions,
                     nsessions == 1 ? "" : "s");
     settle(vm);
 }
@@ -339,6 +337,14 @@ void vm_sweep(struct vm *vm)
     vm->sweep_wanted = false;
     if (sweep_start(&config, on_swept, vm, &f) < 0)
         on_swept(vm, 0, &f);
+}
+
+void vm_sweep_when_idle(struct vm *vm)
+{
+    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
+        vm->sweep_wanted = true;
+    else if (!vm->stopping)
+        vm_sweep(vm);
 }
 
 /* -- the self-test ------------------------------------------------------------------------------------------------- */

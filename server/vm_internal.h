@@ -39,6 +39,14 @@ struct vm_note_wait {
     struct vm_note_wait *next;
 };
 
+/* What QEMU announces of its guest and of itself (vm_life.c). */
+struct vm_life {
+    struct qmp_watch shutdown, resumed, reset, unplugged, jobs;
+    char words[128]; /* why it is about to end; "": it has not said so */
+    bool leftovers;  /* something of a session could not be undone, and QEMU still runs */
+    bool sweep_due;  /* so, and somebody wants a session: one more try before that */
+};
+
 struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path;         /* owned */
@@ -72,6 +80,7 @@ struct vm {
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */
+    struct vm_life life;
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;
@@ -199,8 +208,15 @@ bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; sa
 void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
 void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 
+/* vm_life.c */
+void vm_life_watch(struct vm *vm);
+void vm_life_connected(struct vm *vm); /* to a QEMU, perhaps another one */
+/* The connection is lost, as why says: the sentence for those whose session ends with it. Returns why->err. */
+int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f);
+
 /* vm.c */
 void vm_sweep(struct vm *vm);
+void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
 void vm_test(struct vm *vm); /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);
 void vm_ask_if_waiting(struct vm *vm);

@@ -164,6 +164,12 @@ static void on_up(void *arg)
     vm_pump(vm);
 }
 
+/* A session that fails for want of a connection, to the monitor or to the export: QEMU ends, or has ended. */
+static bool is_gone(const struct vm *vm, const struct failure *why)
+{
+    return !vm->images && why->err == -ENOTCONN && (*vm->life.words || !qmp_client_is_ready(vm->qmp));
+}
+
 /* Who has to hear of the session's end. */
 static struct vm_stay *next_affected(struct vm *vm)
 {
@@ -178,8 +184,14 @@ static void on_failed(void *arg, const struct failure *why)
 {
     struct vm *vm = arg;
     struct vm_stay *stay;
+    struct failure gone = {0};
 
-    log_error("VM %s: session %s is given up, its set-up is undone: %s", vm->name, session_id(vm->session), why->text);
+    if (is_gone(vm, why)) {
+        (void)vm_life_last_words(vm, why, &gone);
+        why = &gone;
+    }
+    log_error("VM %s: session %s is given up%s: %s", vm->name, session_id(vm->session),
+              why == &gone ? "" : ", its set-up is undone", why->text);
     (void)failure_copy(&vm->session_failure, why);
     while ((stay = next_affected(vm))) {
         if (stay->state == STAY_IN) {
@@ -209,15 +221,47 @@ static struct json_object *kept_to_json(const struct vm *vm)
     return list;
 }
 
+/* Somebody believes to have a checkpoint of this disk: its pull ended well, and then QEMU ended before the session. */
+static const char *disk_not_kept(const struct vm *vm)
+{
+    for (size_t i = 0; session_checkpoint(vm->session) && i < vm->npulls; i++) {
+        const struct vm_pull *p = &vm->pulls[i];
+        const struct disk *d = disk_list_find(session_disks(vm->session), p->disk);
+
+        if (p->nopen == 0 && p->well && !p->read_failed && d && d->tracked && !session_kept(vm->session, p->disk))
+            return p->disk;
+    }
+    return NULL;
+}
+
+/* What could not be undone went with QEMU. A monitor alone that is lost comes back, and then the sweep undoes it. */
+static void check_problems(const struct vm *vm, const struct failure *problems, struct failure *mine)
+{
+    bool lost = problems->err == -ENOTCONN || problems->err == -ECONNRESET;
+    const char *disk = disk_not_kept(vm);
+
+    if (vm->images || qmp_client_is_ready(vm->qmp) || (problems->err && !lost))
+        (void)failure_copy(mine, problems);
+    else if (disk)
+        (void)failure_set(mine, -EIO, "checkpoint '%s' of disk '%s' is not kept: QEMU ended before the session did",
+                          session_checkpoint(vm->session), disk);
+}
+
 static void on_down(void *arg, const struct failure *problems)
 {
     struct vm *vm = arg;
     struct json_object *last = vm_session_to_json(vm);
+    struct failure mine = {0};
 
-    if (problems->err)
-        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), problems->text);
+    check_problems(vm, problems, &mine);
+    if (mine.err)
+        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), mine.text);
+    else if (problems->err)
+        log_info("VM %s: session %s ended with its QEMU, and so did what it had made there", vm->name,
+                 session_id(vm->session));
     else
         log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
+    problems = &mine;
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
     json_object_put(vm->last);
     vm->last = last;
@@ -488,6 +532,11 @@ void vm_pump(struct vm *vm)
     if (!first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm) || vm->starting || vm->asking ||
         (vm->images && vm->nwrites))
         return;
+    if (vm->life.sweep_due) {
+        vm->life.sweep_due = false;
+        vm_sweep(vm);
+        return;
+    }
     if (!vm->tested) {
         vm_test(vm);
         return;
@@ -518,6 +567,7 @@ int vm_enter(struct vm *vm, struct vm_stay *stay)
     if (vm->nstays >= VM_STAYS_MAX || stay->nsince > VM_SINCE_MAX)
         return -E2BIG;
     add_stay(vm, stay);
+    vm->life.sweep_due = vm->life.leftovers;
     vm_pump_later(vm);
     return 0;
 }

@@ -196,6 +196,11 @@ static int on_roots(struct calls *c, unsigned index, struct json_object *ret, st
         const struct disk *d = s->disks[i].disk;
         const char *root = root_of_device(ret, d->qdev);
 
+        if (names_is_ours(root))
+            return failure_set(f, -EBUSY,
+                               "disk '%s' still stands on '%s', which an earlier session could not undo (a job of "
+                               "others may hold it); try again when that has ended",
+                               d->name, root);
         if (!root || strcmp(root, d->node) != 0)
             return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name,
                                root ? root : "none", d->node);
@@ -472,7 +477,7 @@ static void on_source_lost(void *arg, const struct failure *why)
 {
     struct session_disk *d = arg;
 
-    session_lost(d->session, d->disk->name, why->text);
+    session_lost_export(d, why->text);
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
