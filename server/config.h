@@ -151,6 +151,7 @@ struct server_config {
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
+    unsigned hold_shutdown_ms; /* 0: off */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
     unsigned max_connections;
     unsigned keep_checkpoints;                   /* of each VM; 0: all */

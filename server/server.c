@@ -65,6 +65,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .scratch = s->scratch,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
+        .hold_shutdown_ms = s->config->hold_shutdown_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
         .images = from->images,
         .nimages = from->nimages,

@@ -44,6 +44,7 @@ static void vm_free(struct vm *vm)
 static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
+    vm->hold_shutdown_ms = c->hold_shutdown_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->on_event = c->on_event;
     vm->event_arg = c->event_arg;
@@ -137,6 +138,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     }
     vm_watch_init(vm);
     (void)uv_timer_init(loop, &vm->linger);
+    (void)uv_timer_init(loop, &vm->life.hold);
     (void)uv_timer_init(loop, &vm->kick);
     *ret_vm = vm;
     return 0;
@@ -170,11 +172,18 @@ static void on_linger_closed(uv_handle_t *h)
     cb(arg);
 }
 
+static void on_hold_closed(uv_handle_t *h)
+{
+    struct vm *vm = container_of((uv_timer_t *)h, struct vm, life.hold);
+
+    uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
+}
+
 static void on_kick_closed(uv_handle_t *h)
 {
     struct vm *vm = container_of((uv_timer_t *)h, struct vm, kick);
 
-    uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
+    uv_close((uv_handle_t *)&vm->life.hold, on_hold_closed);
 }
 
 static void on_watch_closed(uv_handle_t *h)
@@ -314,7 +323,10 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
     struct vm *vm = arg;
 
     vm->life.leftovers = f && qmp_client_is_ready(vm->qmp);
-    if (f)
+    if (f && !vm->life.leftovers)
+        log_info("VM %s: QEMU went away while leftovers of an earlier session were being undone: %s", vm->name,
+                 f->text);
+    else if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)
         log_warning("VM %s: undid what %u earlier session%s had left in QEMU", vm->name, nsessions,

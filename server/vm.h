@@ -27,6 +27,7 @@ struct vm_config {
     struct scratch_place *scratch; /* borrowed for life */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
+    unsigned hold_shutdown_ms; /* 0: a QEMU whose guest shuts down is not held for a session */
     unsigned keep_checkpoints; /* 0: all */
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is

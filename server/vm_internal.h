@@ -41,8 +41,10 @@ struct vm_note_wait {
 
 /* What QEMU announces of its guest and of itself (vm_life.c). */
 struct vm_life {
-    struct qmp_watch shutdown, resumed, reset, unplugged, jobs;
+    struct qmp_watch shutdown, panicked, resumed, reset, unplugged, jobs;
+    uv_timer_t hold; /* runs while QEMU waits, with its guest off, for the session's end */
     char words[128]; /* why it is about to end; "": it has not said so */
+    bool held;       /* the guest is off, and QEMU waits */
     bool leftovers;  /* something of a session could not be undone, and QEMU still runs */
     bool sweep_due;  /* so, and somebody wants a session: one more try before that */
 };
@@ -57,7 +59,7 @@ struct vm {
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
-    unsigned linger_ms;
+    unsigned linger_ms, hold_shutdown_ms;
     unsigned keep_checkpoints;
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;
@@ -211,13 +213,14 @@ void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 /* vm_life.c */
 void vm_life_watch(struct vm *vm);
 void vm_life_connected(struct vm *vm); /* to a QEMU, perhaps another one */
+void vm_life_session_down(struct vm *vm);
 /* The connection is lost, as why says: the sentence for those whose session ends with it. Returns why->err. */
 int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f);
 
 /* vm.c */
 void vm_sweep(struct vm *vm);
 void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
-void vm_test(struct vm *vm); /* ends in vm_pump() */
+void vm_test(struct vm *vm);            /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);
 void vm_ask_if_waiting(struct vm *vm);
 void vm_refuse_questions(struct vm *vm, const struct failure *f);

@@ -9,6 +9,7 @@
 
 #include "backup/names.h"
 
+#include <errno.h>
 #include <stdio.h>
 
 /* -- last words ---------------------------------------------------------------------------------------------------- */
@@ -27,6 +28,38 @@ static const struct {
     {"host-error", "it met an error of the host"},
 };
 
+static void on_held_too_long(uv_timer_t *t)
+{
+    struct vm *vm = container_of(t, struct vm, life.hold);
+    struct failure f = {0};
+
+    if (!vm->session)
+        return;
+    (void)failure_set(&f, -ETIMEDOUT,
+                      "VM '%s' has been off for %u ms, and --hold-shutdown lets QEMU wait no longer for session %s; "
+                      "hold longer, or pull faster",
+                      vm->name, vm->hold_shutdown_ms, session_id(vm->session));
+    session_fail(vm->session, &f);
+}
+
+static void hold(struct vm *vm, const char *words, bool panic)
+{
+    if (!vm->session || !session_holds(vm->session, panic))
+        return;
+    log_warning("VM %s: %s; QEMU waits for the end of session %s, for %u ms at most", vm->name, words,
+                session_id(vm->session), vm->hold_shutdown_ms);
+    vm->life.held = true;
+    (void)uv_timer_start(&vm->life.hold, on_held_too_long, vm->hold_shutdown_ms, 0);
+}
+
+void vm_life_session_down(struct vm *vm)
+{
+    if (vm->life.held)
+        log_info("VM %s: QEMU has waited for the end of session %s, and ends now", vm->name, session_id(vm->session));
+    vm->life.held = false;
+    (void)uv_timer_stop(&vm->life.hold);
+}
+
 static void on_shutdown(struct qmp_watch *watch, const char *event, struct json_object *data)
 {
     struct vm *vm = watch->arg;
@@ -37,6 +70,17 @@ static void on_shutdown(struct qmp_watch *watch, const char *event, struct json_
             words = causes[i].words;
     }
     (void)snprintf(vm->life.words, sizeof(vm->life.words), "QEMU ended: %s (%s)", words, reason ? reason : event);
+    /* 'quit' and signals end QEMU whatever its action is (softmmu/runstate.c, qemu_system_killed(), qmp_quit()). */
+    if (!reason || (strcmp(reason, "host-qmp-quit") != 0 && strcmp(reason, "host-signal") != 0))
+        hold(vm, words, /* panic= */ false);
+}
+
+static void on_panicked(struct qmp_watch *watch, const char *event, struct json_object *data)
+{
+    const char *action = qmp_get_string(data, "action");
+
+    if (action && strcmp(action, "pause") == 0)
+        hold(watch->arg, "its guest has panicked", /* panic= */ true);
 }
 
 /* With -no-shutdown QEMU stays, and its guest may run again: what it announced is over. */
@@ -45,6 +89,8 @@ static void on_goes_on(struct qmp_watch *watch, const char *event, struct json_o
     struct vm *vm = watch->arg;
 
     *vm->life.words = '\0';
+    vm->life.held = false;
+    (void)uv_timer_stop(&vm->life.hold);
 }
 
 int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f)
@@ -101,6 +147,7 @@ void vm_life_watch(struct vm *vm)
     struct vm_life *l = &vm->life;
 
     qmp_watch_add(vm->qmp, &l->shutdown, "SHUTDOWN", on_shutdown, vm);
+    qmp_watch_add(vm->qmp, &l->panicked, "GUEST_PANICKED", on_panicked, vm);
     qmp_watch_add(vm->qmp, &l->resumed, "RESUME", on_goes_on, vm);
     qmp_watch_add(vm->qmp, &l->reset, "RESET", on_goes_on, vm);
     qmp_watch_add(vm->qmp, &l->unplugged, "DEVICE_DELETED", on_unplugged, vm);

@@ -161,6 +161,8 @@ static void on_up(void *arg)
              session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
              session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
              session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+    if (session_hold_refused(vm->session))
+        log_warning("VM %s: --hold-shutdown does not hold it: %s", vm->name, session_hold_refused(vm->session));
     vm_pump(vm);
 }
 
@@ -266,6 +268,7 @@ static void on_down(void *arg, const struct failure *problems)
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
+    vm_life_session_down(vm);
     if (session_checkpoint(vm->session))
         vm_watch_wake(vm);
     vm_session_done(vm);
@@ -376,6 +379,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
+            .hold_shutdown = vm->hold_shutdown_ms > 0,
         };
 
         vm->identity = strdup(stay->identity);
@@ -660,6 +664,7 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
+    (void)json_object_object_add(o, "held-shutdown", json_object_new_boolean(vm->life.held));
     (void)json_object_object_add(o, "failure",
                                  vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
     (void)json_object_object_add(o, "pulls", kept_to_json(vm));

@@ -16,6 +16,14 @@
 
 #include <json-c/json.h>
 
+/* Whether QEMU is kept from ending when its guest shuts down (backup/hold), and which mark says so: they are numbered
+ * from HOLD_SHUTDOWN. */
+enum hold {
+    HOLD_NONE,
+    HOLD_SHUTDOWN,           /* a guest that panics stays anyhow, as somebody wanted it (-action panic=pause) */
+    HOLD_SHUTDOWN_AND_PANIC, /* QEMU would have ended; "shutdown=pause" keeps it then, too */
+};
+
 struct rig {
     struct seq seq;
     struct calls calls;     /* of the step under way */
@@ -40,7 +48,13 @@ struct rig {
     int listen_fd; /* until QEMU has it */
     /* Narrows rig_no_exports() to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
     enum names_kind only_export;
+    bool hold_wanted;            /* backup/hold: set by the owner */
+    enum hold hold;              /* the mark that stands, or may stand */
+    struct failure hold_refused; /* why not, although it was wanted */
     /* private: of the step function under way */
+    enum hold hold_found;
+    bool hold_over;
+    pid_t hold_pid;
     struct failure first;
     const enum names_kind *kinds;
     unsigned nkinds;

@@ -246,6 +246,7 @@ int session_start(const struct session_config *config, const struct session_ops 
     /* timers only: these cannot fail */
     (void)rig_init(&s->rig, &rig, s->still ? session_still_steps : session_steps,
                    s->still ? session_nstill_steps : session_nsteps, &walk_ops);
+    s->rig.hold_wanted = config->hold_shutdown && !s->still;
     (void)uv_timer_init(config->loop, &s->tell);
     seq_start(&s->rig.seq);
     *ret_session = s;
@@ -427,6 +428,16 @@ int64_t session_frozen_at_ms(const struct session *s)
 unsigned session_setup_ms(const struct session *s)
 {
     return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
+}
+
+bool session_holds(const struct session *s, bool panic)
+{
+    return s->rig.hold >= (panic ? HOLD_SHUTDOWN_AND_PANIC : HOLD_SHUTDOWN);
+}
+
+const char *session_hold_refused(const struct session *s)
+{
+    return s->rig.hold_refused.err ? s->rig.hold_refused.text : NULL;
 }
 
 uint64_t session_scratch_used(const struct session *s)

@@ -56,6 +56,7 @@ struct session_config {
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;
+    bool hold_shutdown; /* QEMU is not to end before the session when its guest shuts down (backup/hold) */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -83,6 +84,10 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
+/* Whether QEMU would wait now; of a guest that panics, too? */
+bool session_holds(const struct session *s, bool panic);
+/* Why it does not, although it was wanted; NULL: it does, or nobody wanted it. */
+const char *session_hold_refused(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/steps.h"
 
+#include "backup/hold.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -518,8 +519,11 @@ int step_sources_up(struct seq *q, struct failure *f)
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
  * freezes the guest.
+ *
+ * A QEMU that is held because its guest has shut down ends with the undoing of the first row, when all else is undone.
  */
 const struct seq_step session_steps[] = {
+    {"hold", rig_hold, rig_no_hold, NULL},
     {"pass scratch files", scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", scratch_nodes_up, rig_no_scratch_nodes, NULL},
     {"add copy-before-write", cbw_up, rig_no_cbw, NULL},

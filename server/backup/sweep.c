@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/sweep.h"
 
-#include "backup/rig.h"
+#include "backup/hold.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -18,12 +18,14 @@ struct sweep {
     struct {
         char id[NAMES_ID_SIZE];
         unsigned ndisks;
+        enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
     struct failure problems;
 };
 
 static const struct seq_step steps[] = {
+    {"hold", NULL, rig_no_hold, NULL},
     {"fds", NULL, rig_no_fds, NULL},
     {"scratch nodes", NULL, rig_no_scratch_nodes, NULL},
     {"copy-before-write", NULL, rig_no_cbw, NULL},
@@ -52,6 +54,8 @@ static void found(struct sweep *s, const char *name)
     if (i == s->nfound)
         memcpy(s->found[s->nfound++].id, id, sizeof(id));
     s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
+    if (kind == NAMES_HOLD)
+        s->found[i].hold = MIN(HOLD_SHUTDOWN + n, HOLD_SHUTDOWN_AND_PANIC);
 }
 
 static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -143,6 +147,7 @@ static void next_id(struct sweep *s)
     }
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
     s->rig.server = SERVER_UNKNOWN;
+    s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
 }

@@ -83,6 +83,7 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_string_equal(b->config->scratch, "/var/tmp");
     assert_string_equal(b->config->state, "/var/lib/qpull");
     assert_int_equal(b->config->linger_ms, 10000);
+    assert_int_equal(b->config->hold_shutdown_ms, 0);
     assert_int_equal(b->config->idle_timeout_ms, 0);
     assert_int_equal(b->config->scratch_limit, 0);
     assert_int_equal(b->config->scratch_total_limit, 0);
@@ -102,6 +103,7 @@ static void a_whole_file_is_read(void **state)
                   "listen = tcp:127.0.0.1:0\n"
                   "control = /tmp/c.sock\n"
                   "linger = 2.5\n"
+                  "hold-shutdown = 90\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
                   "scratch-limit = 12345\n"
@@ -122,6 +124,7 @@ static void a_whole_file_is_read(void **state)
     assert_int_equal(b->config->listeners[1].type, LISTEN_TCP);
     assert_string_equal(b->config->listeners[1].host, "127.0.0.1");
     assert_int_equal(b->config->linger_ms, 2500);
+    assert_int_equal(b->config->hold_shutdown_ms, 90000);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
     assert_int_equal(b->config->scratch_limit, 12345);
