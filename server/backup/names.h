@@ -33,6 +33,7 @@ enum names_kind {
     NAMES_KEEP,    /* bitmap on the disk, for the blink of an eye in which a checkpoint is made */
     NAMES_SERVER,  /* name of the NBD server's fd (getfd) */
     NAMES_JOB,     /* block job */
+    NAMES_LOCK,    /* empty image over the cbw node (backup/lock), and the fd's "opaque" tag */
     NAMES_HOLD,    /* null-co node: the mark of a changed action (backup/hold); n says of what */
     NAMES_NKINDS
 };

@@ -52,6 +52,7 @@ struct rig {
     enum hold hold;              /* the mark that stands, or may stand */
     struct failure hold_refused; /* why not, although it was wanted */
     /* private: of the step function under way */
+    int64_t lock_fdset;
     enum hold hold_found;
     bool hold_over;
     pid_t hold_pid;
@@ -102,6 +103,9 @@ void rig_drop_answers(struct rig *r);
 int rig_wait(struct rig *r, struct failure *f);
 /* A calls_done_cb that ends the step. */
 void rig_step_done(struct calls *c, const struct failure *f);
+
+/* Deletes the nodes of these kinds (static), parents before children. */
+int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
 int rig_no_exports(struct seq *s, struct failure *f);      /* waits until QEMU says they are gone */

@@ -2,6 +2,7 @@
 #include "backup/steps.h"
 
 #include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -535,6 +536,7 @@ const struct seq_step session_steps[] = {
     {"freeze", freeze_up, rig_thaw, NULL},
     {"settle", settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
+    {"lock", rig_lock, rig_no_locks, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},

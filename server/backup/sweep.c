@@ -2,6 +2,7 @@
 #include "backup/sweep.h"
 
 #include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -33,6 +34,7 @@ static const struct seq_step steps[] = {
     {"devices", NULL, rig_detach, NULL},
     {"freeze", NULL, rig_thaw, NULL},
     {"snapshot-access", NULL, rig_no_access, NULL},
+    {"locks", NULL, rig_no_locks, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
     {"bitmaps", NULL, rig_no_bitmaps, NULL},
