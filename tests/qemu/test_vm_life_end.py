@@ -2,22 +2,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """QEMU ends while a session stands: everybody is told why in QEMU's own words, nothing is left behind, older checkpoints
 survive whatever a QEMU survives, and the provisional one claims nothing."""
-import json
 import signal
 
 import harness
 import nbdpull
 from harness import MIB, Disk
-
-ACPI_POWEROFF = 'o /h 0x604 0x2000'  # PM1a control of the "pc" machine: sleep type 0, sleep enable
-PANIC = 'o /b 0x505 1'  # -device pvpanic
-
-
-def image_bitmaps(disk):
-    info = json.loads(harness.run(['qemu-img', 'info', '--output=json', disk.path]).stdout)
-    found = info['format-specific']['data'].get('bitmaps', [])
-    return {b['name']: 'in-use' in b['flags'] for b in found}
-
+from vmlife import ACPI_POWEROFF, PANIC, image_bitmaps
 
 class End(harness.Case):
     def session(self, **options):

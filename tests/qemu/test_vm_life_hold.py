@@ -9,7 +9,7 @@ import harness
 import nbdpull
 from harness import MIB, Disk
 from qmpproxy import QmpProxy
-from test_vm_life_end import ACPI_POWEROFF, PANIC, image_bitmaps
+from vmlife import ACPI_POWEROFF, PANIC, image_bitmaps
 
 LONG = '--hold-shutdown=60'
 
