@@ -60,6 +60,12 @@ void vm_life_session_down(struct vm *vm)
     (void)uv_timer_stop(&vm->life.hold);
 }
 
+/* A suspended guest is to QEMU what a paused one is (vm.c, on_resumed()), but another event ends it. */
+static void on_woken(struct qmp_watch *watch, const char *event, struct json_object *data)
+{
+    vm_sweep_when_idle(watch->arg);
+}
+
 static void on_shutdown(struct qmp_watch *watch, const char *event, struct json_object *data)
 {
     struct vm *vm = watch->arg;
@@ -150,6 +156,7 @@ void vm_life_watch(struct vm *vm)
     qmp_watch_add(vm->qmp, &l->panicked, "GUEST_PANICKED", on_panicked, vm);
     qmp_watch_add(vm->qmp, &l->resumed, "RESUME", on_goes_on, vm);
     qmp_watch_add(vm->qmp, &l->reset, "RESET", on_goes_on, vm);
+    qmp_watch_add(vm->qmp, &l->woken, "WAKEUP", on_woken, vm);
     qmp_watch_add(vm->qmp, &l->unplugged, "DEVICE_DELETED", on_unplugged, vm);
     qmp_watch_add(vm->qmp, &l->jobs, "JOB_STATUS_CHANGE", on_job_changed, vm);
 }

@@ -81,12 +81,18 @@ class Others(vmlife.Case):
 
     def test_what_others_do_in_a_session_works_or_is_refused(self):
         self.begin()
+        load = self.vm.load('vdo', pause_us=2000, **{'from': LEGACY // 2, 'size': LEGACY // 4})
         for deed in (self.guest_discards, self.resize, self.snapshot_by_device_name, self.snapshot_by_node_name, self.jobs,
-                     self.other_devices, self.stop_and_go, self.migrate, self.reset):
+                     self.other_devices, self.stop_and_go, self.migrate):
             with self.subTest(deed.__name__):
                 deed()
                 self.check_alive()
                 self.vm.write('vdb', 6 * MIB, MIB, 12)
+        result = load.stop()
+        self.assertEqual((result['errors'], result['bad']), (0, 0))
+        self.assertGreater(result['ops'], 100)
+        self.reset()
+        self.check_alive()
         self.check_frozen()
         self.end()
         self.assertEqual(self.new_checkpoints(), {'vda': True, 'vdb': True, 'vdo': True})

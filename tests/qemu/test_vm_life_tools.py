@@ -5,7 +5,7 @@ import harness
 import nbdpull
 import vmlife
 from harness import MIB, Disk
-from vmlife import LEGACY
+from vmlife import ACPI_SUSPEND, LEGACY
 
 
 class Tools(vmlife.Case):
@@ -30,6 +30,34 @@ class Tools(vmlife.Case):
         self.assertNothingLeft(self.vm, self.daemon, before)
         nbdpull.pull(self.daemon.uri('vm/vdo'))
         self.daemon.stop()
+
+    def test_a_session_may_end_while_the_guest_is_suspended(self):
+        self.bare_legacy()
+        h = nbdpull.connect(self.daemon.uri('vm/vda'))
+        self.vm.hmp(ACPI_SUSPEND)
+        harness.wait_until(lambda: self.vm.look('query-status')['status'] == 'suspended', 10)
+        self.assertEqual(len(nbdpull.read_all(h)), 4 * MIB)
+        h.shutdown()
+        self.daemon.wait_idle()
+        nbdpull.pull(self.daemon.uri('vm/vdo'))
+        self.daemon.wait_idle()
+        self.tool('system_wakeup')
+        harness.wait_until(lambda: not self.vm.deleted_fds(), 10, 'the descriptors\' end')  # QEMU up to 9.x keeps them
+        self.daemon.wait_idle()
+        self.assertNothingLeft(self.vm, self.daemon, self.before)
+
+    def test_an_export_that_others_remove_ends_the_session_in_words(self):
+        self.bare_legacy()
+        h = nbdpull.connect(self.daemon.uri('vm/vda@new'))
+        self.tool('block-export-del', {'id': next(e['id'] for e in self.tool('query-block-exports')
+                                                  if e['node-name'].endswith('access0')), 'mode': 'hard'})
+        harness.wait_until(lambda: self.daemon.vm()['session'] is None, 20)
+        with self.assertRaises(nbdpull.nbd.Error):
+            h.pread(512, 0)
+        last = self.daemon.vm()['last-session']
+        self.assertRegex(last['failure'], "the frozen view of disk '.*' is lost: .*the server closed the connection")
+        self.assertIsNone(last['problems'])
+        self.assertNothingLeft(self.vm, self.daemon, self.before)
 
     def test_who_comes_second_to_a_monitor_says_so(self):
         self.bare_legacy()

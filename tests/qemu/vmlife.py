@@ -10,6 +10,7 @@ from qmpclient import Qmp
 DISCARDED = (16 * MIB, 8 * MIB)  # offset, length
 LEGACY = 16 * MIB
 ACPI_POWEROFF = 'o /h 0x604 0x2000'  # PM1a control of the "pc" machine: sleep type 0, sleep enable
+ACPI_SUSPEND = 'o /h 0x604 0x2400'  # likewise, sleep type 1
 PANIC = 'o /b 0x505 1'  # -device pvpanic
 
 
