@@ -62,14 +62,20 @@ static struct json_object *new_node(const char *driver, const char *node, const 
     return o;
 }
 
-struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id)
+static void put_fdset(struct json_object *file, int64_t fdset_id)
 {
-    struct json_object *o = new_node("file", node, NULL);
     char path[64];
 
     (void)snprintf(path, sizeof(path), "/dev/fdset/%lld", (long long)fdset_id);
-    put_string(o, "filename", path);
-    put_string(o, "locking", "off"); /* an unlinked file of our own: nobody else can open it */
+    put_string(file, "filename", path);
+    put_string(file, "locking", "off"); /* an unlinked file of our own: nobody else can open it */
+}
+
+struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id)
+{
+    struct json_object *o = new_node("file", node, NULL);
+
+    put_fdset(o, fdset_id);
     put_string(o, "discard", "unmap");
     return o;
 }
@@ -114,6 +120,17 @@ struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file
 struct json_object *qmp_args_blockdev_add_null(const char *node)
 {
     return new_node("null-co", node, NULL);
+}
+
+struct json_object *qmp_args_blockdev_add_empty(const char *node, int64_t fdset_id, const char *backing)
+{
+    struct json_object *o = new_node("qcow2", node, NULL), *file = new_args("driver", "file");
+
+    put_fdset(file, fdset_id);
+    put(o, "file", file);
+    put_string(o, "backing", backing);
+    put(o, "read-only", json_object_new_boolean(true));
+    return o;
 }
 
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file)

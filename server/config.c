@@ -239,6 +239,7 @@ enum row {
     ROW_STATE,
     ROW_MAX_PAUSE,
     ROW_LINGER,
+    ROW_HOLD_SHUTDOWN,
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
@@ -283,6 +284,8 @@ static const struct {
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
+    [ROW_HOLD_SHUTDOWN] = {"hold-shutdown", 0, "SECONDS",
+                           "a QEMU whose guest shuts down waits so long for a session's end (default 0: off)"},
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
                           "close a client that asks nothing for so long (default 0: never)"},
@@ -340,6 +343,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return 0;
     case ROW_LINGER:
         return set_seconds(&c->linger_ms, value, f);
+    case ROW_HOLD_SHUTDOWN:
+        return set_seconds(&c->hold_shutdown_ms, value, f);
     case ROW_HANDSHAKE_TIMEOUT:
         if (set_seconds(&c->handshake_timeout_ms, value, f) < 0)
             return f->err;

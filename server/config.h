@@ -158,6 +158,7 @@ struct server_config {
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
+    unsigned hold_shutdown_ms; /* 0: off */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
     unsigned max_pause_ms; /* never 0 */
     unsigned max_connections;

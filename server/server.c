@@ -66,6 +66,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .max_pause_ms = s->config->max_pause_ms,
+        .hold_shutdown_ms = s->config->hold_shutdown_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
         .engine = from->engine_said ? from->engine : s->config->engine,
         .qga_path = from->qga,

@@ -45,6 +45,7 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
     vm->max_pause_ms = c->max_pause_ms;
+    vm->hold_shutdown_ms = c->hold_shutdown_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->engine_wish = c->engine;
     vm->on_event = c->on_event;
@@ -86,12 +87,7 @@ static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost 
  */
 static void on_resumed(struct qmp_watch *watch, const char *event, struct json_object *data)
 {
-    struct vm *vm = container_of(watch, struct vm, resumed);
-
-    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
-        vm->sweep_wanted = true;
-    else if (!vm->stopping)
-        vm_sweep(vm);
+    vm_sweep_when_idle(container_of(watch, struct vm, resumed));
 }
 
 static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
@@ -107,6 +103,7 @@ static int connect_to_qemu(struct vm *vm, const struct vm_config *config)
     (void)failure_set(&vm->lost, -ENOTCONN, "VM '%s' has not been reached yet at '%s'", vm->name, vm->qmp_path);
     calls_init(&vm->calls, vm->qmp, VM_CALL_TIMEOUT_MS);
     qmp_watch_add(vm->qmp, &vm->resumed, "RESUME", on_resumed, vm);
+    vm_life_watch(vm);
     if (config->nimages == 0)
         return 0;
     /* disks= and disk.NAME= speak of devices; an image has its name already. */
@@ -147,6 +144,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     }
     vm_watch_init(vm);
     (void)uv_timer_init(loop, &vm->linger);
+    (void)uv_timer_init(loop, &vm->life.hold);
     (void)uv_timer_init(loop, &vm->kick);
     *ret_vm = vm;
     return 0;
@@ -180,11 +178,18 @@ static void on_linger_closed(uv_handle_t *h)
     cb(arg);
 }
 
+static void on_hold_closed(uv_handle_t *h)
+{
+    struct vm *vm = container_of((uv_timer_t *)h, struct vm, life.hold);
+
+    uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
+}
+
 static void on_kick_closed(uv_handle_t *h)
 {
     struct vm *vm = container_of((uv_timer_t *)h, struct vm, kick);
 
-    uv_close((uv_handle_t *)&vm->linger, on_linger_closed);
+    uv_close((uv_handle_t *)&vm->life.hold, on_hold_closed);
 }
 
 static void on_watch_closed(uv_handle_t *h)
@@ -270,6 +275,7 @@ static void on_ready(void *arg, struct json_object *greeting)
                    (long long)qmp_get_int(qemu, "minor"), (long long)qmp_get_int(qemu, "micro"));
     log_info("VM %s: connected to QEMU %s at %s", vm->name, vm->qemu_version, vm->qmp_path);
     memset(&vm->lost, 0, sizeof(vm->lost));
+    vm_life_connected(vm);
     vm_images_yield(vm);
     vm->tested = vm->capable = false;
     memset(&vm->engine_failure, 0, sizeof(vm->engine_failure));
@@ -293,7 +299,7 @@ static void on_lost(void *arg, const struct failure *why)
     if (vm->session) {
         struct failure f = {0};
 
-        (void)failure_set(&f, -ENOTCONN, "the connection to QEMU was lost: %s", why->text);
+        (void)failure_set(&f, -ENOTCONN, "%s", why->text);
         session_fail(vm->session, &f);
     }
     if (vm->state == VM_LOST) {
@@ -328,10 +334,14 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
 {
     struct vm *vm = arg;
 
-    if (f)
+    vm->life.leftovers = f && qmp_client_is_ready(vm->qmp);
+    if (f && !vm->life.leftovers)
+        log_info("VM %s: QEMU went away while leftovers of an earlier session were being undone: %s", vm->name,
+                 f->text);
+    else if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)
-        log_warning("VM %s: undid what %u session%s of a dead daemon had left in QEMU", vm->name, nsessions,
+        log_warning("VM %s: undid what %u earlier session%s had left in QEMU", vm->name, nsessions,
                     nsessions == 1 ? "" : "s");
     vm_settle(vm);
 }
@@ -352,6 +362,14 @@ void vm_sweep(struct vm *vm)
     vm->sweep_wanted = false;
     if (sweep_start(&config, on_swept, vm, &f) < 0)
         on_swept(vm, 0, &f);
+}
+
+void vm_sweep_when_idle(struct vm *vm)
+{
+    if (vm->session || vm->starting || vm_is_committing(vm) || vm->state != VM_READY)
+        vm->sweep_wanted = true;
+    else if (!vm->stopping)
+        vm_sweep(vm);
 }
 
 /* -- the self-test ------------------------------------------------------------------------------------------------- */

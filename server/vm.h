@@ -29,6 +29,7 @@ struct vm_config {
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned max_pause_ms;     /* as struct session_config */
+    unsigned hold_shutdown_ms; /* 0: a QEMU whose guest shuts down is not held for a session */
     unsigned keep_checkpoints; /* 0: all */
     enum engine engine;        /* the wish */
     const char *qga_path;      /* its guest agent's socket, or NULL */

@@ -39,6 +39,16 @@ struct vm_note_wait {
     struct vm_note_wait *next;
 };
 
+/* What QEMU announces of its guest and of itself (vm_life.c). */
+struct vm_life {
+    struct qmp_watch shutdown, panicked, resumed, reset, woken, unplugged, jobs;
+    uv_timer_t hold; /* runs while QEMU waits, with its guest off, for the session's end */
+    char words[128]; /* why it is about to end; "": it has not said so */
+    bool held;       /* the guest is off, and QEMU waits */
+    bool leftovers;  /* something of a session could not be undone, and QEMU still runs */
+    bool sweep_due;  /* so, and somebody wants a session: one more try before that */
+};
+
 struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path;         /* owned */
@@ -49,7 +59,7 @@ struct vm {
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
-    unsigned linger_ms, max_pause_ms;
+    unsigned linger_ms, max_pause_ms, hold_shutdown_ms;
     unsigned keep_checkpoints;
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;
@@ -72,6 +82,7 @@ struct vm {
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */
+    struct vm_life life;
 
     /* what QEMU can do, valid for this connection (vm_capabilities.c) */
     enum engine engine_wish;
@@ -215,11 +226,18 @@ bool vm_engine_refuses(struct vm *vm);   /* those who wait for a session */
 int vm_quiesce_new(struct vm *vm, const struct vm_config *config);
 void vm_quiesce_tell_up(const struct vm *vm, char *buf, size_t size); /* for the log: ", quiesced for 12 ms" */
 void vm_quiesce_to_json(const struct vm *vm, struct json_object *o);
+/* vm_life.c */
+void vm_life_watch(struct vm *vm);
+void vm_life_connected(struct vm *vm); /* to a QEMU, perhaps another one */
+void vm_life_session_down(struct vm *vm);
+/* The connection is lost, as why says: the sentence for those whose session ends with it. Returns why->err. */
+int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f);
 
 /* vm.c */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
 void vm_sweep(struct vm *vm);
-void vm_test(struct vm *vm); /* ends in vm_pump() */
+void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
+void vm_test(struct vm *vm);            /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);
 void vm_ask_if_waiting(struct vm *vm);
 void vm_refuse_questions(struct vm *vm, const struct failure *f);

@@ -189,7 +189,15 @@ static void on_up(void *arg)
     struct vm *vm = arg;
 
     log_up(vm);
+    if (session_hold_refused(vm->session))
+        log_warning("VM %s: --hold-shutdown does not hold it: %s", vm->name, session_hold_refused(vm->session));
     vm_pump(vm);
+}
+
+/* A session that fails for want of a connection, to the monitor or to the export: QEMU ends, or has ended. */
+static bool is_gone(const struct vm *vm, const struct failure *why)
+{
+    return !vm->images && why->err == -ENOTCONN && (*vm->life.words || !qmp_client_is_ready(vm->qmp));
 }
 
 /* Who has to hear of the session's end. */
@@ -206,8 +214,14 @@ static void on_failed(void *arg, const struct failure *why)
 {
     struct vm *vm = arg;
     struct vm_stay *stay;
+    struct failure gone = {0};
 
-    log_error("VM %s: session %s is given up, its set-up is undone: %s", vm->name, session_id(vm->session), why->text);
+    if (is_gone(vm, why)) {
+        (void)vm_life_last_words(vm, why, &gone);
+        why = &gone;
+    }
+    log_error("VM %s: session %s is given up%s: %s", vm->name, session_id(vm->session),
+              why == &gone ? "" : ", its set-up is undone", why->text);
     (void)failure_copy(&vm->session_failure, why);
     while ((stay = next_affected(vm))) {
         if (stay->state == STAY_IN) {
@@ -237,19 +251,52 @@ static struct json_object *kept_to_json(const struct vm *vm)
     return list;
 }
 
+/* Somebody believes to have a checkpoint of this disk: its pull ended well, and then QEMU ended before the session. */
+static const char *disk_not_kept(const struct vm *vm)
+{
+    for (size_t i = 0; session_checkpoint(vm->session) && i < vm->npulls; i++) {
+        const struct vm_pull *p = &vm->pulls[i];
+        const struct disk *d = disk_list_find(session_disks(vm->session), p->disk);
+
+        if (p->nopen == 0 && p->well && !p->read_failed && d && d->tracked && !session_kept(vm->session, p->disk))
+            return p->disk;
+    }
+    return NULL;
+}
+
+/* What could not be undone went with QEMU. A monitor alone that is lost comes back, and then the sweep undoes it. */
+static void check_problems(const struct vm *vm, const struct failure *problems, struct failure *mine)
+{
+    bool lost = problems->err == -ENOTCONN || problems->err == -ECONNRESET;
+    const char *disk = disk_not_kept(vm);
+
+    if (vm->images || qmp_client_is_ready(vm->qmp) || (problems->err && !lost))
+        (void)failure_copy(mine, problems);
+    else if (disk)
+        (void)failure_set(mine, -EIO, "checkpoint '%s' of disk '%s' is not kept: QEMU ended before the session did",
+                          session_checkpoint(vm->session), disk);
+}
+
 static void on_down(void *arg, const struct failure *problems)
 {
     struct vm *vm = arg;
     struct json_object *last = vm_session_to_json(vm);
+    struct failure mine = {0};
 
-    if (problems->err)
-        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), problems->text);
+    check_problems(vm, problems, &mine);
+    if (mine.err)
+        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), mine.text);
+    else if (problems->err)
+        log_info("VM %s: session %s ended with its QEMU, and so did what it had made there", vm->name,
+                 session_id(vm->session));
     else
         log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
+    problems = &mine;
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
+    vm_life_session_down(vm);
     if (session_checkpoint(vm->session))
         vm_watch_wake(vm);
     vm_session_done(vm);
@@ -364,6 +411,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .max_pause_ms = vm->max_pause_ms,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
             .quiesce = vm->quiesce,
+            .hold_shutdown = vm->hold_shutdown_ms > 0,
         };
 
         vm->identity = strdup(stay->identity);
@@ -529,6 +577,10 @@ void vm_pump(struct vm *vm)
     }
     if (vm_engine_refuses(vm))
         return;
+    if (vm->life.sweep_due) {
+        vm->life.sweep_due = false;
+        vm_sweep(vm);
+    }
     if (!vm->tested) {
         vm_test(vm);
         return;
@@ -559,6 +611,7 @@ int vm_enter(struct vm *vm, struct vm_stay *stay)
     if (vm->nstays >= VM_STAYS_MAX || stay->nsince > VM_SINCE_MAX)
         return -E2BIG;
     add_stay(vm, stay);
+    vm->life.sweep_due = vm->life.leftovers;
     vm_pump_later(vm);
     return 0;
 }
@@ -657,6 +710,7 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
     vm_quiesce_to_json(vm, o);
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
+    (void)json_object_object_add(o, "held-shutdown", json_object_new_boolean(vm->life.held));
     (void)json_object_object_add(o, "failure",
                                  vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
     (void)json_object_object_add(o, "pulls", kept_to_json(vm));

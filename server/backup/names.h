@@ -36,6 +36,8 @@ enum names_kind {
     NAMES_JOB,     /* block job */
     NAMES_QUIESCE, /* mark, a null-co node: the guest's file systems are being frozen through its agent */
     NAMES_PAUSED,  /* null-co node, a mark for our successor: it was us who paused this VM */
+    NAMES_LOCK,    /* empty image over the cbw node (backup/lock), and the fd's "opaque" tag */
+    NAMES_HOLD,    /* null-co node: the mark of a changed action (backup/hold); n says of what */
     NAMES_NKINDS
 };
 

@@ -140,8 +140,7 @@ static void on_nodes_deleted(struct calls *c, const struct failure *f)
     go_on(r, calls_wait(&r->calls, on_nodes_looked_up, &next), &next);
 }
 
-/* Deletes the nodes of these kinds, parents before children. */
-static int no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f)
+int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
     char name[NAMES_SIZE];
@@ -161,21 +160,21 @@ int rig_no_access(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_ACCESS};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_passthroughs(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_CUT, NAMES_PRE};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_cbw(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_CBW};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_marks(struct seq *s, struct failure *f)
@@ -189,7 +188,7 @@ int rig_no_scratch_nodes(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_SCRATCH, NAMES_BASE};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 /* -- a guest that we paused ---------------------------------------------------------------------------------------- */

@@ -16,6 +16,14 @@
 
 #include <json-c/json.h>
 
+/* Whether QEMU is kept from ending when its guest shuts down (backup/hold), and which mark says so: they are numbered
+ * from HOLD_SHUTDOWN. */
+enum hold {
+    HOLD_NONE,
+    HOLD_SHUTDOWN,           /* a guest that panics stays anyhow, as somebody wanted it (-action panic=pause) */
+    HOLD_SHUTDOWN_AND_PANIC, /* QEMU would have ended; "shutdown=pause" keeps it then, too */
+};
+
 struct rig {
     struct seq seq;
     struct calls calls;     /* of the step under way */
@@ -45,7 +53,14 @@ struct rig {
     enum { PAUSE_NONE, PAUSE_MARKED, PAUSE_OURS } pause;
     /* Narrows rig_no_exports() to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
     enum names_kind only_export;
+    bool hold_wanted;            /* backup/hold: set by the owner */
+    enum hold hold;              /* the mark that stands, or may stand */
+    struct failure hold_refused; /* why not, although it was wanted */
     /* private: of the step function under way */
+    int64_t lock_fdset;
+    enum hold hold_found;
+    bool hold_over;
+    pid_t hold_pid;
     struct failure first;
     const enum names_kind *kinds;
     unsigned nkinds;
@@ -93,6 +108,9 @@ void rig_drop_answers(struct rig *r);
 int rig_wait(struct rig *r, struct failure *f);
 /* A calls_done_cb that ends the step. */
 void rig_step_done(struct calls *c, const struct failure *f);
+
+/* Deletes the nodes of these kinds (static), parents before children. */
+int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
 int rig_no_exports(struct seq *s, struct failure *f); /* waits until QEMU says they are gone */

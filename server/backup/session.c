@@ -85,17 +85,23 @@ static void on_tell(uv_timer_t *t)
 {
     struct session *s = container_of(t, struct session, tell);
 
+    s->failed = true;
     if (!s->stop_wanted)
         s->ops->on_failed(s->arg, &s->failure);
 }
 
-void session_fail(struct session *s, const struct failure *why)
+static void fail_within(struct session *s, const struct failure *why, unsigned ms)
 {
     if (s->failed || s->stop_wanted)
         return;
-    s->failed = true;
-    (void)failure_copy(&s->failure, why);
-    (void)uv_timer_start(&s->tell, on_tell, 0, 0);
+    s->failed = ms == 0;
+    s->failure = *why;
+    (void)uv_timer_start(&s->tell, on_tell, ms, 0);
+}
+
+void session_fail(struct session *s, const struct failure *why)
+{
+    fail_within(s, why, 0);
 }
 
 /* The way down begins, and the guest does not wait for it. */
@@ -277,6 +283,7 @@ int session_start(const struct session_config *config, const struct session_ops 
         (void)rig_init(&s->rig, &rig, session_steps, session_nsteps, &walk_ops);
     if (s->engine == ENGINE_JOB && !s->still)
         qmp_watch_add(config->qmp, &s->jobs_watch, "JOB_STATUS_CHANGE", on_job_changed, s);
+    s->rig.hold_wanted = config->hold_shutdown && !s->still;
     (void)uv_timer_init(config->loop, &s->tell);
     seq_start(&s->rig.seq);
     *ret_session = s;
@@ -325,17 +332,28 @@ static struct session_disk *find_disk(const struct session *s, const char *name)
     return NULL;
 }
 
+static void lose(struct session_disk *d, const char *why, int err, unsigned ms)
+{
+    struct failure f = {0};
+
+    d->lost = true;
+    d->keep = false;
+    (void)failure_set(&f, err, "the frozen view of disk '%s' is lost: %s", d->disk->name, why);
+    fail_within(d->session, &f, ms);
+}
+
 void session_lost(struct session *s, const char *disk, const char *why)
 {
     struct session_disk *d = find_disk(s, disk);
-    struct failure f = {0};
 
-    if (!d)
-        return;
-    d->lost = true;
-    d->keep = false;
-    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", disk, why);
-    session_fail(s, &f);
+    if (d)
+        lose(d, why, -EIO, 0);
+}
+
+/* A QEMU that ends closes its exports before its monitor, where it has said why. */
+void session_lost_export(struct session_disk *d, const char *why)
+{
+    lose(d, why, -ENOTCONN, SESSION_LAST_WORDS_MS);
 }
 
 void session_keep(struct session *s, const char *disk)
@@ -504,6 +522,16 @@ uint64_t session_pause_us(const struct session *s)
 unsigned session_flush_ms(const struct session *s)
 {
     return (unsigned)(s->flush.all_ns / 1000000);
+}
+
+bool session_holds(const struct session *s, bool panic)
+{
+    return s->rig.hold >= (panic ? HOLD_SHUTDOWN_AND_PANIC : HOLD_SHUTDOWN);
+}
+
+const char *session_hold_refused(const struct session *s)
+{
+    return s->rig.hold_refused.err ? s->rig.hold_refused.text : NULL;
 }
 
 uint64_t session_scratch_used(const struct session *s)

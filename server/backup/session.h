@@ -62,6 +62,7 @@ struct session_config {
     unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
     unsigned call_timeout_ms;
     struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
+    bool hold_shutdown;      /* QEMU is not to end before the session when its guest shuts down (backup/hold) */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -115,6 +116,10 @@ const char *session_way_why(const struct session *s); /* why not without the CPU
 /* How long the guest's I/O, or its CPUs, stood still for the freeze at most, and how long flushing before it took. */
 uint64_t session_pause_us(const struct session *s);
 unsigned session_flush_ms(const struct session *s);
+/* Whether QEMU would wait now; of a guest that panics, too? */
+bool session_holds(const struct session *s, bool panic);
+/* Why it does not, although it was wanted; NULL: it does, or nobody wanted it. */
+const char *session_hold_refused(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */

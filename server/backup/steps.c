@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/steps.h"
 
+#include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -196,6 +198,11 @@ static int on_roots(struct calls *c, unsigned index, struct json_object *ret, st
         const struct disk *d = s->disks[i].disk;
         const char *root = root_of_device(ret, d->qdev);
 
+        if (names_is_ours(root))
+            return failure_set(f, -EBUSY,
+                               "disk '%s' still stands on '%s', which an earlier session could not undo (a job of "
+                               "others may hold it); try again when that has ended",
+                               d->name, root);
         if (!root || strcmp(root, d->node) != 0)
             return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name,
                                root ? root : "none", d->node);
@@ -440,7 +447,7 @@ static void on_source_lost(void *arg, const struct failure *why)
 {
     struct session_disk *d = arg;
 
-    session_lost(d->session, d->disk->name, why->text);
+    session_lost_export(d, why->text);
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
@@ -481,8 +488,11 @@ int step_sources_up(struct seq *q, struct failure *f)
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
  * freezes the guest. The first flush comes before all that drains the disks, the second right before the freeze.
+ *
+ * A QEMU that is held because its guest has shut down ends with the undoing of the first row, when all else is undone.
  */
 const struct seq_step session_steps[] = {
+    {"hold", rig_hold, rig_no_hold, NULL},
     {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
@@ -504,6 +514,7 @@ const struct seq_step session_steps[] = {
     {"unmark guest", step_unmark_up, NULL, NULL},
     {"settle", step_settle_up, NULL, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
+    {"lock", rig_lock, rig_no_locks, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"read maps", step_read_maps, NULL, NULL},

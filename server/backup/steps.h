@@ -16,6 +16,9 @@
  * block/block-copy.c). */
 #define COPY_CLUSTER 65536u
 
+/* From the end of an export until the monitor must have said why; then the session fails without knowing. */
+#define SESSION_LAST_WORDS_MS 1000u
+
 struct named_map {
     char *context;   /* owned */
     struct map *map; /* owned */
@@ -138,6 +141,8 @@ void session_one_done(struct session *s, const struct failure *f);
 int session_begun(struct session *s, struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
 
+/* session.c: QEMU has closed the connection to its export. The session fails as soon as the monitor says why. */
+void session_lost_export(struct session_disk *d, const char *why);
 /* session.c: the scratch files stand; from now on they are watched. */
 void session_watch_scratch(struct session *s);
 

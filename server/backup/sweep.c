@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/sweep.h"
 
-#include "backup/rig.h"
+#include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -20,6 +21,7 @@ struct sweep {
         unsigned ndisks;
         bool quiesced; /* a mark says that the guest's file systems may be frozen */
         bool paused;
+        enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
     struct failure problems;
@@ -53,6 +55,7 @@ static int guest_thawed(struct seq *q, struct failure *f)
  * has no such view. Its bitmaps can only be removed when it has ended.
  */
 static const struct seq_step steps[] = {
+    {"hold", NULL, rig_no_hold, NULL},
     {"fds", NULL, rig_no_fds, NULL},
     {"scratch nodes", NULL, rig_no_scratch_nodes, NULL},
     {"copy-before-write", NULL, rig_no_cbw, NULL},
@@ -62,6 +65,7 @@ static const struct seq_step steps[] = {
     {"bitmaps", NULL, rig_no_bitmaps, NULL},
     {"block jobs", NULL, rig_no_jobs, NULL},
     {"snapshot-access", NULL, rig_no_access, NULL},
+    {"locks", NULL, rig_no_locks, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
     {"frozen file systems", NULL, guest_thawed, NULL}, /* an agent answers only while its guest runs */
@@ -85,6 +89,8 @@ static void found(struct sweep *s, const char *name)
     s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
     s->found[i].quiesced |= kind == NAMES_QUIESCE;
     s->found[i].paused |= kind == NAMES_PAUSED;
+    if (kind == NAMES_HOLD)
+        s->found[i].hold = MIN(HOLD_SHUTDOWN + n, HOLD_SHUTDOWN_AND_PANIC);
 }
 
 static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -177,6 +183,7 @@ static void next_id(struct sweep *s)
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
     s->rig.server = SERVER_UNKNOWN;
     s->rig.pause = !last && s->found[s->next].paused ? PAUSE_OURS : PAUSE_NONE;
+    s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
 }

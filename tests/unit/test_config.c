@@ -83,6 +83,7 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_string_equal(b->config->scratch, "/var/tmp");
     assert_string_equal(b->config->state, "/var/lib/qpull");
     assert_int_equal(b->config->linger_ms, 10000);
+    assert_int_equal(b->config->hold_shutdown_ms, 0);
     assert_int_equal(b->config->idle_timeout_ms, 0);
     assert_int_equal(b->config->max_pause_ms, 1000);
     assert_int_equal(b->config->scratch_limit, 0);
@@ -105,6 +106,7 @@ static void a_whole_file_is_read(void **state)
                   "control = /tmp/c.sock\n"
                   "linger = 2.5\n"
                   "max-pause = 0.25\n"
+                  "hold-shutdown = 90\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
                   "engine = backup-job\n"
@@ -128,6 +130,7 @@ static void a_whole_file_is_read(void **state)
     assert_string_equal(b->config->listeners[1].host, "127.0.0.1");
     assert_int_equal(b->config->linger_ms, 2500);
     assert_int_equal(b->config->max_pause_ms, 250);
+    assert_int_equal(b->config->hold_shutdown_ms, 90000);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
     assert_int_equal(b->config->engine, ENGINE_JOB);
