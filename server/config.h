@@ -58,8 +58,20 @@
 #define CONN_BLOCK_PREFERRED 4096u /* likewise */
 #define CONN_BLOCK_MAX (32u << 20) /* likewise; what qemu-img and nbdcopy never pass */
 
+/* -- what slow and stuck clients may cost (docs/decisions/0015-clients.md) ------------------------------------------
+ */
+#define CONN_PIECE_SHORT (64u << 10)   /* CONN_PIECE where the budget is used up: a cluster; a divisor of it */
+#define CONN_UNSENT_TOTAL (4u << 20)   /* CONN_MAX_UNSENT of all connections together; past it each has … */
+#define CONN_LEAST_UNSENT (16u << 10)  /* … this much, and past half of it answers about a disk's status have … */
+#define CONN_EXTENTS_SHORT 512u        /* … so many extents: 8 KiB */
+#define CONN_CHUNK_COST 48u            /* bytes: what the smallest reply head takes besides its own */
+#define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
+#define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
+
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
-#define BUDGET_TOTAL (64u << 20) /* bytes; each connection has one piece besides, so that none starves */
+/* Each connection may have CONN_PIECE_SHORT besides, so that none starves. A hundred that are stuck hold a piece each,
+ * and a quarter is left for the others. */
+#define BUDGET_TOTAL (32u << 20) /* bytes */
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
