@@ -222,6 +222,7 @@ enum row {
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_SESSION_TIMEOUT,
     ROW_KEEP_CHECKPOINTS,
     ROW_PIDFILE,
     ROW_LOG,
@@ -262,6 +263,8 @@ static const struct {
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
                           "close a client that asks nothing for so long (default 0: never)"},
+    [ROW_SESSION_TIMEOUT] = {"session-timeout", 0, "SECONDS",
+                             "give a session up that has been up for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
@@ -316,6 +319,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return 0;
     case ROW_IDLE_TIMEOUT:
         return set_seconds(&c->idle_timeout_ms, value, f);
+    case ROW_SESSION_TIMEOUT:
+        return set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
         return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
     case ROW_KEEP_CHECKPOINTS:
@@ -544,6 +549,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .linger_ms = CONFIG_LINGER_MS,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
+        .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .log_level = LOG_LEVEL_INFO,

@@ -27,7 +27,8 @@
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
-#define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
+#define CONFIG_IDLE_TIMEOUT_MS 0u    /* never */
+#define CONFIG_SESSION_TIMEOUT_MS 0u /* never */
 #define CONFIG_MAX_CONNECTIONS 256u
 
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
@@ -77,6 +78,8 @@
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
 #define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
+#define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
+#define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
 #define VM_CBW_TIMEOUT_S                                                                                           \
     20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
@@ -163,7 +166,7 @@ struct server_config {
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
-    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
+    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms, session_timeout_ms;
     unsigned max_connections;
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */

@@ -177,6 +177,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         .contexts = maps,
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
+        .counters = vm_stay_counters(&c->stay),
         .on_read = on_pull_read,
         .arg = c,
     };

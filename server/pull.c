@@ -124,6 +124,7 @@ static void piece_send(struct piece *piece)
     job->send_at += piece->read.length;
     p->nbytes += piece->read.length;
     p->unsent += piece->read.length;
+    p->c.counters->client_bytes += piece->read.length;
     if (job->ordered)
         p->open = job->left > 0 ? job : NULL;
     if (job->left == 0) {
@@ -210,6 +211,8 @@ static void on_source_read(struct source_read *read, int err)
     p->nreading--;
     piece->job->nreading--;
     p->lost = p->lost || err == -ESTALE;
+    if (!err)
+        p->c.counters->qemu_bytes += read->length;
     p->pumping = true; /* what comes back from nbd now must not free the job at hand */
     piece_arrived(piece, err);
     p->pumping = false;

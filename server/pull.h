@@ -17,6 +17,7 @@
 #include "nbd/nbd.h"
 #include "source/map.h"
 #include "source/source.h"
+#include "vm_counters.h"
 
 struct pull_job;
 
@@ -27,8 +28,9 @@ struct pull_config {
     const struct map *const *contexts; /* borrowed until pull_init() returns, the maps likewise: of the negotiated
                                           contexts, in their order */
     size_t ncontexts;
-    struct budget *budget;      /* borrowed */
-    void (*on_read)(void *arg); /* a read of the source was answered; comes last in its callback. May be NULL */
+    struct budget *budget;        /* borrowed */
+    struct vm_counters *counters; /* borrowed: bytes sent and read are added here */
+    void (*on_read)(void *arg);   /* a read of the source was answered; comes last in its callback. May be NULL */
     void *arg;
 };
 

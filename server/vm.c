@@ -45,6 +45,7 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
 {
     vm->linger_ms = c->linger_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
+    vm->session_timeout_ms = c->session_timeout_ms;
     vm->on_event = c->on_event;
     vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);
@@ -316,6 +317,9 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
 {
     struct vm *vm = arg;
 
+    vm->keeper->counters.sweeps++;
+    vm->keeper->counters.leftovers += nsessions;
+    vm->keeper->counters.sweep_problems += f != NULL;
     if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)
@@ -566,9 +570,26 @@ static void ask(struct vm *vm)
         on_answers(&vm->calls, &f);
 }
 
+/* A client that asks without end shall not keep the guest's QEMU busy with answers. */
+static bool may_ask_now(struct vm *vm)
+{
+    uint64_t now = uv_now(vm->loop), rests = (now - vm->rested_ms) / VM_ROUND_REST_MS;
+
+    if (rests > 0) {
+        vm->nrounds -= (unsigned)MIN(rests, (uint64_t)vm->nrounds);
+        vm->rested_ms = now;
+    }
+    if (vm->nrounds < VM_ROUNDS_BURST) {
+        vm->nrounds++;
+        return true;
+    }
+    vm_pump_after(vm, VM_ROUND_REST_MS);
+    return false;
+}
+
 void vm_ask_if_waiting(struct vm *vm)
 {
-    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY)
+    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY && may_ask_now(vm))
         ask(vm);
 }
 

@@ -128,7 +128,7 @@ void vm_session_done(struct vm *vm)
     vm->npulls = 0;
     free(TAKE_PTR(vm->identity));
     vm->session = NULL;
-    vm->starting = vm->ending = vm->lingering = false;
+    vm->starting = vm->ending = vm->lingering = vm->was_up = false;
     memset(&vm->session_failure, 0, sizeof(vm->session_failure));
 }
 
@@ -161,6 +161,8 @@ static void on_up(void *arg)
              session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
              session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
              session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+    vm->was_up = true;
+    vm_tell_up(vm);
     vm_pump(vm);
 }
 
@@ -181,6 +183,7 @@ static void on_failed(void *arg, const struct failure *why)
 
     log_error("VM %s: session %s is given up, its set-up is undone: %s", vm->name, session_id(vm->session), why->text);
     (void)failure_copy(&vm->session_failure, why);
+    vm_tell_lost(vm);
     while ((stay = next_affected(vm))) {
         if (stay->state == STAY_IN) {
             stay->state = STAY_LOST; /* it leaves by itself */
@@ -219,6 +222,7 @@ static void on_down(void *arg, const struct failure *problems)
     else
         log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
+    vm_tell_down(vm, last, problems);
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
@@ -332,12 +336,14 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = VM_CBW_TIMEOUT_S,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
+            .timeout_s = vm->session_timeout_ms / 1000,
         };
 
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
             if (stay->checkpoint)
                 vm_watch_forget(vm, stay->checkpoint);
+            vm->keeper->counters.started++;
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
             return;
         }
@@ -397,6 +403,7 @@ static void admit(struct vm_stay *stay)
         log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
                     stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
     p->nopen++;
+    vm->keeper->counters.connections++;
     stay->state = STAY_IN;
     stay->on_entered(stay, NULL);
 }
@@ -505,7 +512,12 @@ static void on_kick(uv_timer_t *t)
 /* Callbacks come from the loop, never from inside vm_enter() or vm_leave(). */
 void vm_pump_later(struct vm *vm)
 {
-    (void)uv_timer_start(&vm->kick, on_kick, 0, 0);
+    vm_pump_after(vm, 0);
+}
+
+void vm_pump_after(struct vm *vm, unsigned ms)
+{
+    (void)uv_timer_start(&vm->kick, on_kick, ms, 0);
 }
 
 int vm_enter(struct vm *vm, struct vm_stay *stay)
@@ -575,7 +587,7 @@ void vm_stay_lost(struct vm_stay *stay)
     struct vm *vm = stay->vm;
 
     if (vm && vm->session && !vm->ending && stay->state == STAY_IN)
-        session_lost(vm->session, stay->disk, "the scratch space is full or too slow, and QEMU gave the snapshot up");
+        session_lost(vm->session, stay->disk, -ESTALE, SESSION_BROKEN);
 }
 
 struct source *vm_stay_source(struct vm_stay *stay)
@@ -586,6 +598,11 @@ struct source *vm_stay_source(struct vm_stay *stay)
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
 {
     return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
+}
+
+struct vm_counters *vm_stay_counters(struct vm_stay *stay)
+{
+    return &stay->vm->keeper->counters;
 }
 
 const char *vm_stay_session(const struct vm_stay *stay)
@@ -612,6 +629,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
     (void)json_object_object_add(o, "failure",
                                  vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
+    if (vm->session_failure.err)
+        vm_add_failure(vm, o);
     (void)json_object_object_add(o, "pulls", kept_to_json(vm));
     return o;
 }

@@ -77,6 +77,7 @@ static void on_top(struct seq *q)
         return;
     s->up_ns = uv_hrtime();
     set_status(s, SESSION_UP);
+    session_look_start(s);
     s->ops->on_up(s->arg);
 }
 
@@ -93,6 +94,8 @@ void session_fail(struct session *s, const struct failure *why)
     if (s->failed || s->stop_wanted)
         return;
     s->failed = true;
+    if (!s->failed_step[0])
+        (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", session_step(s));
     (void)failure_copy(&s->failure, why);
     (void)uv_timer_start(&s->tell, on_tell, 0, 0);
 }
@@ -106,6 +109,7 @@ static void on_failed(struct seq *q, const struct failure *why)
     seq_describe(q, step, sizeof(step));
     (void)failure_set(&f, why->err, "VM '%s' cannot be %s: step %s: %s", s->vm, s->still ? "read" : "frozen", step,
                       why->text);
+    (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", step);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     session_fail(s, &f);
@@ -122,11 +126,18 @@ static void on_tell_closed(uv_handle_t *h)
     session_free(s);
 }
 
+static void on_look_closed(uv_handle_t *h)
+{
+    struct session *s = container_of((uv_timer_t *)h, struct session, look);
+
+    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+}
+
 /* Down is told only once the owner has let go; a failed set-up may be undone before that. */
 static void finish(struct session *s)
 {
     rig_done(&s->rig);
-    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+    uv_close((uv_handle_t *)&s->look, on_look_closed);
 }
 
 static void on_end(struct seq *q, const struct failure *problems)
@@ -179,6 +190,7 @@ static int fill(struct session *s, const struct session_config *c)
 {
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
+    s->timeout_s = c->timeout_s;
     s->vm = strdup(c->vm);
     s->scratch = c->scratch;
     s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
@@ -241,6 +253,7 @@ int session_start(const struct session_config *config, const struct session_ops 
     (void)rig_init(&s->rig, &rig, s->still ? session_still_steps : session_steps,
                    s->still ? session_nstill_steps : session_nsteps, &walk_ops);
     (void)uv_timer_init(config->loop, &s->tell);
+    (void)uv_timer_init(config->loop, &s->look);
     seq_start(&s->rig.seq);
     *ret_session = s;
     return 0;
@@ -269,6 +282,7 @@ void session_stop(struct session *s)
     if (s->stop_wanted)
         return;
     s->stop_wanted = true;
+    session_look_stop(s);
     scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
@@ -287,7 +301,7 @@ static struct session_disk *find_disk(const struct session *s, const char *name)
     return NULL;
 }
 
-void session_lost(struct session *s, const char *disk, const char *why)
+void session_lost(struct session *s, const char *disk, int err, const char *why)
 {
     struct session_disk *d = find_disk(s, disk);
     struct failure f = {0};
@@ -296,7 +310,9 @@ void session_lost(struct session *s, const char *disk, const char *why)
         return;
     d->lost = true;
     d->keep = false;
-    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", disk, why);
+    (void)failure_set(&f, err,
+                      "session %s of VM '%s' is given up: the frozen view of disk '%s' is lost: %s; the guest goes on",
+                      s->rig.id, s->vm, disk, why);
     session_fail(s, &f);
 }
 
@@ -375,6 +391,20 @@ void session_watch_scratch(struct session *s)
 }
 
 /* -- questions ----------------------------------------------------------------------------------------------------- */
+
+const char *session_failed_step(const struct session *s)
+{
+    return s->failed_step;
+}
+
+const char *session_lost_disk(const struct session *s)
+{
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (s->disks[i].lost)
+            return s->disks[i].disk->name;
+    }
+    return NULL;
+}
 
 const char *session_id(const struct session *s)
 {

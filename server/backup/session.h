@@ -56,6 +56,7 @@ struct session_config {
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned call_timeout_ms;
+    unsigned timeout_s; /* a session that has been up for so long is given up; 0: never */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -66,8 +67,13 @@ int session_start(const struct session_config *config, const struct session_ops 
 void session_stop(struct session *s);
 /* QEMU's monitor is lost, or the owner gives the session up: on_failed comes, later, unless it has failed already. */
 void session_fail(struct session *s, const struct failure *why);
-/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. */
-void session_lost(struct session *s, const char *disk, const char *why);
+/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. err: -ESTALE: the
+ * snapshot is broken; -ENOTCONN: QEMU does not serve it any more. */
+void session_lost(struct session *s, const char *disk, int err, const char *why);
+/* What to say where QEMU answers reads with EINVAL. */
+#define SESSION_BROKEN                                                                                              \
+    "QEMU answers its reads with EINVAL, so its scratch space was full, failed or was too slow, and QEMU gave the " \
+    "snapshot up"
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
 
@@ -84,6 +90,11 @@ const char *session_step(struct session *s);
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
+
+/* After a failure: the step it was at, as session_step() says it, or "up"; and the disk whose frozen view is lost, or
+ * NULL. Borrowed until on_down. */
+const char *session_failed_step(const struct session *s);
+const char *session_lost_disk(const struct session *s);
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */
 struct source *session_source(struct session *s, const char *disk);

@@ -472,7 +472,7 @@ static void on_source_lost(void *arg, const struct failure *why)
 {
     struct session_disk *d = arg;
 
-    session_lost(d->session, d->disk->name, why->text);
+    session_lost(d->session, d->disk->name, -ENOTCONN, why->text);
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)

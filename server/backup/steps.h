@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, still.c, maps.c
- * and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's undo
- * makes its things absent.
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, still.c, maps.c,
+ * look.c and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every row's
+ * undo makes its things absent.
  */
 #ifndef QPULL_BACKUP_STEPS_H
 #define QPULL_BACKUP_STEPS_H
@@ -37,6 +37,10 @@ struct session_disk {
     /* the probe before a checkpoint is kept */
     struct source_read probe;
     char probe_buffer[512];
+    /* the same while it is up: look.c */
+    struct source_read look;
+    char look_buffer[512];
+    bool looking;
     struct session *session; /* borrowed: ours */
 };
 
@@ -56,7 +60,9 @@ struct session {
     const struct session_ops *ops;
     void *arg;
     bool failed, stop_wanted;
-    uv_timer_t tell; /* tells the owner of a failure from the loop */
+    uv_timer_t tell;    /* tells the owner of a failure from the loop */
+    uv_timer_t look;    /* look.c */
+    unsigned timeout_s; /* 0: none */
     struct failure failure;
     struct failure problems;
 
@@ -78,6 +84,7 @@ struct session {
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;
     char step_text[96];
+    char failed_step[96]; /* where it was when it failed */
 };
 
 static inline struct session *session_of_seq(struct seq *s)
@@ -110,6 +117,10 @@ int session_add_map(struct session *s, unsigned disk, const char *context, struc
 
 /* session.c: the scratch files stand; from now on they are watched. */
 void session_watch_scratch(struct session *s);
+
+/* look.c: from now on, until session_stop(), the session is looked after. */
+void session_look_start(struct session *s);
+void session_look_stop(struct session *s);
 
 /* steps.c: shared with still.c */
 int step_exports_up(struct seq *q, struct failure *f);
