@@ -95,7 +95,7 @@ void session_fail(struct session *s, const struct failure *why)
         return;
     s->failed = true;
     if (!s->failed_step[0])
-        (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", session_step(s));
+        (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", s->status == SESSION_UP ? "up" : session_step(s));
     (void)failure_copy(&s->failure, why);
     (void)uv_timer_start(&s->tell, on_tell, 0, 0);
 }
@@ -310,9 +310,8 @@ void session_lost(struct session *s, const char *disk, int err, const char *why)
         return;
     d->lost = true;
     d->keep = false;
-    (void)failure_set(&f, err,
-                      "session %s of VM '%s' is given up: the frozen view of disk '%s' is lost: %s; the guest goes on",
-                      s->rig.id, s->vm, disk, why);
+    (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s; the guest goes on", disk, s->vm,
+                      why);
     session_fail(s, &f);
 }
 
