@@ -148,6 +148,15 @@ def greedy(address, export, count):
 
 
 @kind
+def idles(address, export, count):
+    """Opens the disk and asks for nothing."""
+    clients = open_all(address, export, count)
+    ready()
+    stay()
+    del clients
+
+
+@kind
 def silent(address, export, count):
     """Connects and says nothing; half of them not even their flags."""
     def one(i):
@@ -260,7 +269,7 @@ def status_and_does_not_read(address, export, count):
 
 @kind
 def pipelines(address, export, count):
-    """100,000 reads of 4 KiB each are sent off before the first answer is looked at. Has an end."""
+    """100,000 reads of 4 KiB each, sent as fast as they are taken. Has an end: how many were answered."""
     clients = open_all(address, export, count)
     total, left = 100000, {}
     todo = {raw: memoryview(requests(rawnbd.CMD_READ, 0, 4096, total, size=size)) for raw, size in clients}
