@@ -243,6 +243,7 @@ enum row {
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_SESSION_TIMEOUT,
     ROW_KEEP_CHECKPOINTS,
     ROW_ENGINE,
     ROW_PIDFILE,
@@ -289,6 +290,8 @@ static const struct {
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
                           "close a client that asks nothing for so long (default 0: never)"},
+    [ROW_SESSION_TIMEOUT] = {"session-timeout", 0, "SECONDS",
+                             "give a session up that has been up for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
     [ROW_ENGINE] = {"engine", 0, "NAME", "auto, copy-before-write or backup-job: how disks are frozen (default auto)"},
@@ -353,6 +356,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return 0;
     case ROW_IDLE_TIMEOUT:
         return set_seconds(&c->idle_timeout_ms, value, f);
+    case ROW_SESSION_TIMEOUT:
+        return set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
         return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
     case ROW_KEEP_CHECKPOINTS:
@@ -597,6 +602,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
         .max_pause_ms = CONFIG_MAX_PAUSE_MS,
+        .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .log_level = LOG_LEVEL_INFO,

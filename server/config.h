@@ -31,6 +31,7 @@
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
 #define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
 #define CONFIG_MAX_PAUSE_MS 1000u
+#define CONFIG_SESSION_TIMEOUT_MS 0u /* never */
 #define CONFIG_MAX_CONNECTIONS 256u
 
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
@@ -61,13 +62,27 @@
 #define CONN_BLOCK_PREFERRED 4096u /* likewise */
 #define CONN_BLOCK_MAX (32u << 20) /* likewise; what qemu-img and nbdcopy never pass */
 
+/* -- what slow and stuck clients may cost (docs/decisions/0015-clients.md) ------------------------------------------
+ */
+#define CONN_PIECE_SHORT (64u << 10)   /* CONN_PIECE where the budget is used up: a cluster; a divisor of it */
+#define CONN_UNSENT_TOTAL (4u << 20)   /* CONN_MAX_UNSENT of all connections together; past it each has … */
+#define CONN_LEAST_UNSENT (16u << 10)  /* … this much, and past half of it answers about a disk's status have … */
+#define CONN_EXTENTS_SHORT 512u        /* … so many extents: 8 KiB */
+#define CONN_CHUNK_COST 48u            /* bytes: what the smallest reply head takes besides its own */
+#define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
+#define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
+
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
-#define BUDGET_TOTAL (64u << 20) /* bytes; each connection has one piece besides, so that none starves */
+/* Each connection may have CONN_PIECE_SHORT besides, so that none starves. A hundred that are stuck hold a piece each,
+ * and a quarter is left for the others. */
+#define BUDGET_TOTAL (32u << 20) /* bytes */
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
 #define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
+#define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
+#define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
 #define VM_CBW_TIMEOUT_S                                                                                           \
     20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
@@ -158,9 +173,9 @@ struct server_config {
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
-    unsigned hold_shutdown_ms; /* 0: off */
-    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
-    unsigned max_pause_ms; /* never 0 */
+    unsigned hold_shutdown_ms;       /* 0: off */
+    unsigned max_pause_ms;           /* never 0 */
+    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms, session_timeout_ms;
     unsigned max_connections;
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */

@@ -7,6 +7,7 @@
 #include <json-c/json.h>
 #include <malloc.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdio.h>
 #include <sys/socket.h>
 
@@ -33,9 +34,15 @@ static void set_state(struct conn *c, enum conn_state state)
 }
 
 /* -- the end ------------------------------------------------------------------------------------------------------- */
+static size_t chunk_cost(const struct conn_chunk *chunk)
+{
+    return chunk->len + CONN_CHUNK_COST;
+}
+
 static void chunk_free(struct conn *c, struct conn_chunk *chunk)
 {
-    c->head_bytes -= chunk->len;
+    c->head_bytes -= chunk_cost(chunk);
+    c->set->head_bytes -= chunk_cost(chunk);
     if (chunk->payload && chunk->payload->release)
         chunk->payload->release(chunk->payload);
     free(chunk);
@@ -239,7 +246,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
     else
         c->queue = chunk;
     c->queue_last = chunk;
-    c->head_bytes += len;
+    c->head_bytes += chunk_cost(chunk);
+    c->set->head_bytes += chunk_cost(chunk);
     conn_output(c);
 }
 
@@ -252,8 +260,13 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && c->head_bytes < CONN_MAX_UNSENT && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
+    return c->state == CONN_TALKING && !conn_is_full(c) && !c->parked && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
            !(c->pulling && pull_reply_is_open(&c->pull));
+}
+
+bool conn_is_full(const struct conn *c)
+{
+    return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
 }
 
 /* Gives nbd what is in the input buffer, as far as it may have it. */
@@ -294,7 +307,7 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
         else if (c->state == CONN_TALKING)
             nbd_feed_eof(c->nbd);
     } else if (c->state == CONN_TALKING) {
-        c->active_ms = now_ms(c);
+        /* A request counts when it is whole: a client that sends one byte now and then asks for nothing. */
         c->input_at = 0;
         c->input_len = (size_t)nread;
         conn_input(c);
@@ -324,6 +337,8 @@ static void on_nbd_request(void *arg, struct nbd_request *r)
     struct conn *c = arg;
 
     c->active_ms = now_ms(c);
+    /* What is asked for when the memory of all is short is answered in small parts. */
+    c->pull.max_extents = c->set->head_bytes < CONN_UNSENT_TOTAL / 2 ? SIZE_MAX : CONN_EXTENTS_SHORT;
     pull_request(&c->pull, r);
 }
 
@@ -348,6 +363,8 @@ void conn_settle(struct conn *c)
     if (c->broken)
         kill_conn(c, -ENOMEM, "out of memory");
     if (c->state == CONN_TALKING) {
+        if (c->parked && !conn_is_full(c))
+            conn_ask_parked(c);
         conn_input(c);
         if (c->broken)
             kill_conn(c, -ENOMEM, "out of memory");
@@ -420,6 +437,21 @@ static void check_deadlines(struct conn *c)
         nbd_fail(c->nbd, &why);
 }
 
+/*
+ * Who does not take what we have for it gets no more memory than it takes bytes in two ticks: what a stuck or a slow
+ * client holds, the others cannot have.
+ */
+static void share_memory(struct conn *c)
+{
+    uint64_t taken = c->pull.ntaken - c->taken_seen;
+
+    c->taken_seen = c->pull.ntaken;
+    if (c->pull.unsent == 0)
+        pull_allow(&c->pull, CONN_WINDOW);
+    else
+        pull_allow(&c->pull, MIN(MAX(2 * taken, CONN_PIECE), CONN_WINDOW));
+}
+
 static void on_tick(uv_timer_t *timer)
 {
     struct conn_set *s = timer->data;
@@ -427,6 +459,8 @@ static void on_tick(uv_timer_t *timer)
     /* Connections are freed by close callbacks only, so the list stands still here. */
     for (struct conn *c = s->first; c; c = c->next) {
         check_deadlines(c);
+        if (c->state == CONN_TALKING && c->pulling)
+            share_memory(c);
         conn_settle(c);
     }
     if (s->nsilent > 0 && uv_now(s->loop) - s->complained_ms >= LISTEN_COMPLAIN_MS) {
@@ -438,6 +472,22 @@ static void on_tick(uv_timer_t *timer)
 }
 
 /* -- the beginning ------------------------------------------------------------------------------------------------- */
+/*
+ * A peer that is gone without a word (power, network) is one that answers nothing for CONN_VANISHED_S, whether it owes
+ * us an acknowledgement or the connection is idle. Best effort: the deadlines for unsent bytes and idle clients stand.
+ */
+static void notice_vanishing(int fd)
+{
+    int on = 1, idle = CONN_VANISHED_S / 2, interval = MAX(CONN_VANISHED_S / 12, 1), count = 6;
+    unsigned vanished_ms = CONN_VANISHED_S * 1000;
+
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &vanished_ms, sizeof vanished_ms);
+}
+
 /* Who is it, and from where. */
 static int identify(struct conn *c, char *from, size_t size)
 {
@@ -448,7 +498,7 @@ static int identify(struct conn *c, char *from, size_t size)
     char text[INET6_ADDRSTRLEN] = "?";
     uint16_t port = 0;
     uv_os_fd_t fd;
-    int on = 1, size_wanted = CONN_SOCKET_BUFFER;
+    int size_wanted = (int)MIN((size_t)CONN_SOCKET_BUFFER, CONN_SOCKET_TOTAL / MAX(c->set->nconns, (size_t)1));
 
     if (uv_fileno(&c->sock.handle, &fd) < 0)
         return -EBADF;
@@ -476,7 +526,7 @@ static int identify(struct conn *c, char *from, size_t size)
             (void)inet_ntop(AF_INET6, &in6->sin6_addr, text, sizeof text);
         port = ntohs(in6->sin6_port);
     }
-    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    notice_vanishing(fd);
     (void)uv_tcp_nodelay(&c->sock.tcp, 1);
     (void)snprintf(c->identity, sizeof c->identity, "ip:%s", text);
     (void)snprintf(from, size, "%s port %u", c->identity, port);

@@ -28,6 +28,7 @@ struct conn_set {
     struct conn *first, *last; /* owned: in the order in which they came */
     size_t nconns;             /* those that talk */
     size_t nopen;              /* sockets: those that talk, and those that are closing */
+    size_t head_bytes;         /* of all: unsent, but for payload */
     uint64_t next_id;
     uint64_t ntotal, nrefused, nevicted; /* ever */
     uint64_t complained_ms;              /* loop time of the last log line about a refusal */

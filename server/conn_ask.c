@@ -177,6 +177,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         .contexts = maps,
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
+        .counters = vm_stay_counters(&c->stay),
         .on_read = on_pull_read,
         .arg = c,
     };
@@ -292,11 +293,24 @@ static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const 
     conn_settle(c);
 }
 
+void conn_ask_parked(struct conn *c)
+{
+    struct nbd_ask ask = c->parked_ask;
+
+    c->parked = false;
+    conn_ask(c, &ask);
+}
+
 void conn_ask(struct conn *c, const struct nbd_ask *ask)
 {
     struct failure why = {0};
     int r = 0;
 
+    if (conn_is_full(c)) { /* options that wait in nbd come here one by one; a list may be long */
+        c->parked = true;
+        c->parked_ask = *ask;
+        return;
+    }
     c->asking = true;
     c->asked_ms = uv_now(c->set->loop);
     c->ask_type = ask->type;
@@ -329,7 +343,7 @@ void conn_ask_forget(struct conn *c)
         vm_leave(&c->stay, /* said_disc= */ false, /* read_failed= */ false);
         c->stay_state = STAY_NONE;
     }
-    c->asking = false;
+    c->asking = c->parked = false;
 }
 
 bool conn_try_leave(struct conn *c)

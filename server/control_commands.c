@@ -209,4 +209,5 @@ static const struct control_command commands[] = {
 };
 const struct control_table control_general = {commands, ARRAY_SIZE(commands)};
 
-const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints, &control_jobs};
+const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints,
+                                                                    &control_jobs, &control_metrics};

@@ -71,6 +71,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .engine = from->engine_said ? from->engine : s->config->engine,
         .qga_path = from->qga,
         .quiesce = from->quiesce_said ? from->quiesce : s->config->quiesce,
+        .session_timeout_ms = s->config->session_timeout_ms,
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
@@ -354,6 +355,21 @@ uv_loop_t *server_loop(const struct server *s)
     return s->loop;
 }
 
+const struct conn_set *server_conns(const struct server *s)
+{
+    return &s->conns;
+}
+
+uint64_t server_scratch_used(const struct server *s)
+{
+    return scratch_used_by_all(s->scratch);
+}
+
+uint64_t server_uptime_ms(const struct server *s)
+{
+    return uv_now(s->loop) - s->started_ms;
+}
+
 size_t server_nlisteners(const struct server *s)
 {
     return s->nlisteners;
@@ -397,7 +413,7 @@ struct json_object *server_status_to_json(struct server *s)
 
     json_object_object_add(o, "version", json_object_new_string(QPULL_VERSION));
     json_object_object_add(o, "pid", json_object_new_int64(getpid()));
-    json_object_object_add(o, "uptime", json_object_new_uint64((uv_now(s->loop) - s->started_ms) / 1000));
+    json_object_object_add(o, "uptime", json_object_new_uint64(server_uptime_ms(s) / 1000));
     json_object_object_add(o, "stopping", json_object_new_boolean(server_is_stopping(s)));
     json_object_object_add(o, "listeners", listeners);
     json_object_object_add(o, "buffers", memory);

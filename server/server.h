@@ -40,6 +40,10 @@ struct vm *server_vm_at(const struct server *s, size_t i);
 uv_loop_t *server_loop(const struct server *s);
 struct json_object *server_status_to_json(struct server *s); /* the caller owns it */
 
+const struct conn_set *server_conns(const struct server *s); /* borrowed */
+uint64_t server_scratch_used(const struct server *s);        /* bytes of all sessions */
+uint64_t server_uptime_ms(const struct server *s);
+
 size_t server_nlisteners(const struct server *s);
 const char *server_address(const struct server *s, size_t i); /* with the real port */
 

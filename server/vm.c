@@ -48,6 +48,7 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->hold_shutdown_ms = c->hold_shutdown_ms;
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->engine_wish = c->engine;
+    vm->session_timeout_ms = c->session_timeout_ms;
     vm->on_event = c->on_event;
     vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);
@@ -335,6 +336,9 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
     struct vm *vm = arg;
 
     vm->life.leftovers = f && qmp_client_is_ready(vm->qmp);
+    vm->keeper->counters.sweeps++;
+    vm->keeper->counters.leftovers += nsessions;
+    vm->keeper->counters.sweep_problems += vm->life.leftovers;
     if (f && !vm->life.leftovers)
         log_info("VM %s: QEMU went away while leftovers of an earlier session were being undone: %s", vm->name,
                  f->text);
@@ -597,10 +601,27 @@ static void ask(struct vm *vm)
         on_answers(&vm->calls, &f);
 }
 
+/* A client that asks without end shall not keep the guest's QEMU busy with answers. */
+static bool may_ask_now(struct vm *vm)
+{
+    uint64_t now = uv_now(vm->loop), rests = (now - vm->rested_ms) / VM_ROUND_REST_MS;
+
+    if (rests > 0) {
+        vm->nrounds -= (unsigned)MIN(rests, (uint64_t)vm->nrounds);
+        vm->rested_ms = now;
+    }
+    if (vm->nrounds < VM_ROUNDS_BURST) {
+        vm->nrounds++;
+        return true;
+    }
+    vm_pump_after(vm, VM_ROUND_REST_MS);
+    return false;
+}
+
 void vm_ask_if_waiting(struct vm *vm)
 {
     if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY &&
-        (!vm->session || session_may_ask(vm->session)))
+        (!vm->session || session_may_ask(vm->session)) && may_ask_now(vm))
         ask(vm);
 }
 

@@ -11,6 +11,8 @@
 #include "backup/quiesce.h"
 #include "backup/session.h"
 
+#include "vm_counters.h"
+
 struct vm;
 struct server_config;
 struct config_image;
@@ -34,6 +36,7 @@ struct vm_config {
     enum engine engine;        /* the wish */
     const char *qga_path;      /* its guest agent's socket, or NULL */
     enum quiesce_mode quiesce;
+    unsigned session_timeout_ms; /* a session that has been up for so long is given up; 0: never */
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
      * none, all questions, sessions and changes go to them. Borrowed for life.
@@ -170,6 +173,14 @@ void vm_stay_lost(struct vm_stay *stay);
 struct source *vm_stay_source(struct vm_stay *stay);
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context);
 const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the log */
+
+/* Whoever moves bytes for it counts them here. */
+struct vm_counters *vm_stay_counters(struct vm_stay *stay);
+const struct vm_counters *vm_counters(const struct vm *vm);
+/* Now, of the session that stands: bytes on the scratch file system, connections inside. */
+bool vm_is_connected(struct vm *vm);
+uint64_t vm_scratch_used(const struct vm *vm);
+size_t vm_nconnections(const struct vm *vm);
 
 /* For the control socket; the caller owns the answer. */
 struct json_object *

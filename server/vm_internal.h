@@ -61,6 +61,8 @@ struct vm {
     size_t nrenames;
     unsigned linger_ms, max_pause_ms, hold_shutdown_ms;
     unsigned keep_checkpoints;
+    unsigned session_timeout_ms;
+    struct vm_counters counters; /* of the keeper; a twin's are not used */
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;
 
@@ -79,6 +81,8 @@ struct vm {
     struct calls calls;
     bool asking;
     unsigned nasks;
+    unsigned nrounds;               /* of questions that count against VM_ROUNDS_BURST … */
+    uint64_t rested_ms;             /* … one less for every VM_ROUND_REST_MS since then */
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */
@@ -105,6 +109,7 @@ struct vm {
     bool starting;  /* disks are being asked for it */
     struct vm_query start_query;
     bool ending;                    /* session_stop() was said */
+    bool was_up;                    /* it came up */
     struct failure session_failure; /* why it failed */
     struct vm_pull *pulls;          /* owned */
     size_t npulls;
@@ -186,8 +191,9 @@ int vm_hold_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct 
 int vm_write_end(struct vm_write *w, void (*cb)(struct vm_write *w, const struct failure *f));
 
 /* vm_session.c */
-void vm_pump(struct vm *vm);                                      /* whatever can go on, goes on */
-void vm_pump_later(struct vm *vm);                                /* from the loop */
+void vm_pump(struct vm *vm);       /* whatever can go on, goes on */
+void vm_pump_later(struct vm *vm); /* from the loop */
+void vm_pump_after(struct vm *vm, unsigned ms);
 void vm_move_waiting(struct vm *vm, struct vm *to);               /* stays, that is */
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
@@ -208,6 +214,13 @@ void vm_notes_of_session(struct vm *vm);                                 /* whic
 void vm_tell(struct vm *vm, const char *event, struct json_object *data);
 void vm_tell_checkpoint(struct vm *vm, const char *event, const char *name, struct json_object *disks);
 void vm_tell_broken(struct vm *vm, const struct disk_list *was, const struct disk_list *now);
+
+/* Reason, step and disk of a session's failure. */
+void vm_add_failure(struct vm *vm, struct json_object *o);
+void vm_tell_up(struct vm *vm);
+void vm_tell_lost(struct vm *vm);
+/* The session is down: counts how it ended, tells, and adds that to the status of the last session. */
+void vm_tell_down(struct vm *vm, struct json_object *last, const struct failure *problems);
 
 /* vm_checkpoint.c */
 void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are more than keep_checkpoints */

@@ -128,7 +128,7 @@ void vm_session_done(struct vm *vm)
     vm->npulls = 0;
     free(TAKE_PTR(vm->identity));
     vm->session = NULL;
-    vm->starting = vm->ending = vm->lingering = false;
+    vm->starting = vm->ending = vm->lingering = vm->was_up = false;
     memset(&vm->session_failure, 0, sizeof(vm->session_failure));
 }
 
@@ -191,6 +191,8 @@ static void on_up(void *arg)
     log_up(vm);
     if (session_hold_refused(vm->session))
         log_warning("VM %s: --hold-shutdown does not hold it: %s", vm->name, session_hold_refused(vm->session));
+    vm->was_up = true;
+    vm_tell_up(vm);
     vm_pump(vm);
 }
 
@@ -223,6 +225,7 @@ static void on_failed(void *arg, const struct failure *why)
     log_error("VM %s: session %s is given up%s: %s", vm->name, session_id(vm->session),
               why == &gone ? "" : ", its set-up is undone", why->text);
     (void)failure_copy(&vm->session_failure, why);
+    vm_tell_lost(vm);
     while ((stay = next_affected(vm))) {
         if (stay->state == STAY_IN) {
             stay->state = STAY_LOST; /* it leaves by itself */
@@ -293,6 +296,7 @@ static void on_down(void *arg, const struct failure *problems)
         log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
     problems = &mine;
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
+    vm_tell_down(vm, last, problems);
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
@@ -412,12 +416,14 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
             .quiesce = vm->quiesce,
             .hold_shutdown = vm->hold_shutdown_ms > 0,
+            .timeout_s = vm->session_timeout_ms / 1000,
         };
 
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
             if (stay->checkpoint)
                 vm_watch_forget(vm, stay->checkpoint);
+            vm->keeper->counters.started++;
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
             if (!vm->images && vm->engine.risk)
                 log_warning("VM %s: session %s: engine %s: %s", vm->name, session_id(vm->session),
@@ -480,6 +486,7 @@ static void admit(struct vm_stay *stay)
         log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
                     stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
     p->nopen++;
+    vm->keeper->counters.connections++;
     stay->state = STAY_IN;
     stay->on_entered(stay, NULL);
 }
@@ -598,7 +605,12 @@ static void on_kick(uv_timer_t *t)
 /* Callbacks come from the loop, never from inside vm_enter() or vm_leave(). */
 void vm_pump_later(struct vm *vm)
 {
-    (void)uv_timer_start(&vm->kick, on_kick, 0, 0);
+    vm_pump_after(vm, 0);
+}
+
+void vm_pump_after(struct vm *vm, unsigned ms)
+{
+    (void)uv_timer_start(&vm->kick, on_kick, ms, 0);
 }
 
 int vm_enter(struct vm *vm, struct vm_stay *stay)
@@ -669,7 +681,7 @@ void vm_stay_lost(struct vm_stay *stay)
     struct vm *vm = stay->vm;
 
     if (vm && vm->session && !vm->ending && stay->state == STAY_IN)
-        session_lost(vm->session, stay->disk, "the scratch space is full or too slow, and QEMU gave the snapshot up");
+        session_lost(vm->session, stay->disk, -ESTALE, SESSION_BROKEN);
 }
 
 struct source *vm_stay_source(struct vm_stay *stay)
@@ -680,6 +692,11 @@ struct source *vm_stay_source(struct vm_stay *stay)
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
 {
     return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
+}
+
+struct vm_counters *vm_stay_counters(struct vm_stay *stay)
+{
+    return &stay->vm->keeper->counters;
 }
 
 const char *vm_stay_session(const struct vm_stay *stay)
@@ -713,6 +730,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "held-shutdown", json_object_new_boolean(vm->life.held));
     (void)json_object_object_add(o, "failure",
                                  vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
+    if (vm->session_failure.err)
+        vm_add_failure(vm, o);
     (void)json_object_object_add(o, "pulls", kept_to_json(vm));
     return o;
 }

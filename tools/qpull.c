@@ -121,6 +121,11 @@ static const struct command commands[] = {
      .min_words = 1,
      .max_words = 1,
      .run = run_commit},
+    {.name = "metrics",
+     .usage = "",
+     .summary = "the daemon's numbers, for Prometheus",
+     .help = "The text exposition format, version 0.0.4. docs/METRICS.md has the table.",
+     .run = run_metrics},
 };
 
 /* What a command may take besides its words. */

@@ -133,6 +133,7 @@ enum exit_status run_checkpoint_import(const struct args *args);
 enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
+enum exit_status run_metrics(const struct args *args);
 enum exit_status run_commit(const struct args *args);
 
 #endif

@@ -7,6 +7,7 @@
  *
  * The filter bears the name of our copy-before-write node, so all that comes after the freeze is the other engine's.
  */
+#include "backup/hold.h"
 #include "backup/steps.h"
 
 #include "qmp/commands.h"

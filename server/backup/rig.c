@@ -181,7 +181,7 @@ int rig_no_marks(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_QUIESCE};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_scratch_nodes(struct seq *s, struct failure *f)

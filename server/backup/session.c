@@ -78,6 +78,7 @@ static void on_top(struct seq *q)
         return;
     s->up_ns = uv_hrtime();
     set_status(s, SESSION_UP);
+    session_look_start(s);
     s->ops->on_up(s->arg);
 }
 
@@ -95,6 +96,8 @@ static void fail_within(struct session *s, const struct failure *why, unsigned m
     if (s->failed || s->stop_wanted)
         return;
     s->failed = ms == 0;
+    if (!s->failed_step[0])
+        (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", s->status == SESSION_UP ? "up" : session_step(s));
     s->failure = *why;
     (void)uv_timer_start(&s->tell, on_tell, ms, 0);
 }
@@ -121,6 +124,7 @@ static void on_failed(struct seq *q, const struct failure *why)
     (void)failure_set(&f, why->err, "VM '%s' cannot be %s: step %s: %s", s->vm, s->still ? "read" : "frozen", step,
                       why->text);
     thaw_now(s, f.text);
+    (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", step);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     session_fail(s, &f);
@@ -149,8 +153,15 @@ static void on_job_changed(struct qmp_watch *w, const char *event, struct json_o
         return;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         if (strcmp(id, names_make(job, s->rig.id, NAMES_JOB, i)) == 0)
-            session_lost(s, s->disks[i].disk->name, "somebody else has ended the backup job that keeps it");
+            session_lost(s, s->disks[i].disk->name, -ESTALE, "somebody else has ended the backup job that keeps it");
     }
+}
+
+static void on_look_closed(uv_handle_t *h)
+{
+    struct session *s = container_of((uv_timer_t *)h, struct session, look);
+
+    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
 }
 
 /* Down is told only once the owner has let go; a failed set-up may be undone before that. */
@@ -158,7 +169,7 @@ static void finish(struct session *s)
 {
     qmp_watch_remove(&s->jobs_watch);
     rig_done(&s->rig);
-    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+    uv_close((uv_handle_t *)&s->look, on_look_closed);
 }
 
 static void on_end(struct seq *q, const struct failure *problems)
@@ -216,6 +227,7 @@ static int fill(struct session *s, const struct session_config *c)
     s->quiesce = c->quiesce;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->max_pause_ms = c->max_pause_ms;
+    s->timeout_s = c->timeout_s;
     s->vm = strdup(c->vm);
     s->scratch = c->scratch;
     s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
@@ -285,6 +297,7 @@ int session_start(const struct session_config *config, const struct session_ops 
         qmp_watch_add(config->qmp, &s->jobs_watch, "JOB_STATUS_CHANGE", on_job_changed, s);
     s->rig.hold_wanted = config->hold_shutdown && !s->still;
     (void)uv_timer_init(config->loop, &s->tell);
+    (void)uv_timer_init(config->loop, &s->look);
     seq_start(&s->rig.seq);
     *ret_session = s;
     return 0;
@@ -314,6 +327,7 @@ void session_stop(struct session *s)
         return;
     s->stop_wanted = true;
     thaw_now(s, "the session was stopped");
+    session_look_stop(s);
     scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
@@ -338,16 +352,17 @@ static void lose(struct session_disk *d, const char *why, int err, unsigned ms)
 
     d->lost = true;
     d->keep = false;
-    (void)failure_set(&f, err, "the frozen view of disk '%s' is lost: %s", d->disk->name, why);
+    (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s", d->disk->name, d->session->vm,
+                      why);
     fail_within(d->session, &f, ms);
 }
 
-void session_lost(struct session *s, const char *disk, const char *why)
+void session_lost(struct session *s, const char *disk, int err, const char *why)
 {
     struct session_disk *d = find_disk(s, disk);
 
     if (d)
-        lose(d, why, -EIO, 0);
+        lose(d, why, err, 0);
 }
 
 /* A QEMU that ends closes its exports before its monitor, where it has said why. */
@@ -440,6 +455,20 @@ void session_watch_scratch(struct session *s)
 enum engine session_engine(const struct session *s)
 {
     return s->engine;
+}
+
+const char *session_failed_step(const struct session *s)
+{
+    return s->failed_step;
+}
+
+const char *session_lost_disk(const struct session *s)
+{
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (s->disks[i].lost)
+            return s->disks[i].disk->name;
+    }
+    return NULL;
 }
 
 const char *session_id(const struct session *s)

@@ -63,6 +63,7 @@ struct session_config {
     unsigned call_timeout_ms;
     struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
     bool hold_shutdown;      /* QEMU is not to end before the session when its guest shuts down (backup/hold) */
+    unsigned timeout_s;      /* a session that has been up for so long is given up; 0: never */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -73,8 +74,13 @@ int session_start(const struct session_config *config, const struct session_ops 
 void session_stop(struct session *s);
 /* QEMU's monitor is lost, or the owner gives the session up: on_failed comes, later, unless it has failed already. */
 void session_fail(struct session *s, const struct failure *why);
-/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. */
-void session_lost(struct session *s, const char *disk, const char *why);
+/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. err: -ESTALE: the
+ * snapshot is broken; -ENOTCONN: QEMU does not serve it any more. */
+void session_lost(struct session *s, const char *disk, int err, const char *why);
+/* What to say where QEMU answers reads with EINVAL. */
+#define SESSION_BROKEN                                                                                              \
+    "QEMU answers its reads with EINVAL, so its scratch space was full, failed or was too slow, and QEMU gave the " \
+    "snapshot up"
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
 
@@ -121,6 +127,11 @@ bool session_holds(const struct session *s, bool panic);
 /* Why it does not, although it was wanted; NULL: it does, or nobody wanted it. */
 const char *session_hold_refused(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
+
+/* After a failure: the step it was at, as session_step() says it, or "up"; and the disk whose frozen view is lost, or
+ * NULL. Borrowed until on_down. */
+const char *session_failed_step(const struct session *s);
+const char *session_lost_disk(const struct session *s);
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */
 struct source *session_source(struct session *s, const char *disk);

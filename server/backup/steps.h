@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, job_steps.c,
- * still.c, maps.c and keep.c include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and every
- * row's undo makes its things absent.
+ * steps: the table by which a session goes up and down, and its inside. Only session.c, steps.c, job_steps.c, still.c
+ * and the files of single steps include this. The order of the rows is mandatory (docs/decisions/0002-freeze.md) and
+ * every row's undo makes its things absent.
  */
 #ifndef QPULL_BACKUP_STEPS_H
 #define QPULL_BACKUP_STEPS_H
@@ -40,6 +40,10 @@ struct session_disk {
     /* the probe before a checkpoint is kept */
     struct source_read probe;
     char probe_buffer[512];
+    /* the same while it is up: look.c */
+    struct source_read look;
+    char look_buffer[512];
+    bool looking;
     struct session *session; /* borrowed: ours */
 };
 
@@ -59,8 +63,10 @@ struct session {
     const struct session_ops *ops;
     void *arg;
     bool failed, stop_wanted;
-    bool walked;     /* the walk is over, and with it the last callback of the sequence */
-    uv_timer_t tell; /* tells the owner of a failure from the loop */
+    bool walked;        /* the walk is over, and with it the last callback of the sequence */
+    uv_timer_t tell;    /* tells the owner of a failure from the loop */
+    uv_timer_t look;    /* look.c */
+    unsigned timeout_s; /* 0: none */
     struct failure failure;
     struct failure problems;
 
@@ -108,6 +114,7 @@ struct session {
     int64_t frozen_at_ms;
     uint64_t began_ns, up_ns;
     char step_text[96];
+    char failed_step[96]; /* where it was when it failed */
 };
 
 static inline struct session *session_of_seq(struct seq *s)
@@ -155,6 +162,10 @@ int step_compare_layers(struct seq *q, struct failure *f); /* device, node and t
 int session_on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f);
 /* Sends for the frozen view of one disk and for its temporary bitmaps, which `holder` has kept from the freeze on. */
 void session_add_view(struct session *s, unsigned disk, enum names_kind holder);
+
+/* look.c: from now on, until session_stop(), the session is looked after. */
+void session_look_start(struct session *s);
+void session_look_stop(struct session *s);
 
 /* steps.c: shared with job_steps.c and still.c */
 int step_exports_up(struct seq *q, struct failure *f);
