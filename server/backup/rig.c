@@ -568,6 +568,20 @@ static void on_job_event(struct qmp_watch *w, const char *event, struct json_obj
         jobs_gone(r, &next);
 }
 
+/* One refused what it was told although it is not about to end: no event will come of it. */
+static bool any_job_refuses(const struct rig *r)
+{
+    for (size_t i = 0; r->first.err && i < qmp_array_length(r->answers[0]); i++) {
+        struct json_object *job = json_object_array_get_idx(r->answers[0], i);
+        const char *status = qmp_get_string(job, "status");
+        enum names_kind kind;
+
+        if (is_mine(r, qmp_get_string(job, "id"), &kind) && !(status && strcmp(status, "aborting") == 0))
+            return true;
+    }
+    return false;
+}
+
 /* Cancels each once, then waits for "concluded", the only state in which a job that is kept may be dismissed. */
 static void on_jobs_listed(struct calls *c, const struct failure *f)
 {
@@ -575,8 +589,8 @@ static void on_jobs_listed(struct calls *c, const struct failure *f)
     struct failure next = {0};
     unsigned nleft = 0;
 
-    if (f) {
-        jobs_gone(r, f);
+    if (f || any_job_refuses(r)) {
+        jobs_gone(r, f ? f : &r->first);
         return;
     }
     for (size_t i = 0; i < qmp_array_length(r->answers[0]); i++) {
