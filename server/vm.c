@@ -366,6 +366,7 @@ static void on_tested(void *arg, bool narrow, const struct failure *f, const str
                           "KiB clusters"
                         : "reads frozen bytes right");
     }
+    vm_tell_tested(vm, f);
     vm_settle(vm);
 }
 

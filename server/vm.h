@@ -166,6 +166,22 @@ struct source *vm_stay_source(struct vm_stay *stay);
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context);
 const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the log */
 
+/*
+ * All that the doctor (server/doctor) can say of a VM. The caller sets cb and checks, an array that gets the rows, and
+ * keeps all until the end. True: it is done already, and cb does not come; else it comes once, later.
+ */
+struct vm_checkup {
+    void (*cb)(struct vm_checkup *c);
+    struct json_object *checks;
+    /* private */
+    struct vm *vm;
+    struct vm_query query;
+    struct qmp_call call;
+    bool nbd_busy;
+    struct vm_checkup *next;
+};
+bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
+
 /* For the control socket; the caller owns the answer. */
 struct json_object *
 vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */

@@ -82,6 +82,7 @@ struct vm {
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;
+    struct vm_checkup *checkups; /* that wait for it */
     bool has_iothreads;
 
     /* the session */
@@ -209,6 +210,9 @@ void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 /* vm_capabilities.c */
 void vm_ask_capabilities(struct vm *vm); /* ends in vm_settle() */
 bool vm_engine_refuses(struct vm *vm);   /* those who wait for a session */
+
+/* vm_doctor.c */
+void vm_tell_tested(struct vm *vm, const struct failure *f /* NULL: well */);
 
 /* vm.c */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
