@@ -272,8 +272,9 @@ static void look_for_leftovers(struct vm_checkup *c)
         .living = vm->session ? session_id(vm->session) : NULL,
     };
 
-    if (vm_is_committing(vm) || vm->state == VM_TESTING) {
-        look_at_server(c); /* a commit's or a test's objects are no leftovers */
+    /* A commit's or a test's objects are no leftovers; and see session_may_ask(). */
+    if (vm_is_committing(vm) || vm->state == VM_TESTING || (vm->session && !session_may_ask(vm->session))) {
+        look_at_server(c);
         return;
     }
     if (sweep_start(&config, on_leftovers, c, &f) < 0)
