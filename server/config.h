@@ -105,6 +105,9 @@
 #define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
 #define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
 
+/* -- qpull doctor (server/doctor) ---------------------------------------------------------------------------------- */
+#define DOCTOR_TIMEOUT_MS 20000u /* what has not answered by then is called wrong */
+
 /* -- control socket ------------------------------------------------------------------------------------------------ */
 #define CONTROL_CLIENTS_MAX 32u
 #define CONTROL_DOCUMENT_MAX (64u << 10) /* bytes of one command */

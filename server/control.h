@@ -4,6 +4,11 @@
  * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves
  * are in control_commands.c.
  *
+ * "doctor" ("vm": one, else all) answers with a list of checks, the daemon's own first: {"vm", "disk": null or a name,
+ * "check": "daemon" | "scratch" | "state" | "qmp" | "engine" | "last session" | "disks" | "checkpoints" | "leftovers" |
+ * "nbd server" | "self-test" | "iothreads" | "answers", "verdict": "ok" | "note" | "wrong", "text": what is found,
+ * "advice": what to do, or null}. It takes DOCTOR_TIMEOUT_MS (server/config.h) at most.
+ *
  * Events, to every client that has negotiated; "data" has the VM as "vm", and
  *   CHECKPOINT_CREATED  "name", "disks"                     on these disks: at once, or when a pull has ended well
  *   CHECKPOINT_DELETED  "name", "disks"                     from these disks

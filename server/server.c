@@ -350,6 +350,16 @@ struct vm *server_vm_at(const struct server *s, size_t i)
     return s->catalog.vms[i];
 }
 
+struct scratch_place *server_scratch(const struct server *s)
+{
+    return s->scratch;
+}
+
+const char *server_state_dir(const struct server *s)
+{
+    return s->config->state;
+}
+
 uv_loop_t *server_loop(const struct server *s)
 {
     return s->loop;

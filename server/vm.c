@@ -395,6 +395,7 @@ static void on_tested(void *arg, bool narrow, const struct failure *f, const str
                           "KiB clusters"
                         : "reads frozen bytes right");
     }
+    vm_tell_tested(vm, f);
     vm_settle(vm);
 }
 
@@ -504,6 +505,17 @@ static void answer(struct vm *vm, struct disk_list *list, const struct failure *
     vm_pump(vm);
 }
 
+/* While backup jobs of ours go, QEMU must not be asked about its disks (session_may_ask()): the question waits, or
+ * fails. */
+static bool may_ask(const struct vm *vm, struct failure *f)
+{
+    if (!vm->session || session_may_ask(vm->session))
+        return true;
+    (void)failure_set(f, -EBUSY, "session %s of VM '%s' is ending; try again in a moment", session_id(vm->session),
+                      vm->name);
+    return false;
+}
+
 static void on_answers(struct calls *c, const struct failure *f)
 {
     struct vm *vm = container_of(c, struct vm, calls);
@@ -513,8 +525,11 @@ static void on_answers(struct calls *c, const struct failure *f)
     /* Between two answers a job of others may change the graph. */
     if (!f && !answers_agree(vm->images ? NULL : vm->answers[0], vm->answers[1], vm->answers[2]) &&
         vm->nasks < VM_ASKS_MAX) {
-        put_questions(vm);
-        return;
+        if (may_ask(vm, &mine)) {
+            put_questions(vm);
+            return;
+        }
+        f = &mine;
     }
     if (!f && (disk_list_parse(vm->answers[0], vm->answers[1], vm->answers[2], &list, &mine) < 0 ||
                apply_config(vm, list) < 0 || vm_watch_look(vm, list, vm->answers[1], vm->answers[2], answer) < 0)) {
@@ -579,7 +594,7 @@ static void on_jobs_seen(struct calls *c, const struct failure *f)
             "a commit of VM '%s' is about to change a disk's layers, and QEMU must not be asked about its "
             "disks meanwhile; try again in a moment",
             vm->name);
-    if (f || mine.err)
+    if (f || mine.err || !may_ask(vm, &mine))
         on_answers(c, f ? f : &mine);
     else
         put_questions(vm);
@@ -622,6 +637,9 @@ void vm_ask_if_waiting(struct vm *vm)
 {
     if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY &&
         (!vm->session || session_may_ask(vm->session)) && may_ask_now(vm))
+    struct failure later = {0};
+
+    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY && may_ask(vm, &later))
         ask(vm);
 }
 

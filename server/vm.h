@@ -181,6 +181,21 @@ const struct vm_counters *vm_counters(const struct vm *vm);
 bool vm_is_connected(struct vm *vm);
 uint64_t vm_scratch_used(const struct vm *vm);
 size_t vm_nconnections(const struct vm *vm);
+/*
+ * All that the doctor (server/doctor) can say of a VM. The caller sets cb and checks, an array that gets the rows, and
+ * keeps all until the end. True: it is done already, and cb does not come; else it comes once, later.
+ */
+struct vm_checkup {
+    void (*cb)(struct vm_checkup *c);
+    struct json_object *checks;
+    /* private */
+    struct vm *vm;
+    struct vm_query query;
+    struct qmp_call call;
+    bool nbd_busy;
+    struct vm_checkup *next;
+};
+bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
 
 /* For the control socket; the caller owns the answer. */
 struct json_object *

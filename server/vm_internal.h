@@ -97,6 +97,7 @@ struct vm {
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;
+    struct vm_checkup *checkups; /* that wait for it */
     bool has_iothreads;
 
     struct quiesce *quiesce; /* owned; NULL: images only */
@@ -245,6 +246,9 @@ void vm_life_connected(struct vm *vm); /* to a QEMU, perhaps another one */
 void vm_life_session_down(struct vm *vm);
 /* The connection is lost, as why says: the sentence for those whose session ends with it. Returns why->err. */
 int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f);
+
+/* vm_doctor.c */
+void vm_tell_tested(struct vm *vm, const struct failure *f /* NULL: well */);
 
 /* vm.c */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */

@@ -24,6 +24,7 @@ struct sweep {
         enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
+    char living[NAMES_ID_SIZE];
     struct failure problems;
 };
 
@@ -78,7 +79,7 @@ static void found(struct sweep *s, const char *name)
     enum names_kind kind;
     unsigned n, i;
 
-    if (!names_parse(name, id, &kind, &n))
+    if (!names_parse(name, id, &kind, &n) || (s->living[0] && strcmp(id, s->living) == 0))
         return;
     for (i = 0; i < s->nfound && strcmp(s->found[i].id, id) != 0; i++)
         ;
@@ -205,8 +206,8 @@ static void on_searched(struct calls *c, const struct failure *f)
 {
     struct sweep *s = container_of(c, struct sweep, calls);
 
-    if (f) {
-        s->cb(s->arg, 0, f);
+    if (f || s->config.only_look) {
+        s->cb(s->arg, f ? 0 : s->nfound, f);
         free(s);
         return;
     }
@@ -222,6 +223,8 @@ int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struc
     if (!s)
         return failure_set(f, -ENOMEM, "out of memory");
     s->config = *config;
+    if (config->living)
+        (void)strncat(s->living, config->living, sizeof(s->living) - 1);
     s->cb = cb;
     s->arg = arg;
     calls_init(&s->calls, config->qmp, config->timeout_ms);

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which engine freezes a QEMU's disks, what is said about it, and what is particular to backup jobs. (The tests that
 say "every engine" run with both.)"""
-import json
 import re
 import time
 
@@ -11,44 +10,10 @@ import nbd
 import nbdpull
 import rawnbd
 from harness import MIB, Disk
+from poorqemu import PoorQemu, without
 from qmpproxy import QmpProxy
 
 JOB = '--engine=backup-job'
-
-
-class PoorQemu(QmpProxy):
-    """A QEMU that seems to lack things: edit(schema) is called with query-qmp-schema's answer."""
-
-    def __init__(self, folder, guest, edit, name='proxy'):
-        self.edit, self.nasked = edit, 0
-        super().__init__(folder, guest, name)
-
-    def _command(self, client, qemu, line, fds):
-        message = json.loads(line)
-        if message.get('execute') != 'query-qmp-schema':
-            return super()._command(client, qemu, line, fds)
-        self.nasked += 1
-        qemu.sendall(line)
-        for answer in self._answer(qemu, message.get('id')).splitlines():
-            document = json.loads(answer)
-            if 'return' in document:
-                self.edit(document['return'])
-            client.sendall(json.dumps(document).encode() + b'\n')
-        return True
-
-
-def without(driver=None, members=(), commands=()):
-    """Edits a schema: commands go, and members of that driver's options, or, where none are named, the driver."""
-    def edit(schema):
-        entries = {e['name']: e for e in schema}
-        schema[:] = [e for e in schema if e['name'] not in commands]
-        if driver:
-            drivers = entries[entries['blockdev-add']['arg-type']]
-            options = entries[next(v['type'] for v in drivers['variants'] if v['case'] == driver)]
-            options['members'] = [m for m in options['members'] if m['name'] not in members]
-            if not members:
-                drivers['variants'] = [v for v in drivers['variants'] if v['case'] != driver]
-    return edit
 
 
 def seven_zero(schema):
@@ -295,6 +260,33 @@ class Jobs(harness.Case):
         self.assertModel(guest.disks['vda'].model, nbdpull.pull(daemon.uri('vm/vda')), 'the second attempt')
         daemon.wait_idle()
         daemon.stop()
+
+    def test_scratch_that_is_full_costs_the_session_where_qemu_can_give_it_up(self):
+        if harness.os.geteuid() != 0:
+            self.skipTest('only root may mount a small file system')
+        guest = self.bare(Disk('vda', 16 * MIB))
+        guest.write('vda', 0, 16 * MIB, 1)
+        before = guest.state()
+        scratch = f'{self.folder}/small.scratch'
+        harness.os.mkdir(scratch)
+        harness.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', scratch])
+        try:
+            # Without a reserve nothing is given up in time: QEMU itself meets the end of the space.
+            daemon = self.qpulld(guest, linger=0, flags=[JOB, '--scratch-reserve=0'], name='small')
+            daemon.wait_idle()
+            if not daemon.vm()['engine']['capabilities']['blockdev-backup:on-cbw-error']:
+                self.skipTest('this QEMU\'s backup job has no on-cbw-error')
+            h = nbdpull.connect(daemon.uri('vm/vda@never'))
+            guest.write('vda', 0, 8 * MIB, 2)  # fails if the guest is told of it
+            with self.assertRaises(nbd.Error):
+                nbdpull.read_all(h)
+            daemon.wait_idle()
+            self.assertEqual(guest.look('query-status')['status'], 'running')
+            self.assertEqual(harness.bitmaps(guest.look), {})
+            self.assertNothingLeft(guest, daemon, before)
+            daemon.stop()
+        finally:
+            harness.run(['umount', '-l', scratch])
 
     def test_questions_about_disks_wait_while_jobs_go(self):
         guest = self.bare(Disk('vda', 16 * MIB), Disk('vdb', 8 * MIB))
