@@ -7,7 +7,7 @@
  * What to know of such a channel: it takes one client at a time, and a second one connects and then hears nothing; it
  * also lets in whoever comes while no agent runs in the guest, and that looks the same. Agents answer late, after our
  * deadline, perhaps to the next client. Hence the sync before each call (agent_reader), which does the work of an "id":
- * agents before QEMU 3.0 refuse commands that have one.
+ * older agents, and guests keep them for years, refuse commands that have one, or do not say it back.
  *
  * Loop thread only. Owned by the caller until agent_close().
  */

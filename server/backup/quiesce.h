@@ -19,7 +19,7 @@
 #include <stdbool.h>
 #include <uv.h>
 
-#define QUIESCE_SYNC_MS 3000u     /* for an agent to say that it is there: one that runs does so in ms */
+#define QUIESCE_SYNC_MS 5000u     /* for an agent to say that it is there: one that runs does so in ms */
 #define QUIESCE_READY_MS 10000u   /* for our watchdog to start, on a machine under load */
 #define QUIESCE_FREEZE_MS 7500u   /* for the freeze's answer: the guest stores what it has not stored yet */
 #define QUIESCE_FROZEN_MS 8000u   /* from the freeze to the thaw: Windows thaws by itself after 10 s */

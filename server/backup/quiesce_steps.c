@@ -15,13 +15,13 @@ static bool is_wanted(const struct session *s)
     return s->quiesce && quiesce_mode(s->quiesce) != QUIESCE_OFF && !s->not_quiesced.err;
 }
 
-/*
- * It will not be: the session goes on without, or is refused. What the step says then.
- */
+/* It will not be: the session goes on without, or is refused. What the step says then. The agent is let go at once. */
 static const struct failure *give_up(struct session *s, const struct failure *why)
 {
     bool required = quiesce_mode(s->quiesce) == QUIESCE_REQUIRE;
 
+    if (quiesce_is_thawed(s->quiesce))
+        quiesce_release(s->quiesce);
     if (required)
         (void)failure_set(&s->not_quiesced, why->err, "the guest cannot be quiesced, which --quiesce=require wants: %s",
                           why->text);

@@ -137,6 +137,20 @@ class Deaths(quiesceworld.Case):
         self.thawed_soon(place)
         self.no_watchdogs(daemon)
 
+    def test_the_daemon_is_ended_while_the_watchdog_thaws(self):
+        place = Place(self)
+        daemon = self.daemon('try', place)
+        place.agent.faults = {'thaw': 'deaf'}
+        self.assertIs(session(daemon, place)['quiesced'], False)
+        daemon.stop()
+        self.assertEqual(len(fakeagent.watchdogs(daemon)), 1)
+        self.assertTrue(place.marks())
+        place.agent.faults = {}
+        self.thawed_soon(place)
+        self.no_watchdogs(daemon)
+        daemon.start()
+        self.nothing_left(daemon, place)
+
     def test_qemu_dies_while_frozen(self):
         place = Place(self)
         daemon = self.daemon('try', place)
