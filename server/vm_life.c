@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What happens to the guest and its QEMU while a session stands, as far as QEMU announces it: how it ends, in words
- * for those whose session ends with it; a disk that is unplugged; jobs of others that stood in the way of the undoing
- * of a session (docs/decisions/0014-vm-life.md).
+ * for those whose session ends with it, and how long it is held; a VM that is migrated; a disk that is unplugged; jobs
+ * of others that stood in the way of the undoing of a session (docs/decisions/0014-vm-life.md).
  */
 #include "log.h"
 #include "vm_internal.h"
@@ -36,9 +36,9 @@ static void on_held_too_long(uv_timer_t *t)
     if (!vm->session)
         return;
     (void)failure_set(&f, -ETIMEDOUT,
-                      "VM '%s' has been off for %u ms, and --hold-shutdown lets QEMU wait no longer for session %s; "
+                      "VM '%s' has been off for %g s, and --hold-shutdown lets QEMU wait no longer for session %s; "
                       "hold longer, or pull faster",
-                      vm->name, vm->hold_shutdown_ms, session_id(vm->session));
+                      vm->name, vm->hold_shutdown_ms / 1000.0, session_id(vm->session));
     session_fail(vm->session, &f);
 }
 
@@ -46,8 +46,8 @@ static void hold(struct vm *vm, const char *words, bool panic)
 {
     if (!vm->session || !session_holds(vm->session, panic))
         return;
-    log_warning("VM %s: %s; QEMU waits for the end of session %s, for %u ms at most", vm->name, words,
-                session_id(vm->session), vm->hold_shutdown_ms);
+    log_warning("VM %s: %s; QEMU waits for the end of session %s, for %g s at most", vm->name, words,
+                session_id(vm->session), vm->hold_shutdown_ms / 1000.0);
     vm->life.held = true;
     (void)uv_timer_start(&vm->life.hold, on_held_too_long, vm->hold_shutdown_ms, 0);
 }
@@ -127,7 +127,7 @@ static void on_status(struct qmp_call *call, struct json_object *ret, const stru
                           "VM '%s' is migrated away while session %s stands, and another QEMU may write to its disks",
                           vm->name, session_id(vm->session));
         session_fail(vm->session, &why);
-    } else if (vm->life.ask_again && qmp_client_is_ready(vm->qmp)) {
+    } else if (vm->life.ask_again && !vm->stopping && qmp_client_is_ready(vm->qmp)) {
         ask_status(vm);
     }
 }
