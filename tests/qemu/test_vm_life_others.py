@@ -121,7 +121,8 @@ class Others(vmlife.Case):
         self.begin()
         for name in ('vdb', 'vdo'):
             self.tool('device_del', {'id': name})
-            self.tool.wait_event('DEVICE_DELETED', where=lambda data, name=name: data.get('device') == name)
+            self.tool.wait_event('DEVICE_DELETED', timeout=120,
+                                 where=lambda data, name=name: data.get('device') == name)
         self.refused('in use|busy', 'blockdev-del', {'node-name': 'node-vdb'})
         self.check_alive()
         self.vm.write('vda', 6 * MIB, MIB, 12)
