@@ -123,8 +123,10 @@ struct json_object *qmp_args_blockdev_add_null(const char *node)
 }
 
 struct json_object *qmp_args_blockdev_add_empty(const char *node, int64_t fdset_id, const char *backing)
+struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
+                                                const char *backing)
 {
-    struct json_object *o = new_node("qcow2", node, NULL), *file = new_args("driver", "file");
+    struct json_object *o = new_node(format, node, NULL), *file = new_args("driver", "file");
 
     put_fdset(file, fdset_id);
     put(o, "file", file);

@@ -33,8 +33,9 @@ struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file
 struct json_object *qmp_args_blockdev_add_null(const char *node);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
-/* An empty qcow2 image of an fdset, read-only, over another node. */
-struct json_object *qmp_args_blockdev_add_empty(const char *node, int64_t fdset_id, const char *backing);
+/* An image of an fdset, read-only, over another node. */
+struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
+                                                const char *backing);
 /* {"options": []}; entries are added by qmp_args_reopen_raw(). */
 struct json_object *qmp_args_reopen(void);
 void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file);

@@ -41,12 +41,14 @@ struct vm_note_wait {
 
 /* What QEMU announces of its guest and of itself (vm_life.c). */
 struct vm_life {
-    struct qmp_watch shutdown, panicked, resumed, reset, woken, unplugged, jobs;
-    uv_timer_t hold; /* runs while QEMU waits, with its guest off, for the session's end */
-    char words[128]; /* why it is about to end; "": it has not said so */
-    bool held;       /* the guest is off, and QEMU waits */
-    bool leftovers;  /* something of a session could not be undone, and QEMU still runs */
-    bool sweep_due;  /* so, and somebody wants a session: one more try before that */
+    struct qmp_watch shutdown, panicked, resumed, reset, woken, stop, unplugged, jobs;
+    struct qmp_call status;
+    bool asking, ask_again; /* for it */
+    uv_timer_t hold;        /* runs while QEMU waits, with its guest off, for the session's end */
+    char words[128];        /* why it is about to end; "": it has not said so */
+    bool held;              /* the guest is off, and QEMU waits */
+    bool leftovers;         /* something of a session could not be undone, and QEMU still runs */
+    bool sweep_due;         /* so, and somebody wants a session: one more try before that */
 };
 
 struct vm {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What happens to the guest and its QEMU while a session stands, as far as QEMU announces it: how it ends, in words
- * for those whose session ends with it; a disk that is unplugged; jobs of others that stood in the way of the undoing
- * of a session (docs/decisions/0014-vm-life.md).
+ * for those whose session ends with it, and how long it is held; a VM that is migrated; a disk that is unplugged; jobs
+ * of others that stood in the way of the undoing of a session (docs/decisions/0014-vm-life.md).
  */
 #include "log.h"
 #include "vm_internal.h"
@@ -36,9 +36,9 @@ static void on_held_too_long(uv_timer_t *t)
     if (!vm->session)
         return;
     (void)failure_set(&f, -ETIMEDOUT,
-                      "VM '%s' has been off for %u ms, and --hold-shutdown lets QEMU wait no longer for session %s; "
+                      "VM '%s' has been off for %g s, and --hold-shutdown lets QEMU wait no longer for session %s; "
                       "hold longer, or pull faster",
-                      vm->name, vm->hold_shutdown_ms, session_id(vm->session));
+                      vm->name, vm->hold_shutdown_ms / 1000.0, session_id(vm->session));
     session_fail(vm->session, &f);
 }
 
@@ -46,8 +46,8 @@ static void hold(struct vm *vm, const char *words, bool panic)
 {
     if (!vm->session || !session_holds(vm->session, panic))
         return;
-    log_warning("VM %s: %s; QEMU waits for the end of session %s, for %u ms at most", vm->name, words,
-                session_id(vm->session), vm->hold_shutdown_ms);
+    log_warning("VM %s: %s; QEMU waits for the end of session %s, for %g s at most", vm->name, words,
+                session_id(vm->session), vm->hold_shutdown_ms / 1000.0);
     vm->life.held = true;
     (void)uv_timer_start(&vm->life.hold, on_held_too_long, vm->hold_shutdown_ms, 0);
 }
@@ -107,6 +107,47 @@ int vm_life_last_words(const struct vm *vm, const struct failure *why, struct fa
                        why->text);
 }
 
+/* -- migrated ------------------------------------------------------------------------------------------------------ */
+
+static void ask_status(struct vm *vm);
+
+/*
+ * From its switch-over on another QEMU may write to the disks, and what we call frozen is read from them. The lock
+ * keeps a migration from beginning; this is for a QEMU in which it cannot.
+ */
+static void on_status(struct qmp_call *call, struct json_object *ret, const struct failure *f)
+{
+    struct vm *vm = call->arg;
+    const char *status = qmp_get_string(ret, "status");
+    struct failure why = {0};
+
+    vm->life.asking = false;
+    if (vm->session && status && (strcmp(status, "finish-migrate") == 0 || strcmp(status, "postmigrate") == 0)) {
+        (void)failure_set(&why, -ESTALE,
+                          "VM '%s' is migrated away while session %s stands, and another QEMU may write to its disks",
+                          vm->name, session_id(vm->session));
+        session_fail(vm->session, &why);
+    } else if (vm->life.ask_again && !vm->stopping && qmp_client_is_ready(vm->qmp)) {
+        ask_status(vm);
+    }
+}
+
+static void ask_status(struct vm *vm)
+{
+    vm->life.ask_again = false;
+    vm->life.asking = qmp_call_start(vm->qmp, &vm->life.status, "query-status", NULL, QMP_NO_FD, 0, on_status, vm) == 0;
+}
+
+static void on_stop(struct qmp_watch *watch, const char *event, struct json_object *data)
+{
+    struct vm *vm = watch->arg;
+
+    if (vm->life.asking)
+        vm->life.ask_again = true; /* the answer on its way may be of an earlier stop */
+    else if (vm->session)
+        ask_status(vm);
+}
+
 /* -- unplugged ----------------------------------------------------------------------------------------------------- */
 
 /* A device's own path, or that of the back end inside it (virtio). */
@@ -157,6 +198,7 @@ void vm_life_watch(struct vm *vm)
     qmp_watch_add(vm->qmp, &l->resumed, "RESUME", on_goes_on, vm);
     qmp_watch_add(vm->qmp, &l->reset, "RESET", on_goes_on, vm);
     qmp_watch_add(vm->qmp, &l->woken, "WAKEUP", on_woken, vm);
+    qmp_watch_add(vm->qmp, &l->stop, "STOP", on_stop, vm);
     qmp_watch_add(vm->qmp, &l->unplugged, "DEVICE_DELETED", on_unplugged, vm);
     qmp_watch_add(vm->qmp, &l->jobs, "JOB_STATUS_CHANGE", on_job_changed, vm);
 }

@@ -58,6 +58,7 @@ struct rig {
     struct failure hold_refused; /* why not, although it was wanted */
     /* private: of the step function under way */
     int64_t lock_fdset;
+    unsigned lock_format;
     enum hold hold_found;
     bool hold_over;
     pid_t hold_pid;

@@ -81,11 +81,11 @@ class Case(harness.Case):
     def new_checkpoints(self, daemon=None):
         return {c['disk']: c['usable'] for c in self.daemon.ask('query-checkpoints', {'vm': 'vm'}) if c['name'] == 'new'}
 
-    def bare_legacy(self):
+    def bare_legacy(self, extra=()):
         path = f'{self.folder}/old.qcow2'
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', path, str(LEGACY)])
         self.vm = self.bare(Disk('vda', 4 * MIB), extra=[
-            '-drive', f'id=old,if=none,format=qcow2,file={path}', '-device', 'virtio-blk-pci,id=vdo,drive=old'])
+            '-drive', f'id=old,if=none,format=qcow2,file={path}', '-device', 'virtio-blk-pci,id=vdo,drive=old', *extra])
         self.tool = Qmp(self.vm.spare_qmp_path)
         self.addCleanup(self.tool.close)
         self.daemon = self.qpulld(self.vm, linger=0)
