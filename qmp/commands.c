@@ -122,7 +122,6 @@ struct json_object *qmp_args_blockdev_add_null(const char *node)
     return new_node("null-co", node, NULL);
 }
 
-struct json_object *qmp_args_blockdev_add_empty(const char *node, int64_t fdset_id, const char *backing)
 struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
                                                 const char *backing)
 {

@@ -242,4 +242,3 @@ const struct control_table control_general = {commands, ARRAY_SIZE(commands)};
 
 const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints,
                                                                     &control_jobs, &control_metrics};
-                                                                    &control_jobs};

@@ -635,11 +635,10 @@ static bool may_ask_now(struct vm *vm)
 
 void vm_ask_if_waiting(struct vm *vm)
 {
-    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY &&
-        (!vm->session || session_may_ask(vm->session)) && may_ask_now(vm))
     struct failure later = {0};
 
-    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY && may_ask(vm, &later))
+    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY &&
+        may_ask(vm, &later) && may_ask_now(vm))
         ask(vm);
 }
 
