@@ -17,7 +17,6 @@
 #define SERVER_SOCKET "nbd-" VM ".sock"
 #define DIRTY "qemu:dirty-bitmap:old"
 #define ALLOCATION "base:allocation"
-#define CBW_TIMEOUT_S 10
 
 /* -- what is read at the top --------------------------------------------------------------------------------------- */
 
@@ -79,6 +78,7 @@ static void on_asked(struct session_ask *a, const struct failure *f)
 {
     struct daemon *d = container_of(a, struct daemon, ask);
 
+    d->nbroken += f != NULL;
     if (!f && !d->stopped && d->model)
         check_maps(d, 0, "asked later", true);
     finish_top(d);
@@ -112,6 +112,7 @@ static void on_read(struct source_read *r, int err)
     if (d->stopped)
         return;
     if (err && d->config.impatient) {
+        d->nbroken++;
         finish_top(d);
         return;
     }
@@ -146,6 +147,7 @@ static void read_next(struct daemon *d)
                                    .arg = d};
     source = session_source(d->session, d->list->disks[d->disk].name);
     if (!source || source_read(source, &d->read) < 0) {
+        d->nbroken++;
         if (!d->config.impatient)
             (void)failure_set(&d->check, -EIO, "disk %u has no source that can be read", d->disk);
         finish_top(d);
@@ -216,7 +218,7 @@ static void start_session(struct daemon *d)
         .scratch_dir = d->guest->scratch,
         .state_dir = d->state_dir,
         .narrow_reads = d->config.narrow_reads,
-        .cbw_timeout_s = CBW_TIMEOUT_S,
+        .cbw_timeout_s = GUEST_CBW_TIMEOUT_S,
         .call_timeout_ms = d->config.timeout_ms,
     };
     struct failure f = {0};
@@ -365,6 +367,15 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
         qmp_client_open(d->qmp) < 0)
         die("the QMP client does not start: %s", strerror(errno));
     calls_init(&d->calls, d->qmp, config->timeout_ms);
+}
+
+void daemon_again(struct daemon *d)
+{
+    disk_list_free(TAKE_PTR(d->list));
+    d->nup = d->nfailed = d->ndown = d->nended = d->nbroken = d->nlate = d->nswept = 0;
+    d->stopped = d->wants_checkpoint = d->begun = false;
+    d->failure = d->problems = d->check = (struct failure){0};
+    d->disk = d->cluster = 0;
 }
 
 bool daemon_is_over(const struct daemon *d)

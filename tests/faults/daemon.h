@@ -32,6 +32,7 @@ struct daemon_config {
 struct daemon {
     /* what it was told */
     unsigned nup, nfailed, ndown, nended; /* nended: the self-test's or the sweep's callback */
+    unsigned nbroken;                     /* reads and asks that were answered with an error */
     unsigned nlate;                       /* on_up or on_failed after session_stop() */
     bool stopped, wants_checkpoint;       /* session_stop() was called; session_keep() before it */
     bool narrow;                          /* the self-test's word */
@@ -65,6 +66,8 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
 bool daemon_is_over(const struct daemon *d);
 /* session_stop(), at any time, and twice. */
 void daemon_stop(struct daemon *d);
+/* Once it is over, and QEMU is gone: the same task once more when there is a QEMU again. */
+void daemon_again(struct daemon *d);
 /* Once it is over; closed becomes true later. */
 void daemon_close(struct daemon *d);
 
