@@ -13,8 +13,6 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#define VM "faults"
-#define SERVER_SOCKET "nbd-" VM ".sock"
 #define DIRTY "qemu:dirty-bitmap:old"
 #define ALLOCATION "base:allocation"
 
@@ -63,6 +61,7 @@ static void finish_top(struct daemon *d)
 {
     if (d->stopped)
         return;
+    d->finished = !d->nbroken;
     if (d->config.at_top)
         d->config.at_top(d->config.arg);
     for (unsigned i = 0; i < d->list->ndisks; i++) {
@@ -210,7 +209,7 @@ static void start_session(struct daemon *d)
     struct session_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .vm = VM,
+        .vm = DAEMON_VM,
         .disks = d->list,
         .checkpoint = GUEST_CHECKPOINT,
         .since = since,
@@ -283,7 +282,7 @@ static void start_selftest(struct daemon *d)
     struct selftest_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .server_socket = SERVER_SOCKET,
+        .server_socket = DAEMON_SERVER_SOCKET,
         .server_dir = d->state_dir,
         .timeout_ms = d->config.timeout_ms,
     };
@@ -307,7 +306,7 @@ static void start_sweep(struct daemon *d)
     struct sweep_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .server_socket = SERVER_SOCKET,
+        .server_socket = DAEMON_SERVER_SOCKET,
         .server_dir = d->state_dir,
         .timeout_ms = d->config.timeout_ms,
     };
@@ -373,7 +372,7 @@ void daemon_again(struct daemon *d)
 {
     disk_list_free(TAKE_PTR(d->list));
     d->nup = d->nfailed = d->ndown = d->nended = d->nbroken = d->nlate = d->nswept = 0;
-    d->stopped = d->wants_checkpoint = d->begun = false;
+    d->stopped = d->wants_checkpoint = d->finished = d->begun = false;
     d->failure = d->problems = d->check = (struct failure){0};
     d->disk = d->cluster = 0;
 }

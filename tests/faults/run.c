@@ -287,6 +287,21 @@ static void forget_run(struct stand *st)
         guest_write(&st->guest);
 }
 
+/* What a sweep under which QEMU died has not come to lies there until the next one, and is no part of the picture. */
+static char *picture_to_be(struct stand *st)
+{
+    char path[160], aside[160];
+    char *picture;
+
+    (void)snprintf(path, sizeof(path), "%s/" DAEMON_SERVER_SOCKET, st->guest.state);
+    (void)snprintf(aside, sizeof(aside), "%s/socket-aside", st->guest.dir);
+    if (st->daemon.config.task != DAEMON_SWEEP || rename(path, aside) < 0)
+        return guest_picture(&st->guest);
+    picture = guest_picture(&st->guest);
+    (void)rename(aside, path);
+    return picture;
+}
+
 /* QEMU has died under the daemon. Another one comes up at the same path, and the same daemon does its work there. */
 static int run_again(struct stand *st, struct failure *f)
 {
@@ -301,7 +316,7 @@ static int run_again(struct stand *st, struct failure *f)
     st->run.fault = FAULT_NONE;
     forget_run(st);
     start_foreign_server(st);
-    before = guest_picture(&st->guest);
+    before = picture_to_be(st);
     daemon_again(&st->daemon);
     st->armed = true;
     if (wait_until(st, is_over, "the end of the session with the next QEMU", f) < 0)
