@@ -94,8 +94,11 @@ static void after_listener(struct rig *r)
     calls_add(&r->calls, "getfd", qmp_args_strings("fdname", name, NULL), r->listen_fd, 0, NULL);
     calls_add(&r->calls, "nbd-server-start", qmp_args_nbd_server_start_fd(name), QMP_NO_FD, 0, on_started);
     result = calls_wait(&r->calls, on_start_done, &f);
-    if (result < 0)
+    if (result < 0) {
+        (void)close(r->listen_fd); /* nobody has got it: a knock must not find us there ourselves */
+        r->listen_fd = -1;
         seq_done(&r->seq, &f);
+    }
 }
 
 int rig_server_up(struct seq *s, struct failure *f)

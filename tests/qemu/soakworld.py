@@ -18,9 +18,10 @@ import threading
 import time
 
 import harness
-import model
+import nbd
 import nbdpull
 import soakclients
+import truth
 from harness import MIB, Disk
 
 SECTOR = 512
@@ -31,6 +32,8 @@ LINGER = 2             # seconds, of a life with one
 LIFE = 12              # sessions of a daemon, at most, unless it is to live long
 STALL = 3.0            # seconds that QEMU stands still, at most
 LONG_STALL = 33.0      # … longer than a QMP command may take (VM_CALL_TIMEOUT_MS of server/config.h)
+CRASHES = 0.3          # of all worlds end with QEMU being killed
+NOTICE = 20            # seconds until that has ended a session
 IDLE_TIMEOUT = 90      # seconds until the daemon has undone a session, on a busy machine
 # A write waits for its copy to scratch until QEMU gives the snapshot up: VM_CBW_TIMEOUT_S of server/config.h. The rest
 # is for a machine that runs other things.
@@ -415,6 +418,45 @@ class World:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self):
+        """The guest shuts down, or its QEMU is killed."""
+        if random.Random(f'{self.seed}/end').random() < CRASHES:
+            self.what = 'QEMU is killed under a pull'
+            self.crash()
+            self.stats['ends by a crash of QEMU'] += 1
+        else:
+            self.what = 'the guest shuts down'
+            self.shut_down()
+            self.stats['ends in order'] += 1
+
+    def crash(self):
+        """QEMU dies under a pull: the client is told, nothing stays on the host, and the next QEMU at that path is
+        pulled as ever. (Checkpoints are lost with it, as QEMU stores them when it ends in order.)"""
+        h = nbdpull.connect(self.daemon.uri('vm/vda@crash'))
+        h.pread(SECTOR, 0)
+        self.vm.kill()
+        began = time.monotonic()
+        try:
+            while True:
+                h.pread(SECTOR, 0)
+        except nbd.Error:
+            pass
+        harness.wait_until(lambda: not self.daemon.vm()['connected'] and self.daemon.vm()['session'] is None,
+                           NOTICE, 'the end of the session')
+        if time.monotonic() - began > NOTICE:
+            raise AssertionError(f'the client was told after {time.monotonic() - began:.0f} s only')
+        left = self.daemon.files_left()
+        if left:
+            raise AssertionError(f'QEMU has died, and {left} are left')
+        self.vm.start()
+        self.daemon.wait_idle(IDLE_TIMEOUT)
+        for disk in self.disks:
+            data = nbdpull.pull(self.daemon.uri(f'vm/{disk.name}'))
+            self.daemon.wait_idle(IDLE_TIMEOUT)
+            if data != truth.own_copy(self.vm, disk.name):
+                raise AssertionError(f'{disk.name}: the pull from the next QEMU is not what is on the disk')
+        self.end_life()
+
+    def shut_down(self):
         """All is quiet: what a client pulls is what the guest has, and so are the images once it has shut down."""
         order = self.vm.order_stop()
         if order['errors']:
