@@ -4,10 +4,11 @@
  * QEMU.
  *
  *   faults SCENARIO… [--every N] [--slow-every N] [--offset M] [--fault NAME] [--at K] [--seed S] [--failures N]
- * [--verbose]
+ *          [--real-stalls] [--verbose]
  *
  * Without a scenario: all. --every N takes each N-th of the runs, beginning with the M-th; --slow-every N thins out
  * once more those that wait for deadlines and repetitions. --fault and --at narrow it to what a failed run named.
+ * --real-stalls: where QEMU stands still, deadlines are those of the program (30 s), and it does so for longer.
  */
 #include "die.h"
 #include "run.h"
@@ -39,7 +40,7 @@ static struct options {
     unsigned every, slow_every, offset, max_failures; /* after so many more of the same teach nothing */
     int fault, at;                                    /* -1: all */
     uint64_t seed;
-    bool verbose;
+    bool real_stalls, verbose;
 } options = {.every = 1, .slow_every = 1, .max_failures = 10, .fault = -1, .at = -1, .seed = 1};
 
 static char where[256] = "at the start";
@@ -62,8 +63,8 @@ static bool applies(const struct scenario *s, enum fault f)
     bool stops = f == FAULT_STOP || f == FAULT_STOP_TWICE;
 
     if (s->swept)
-        return f != FAULT_NONE && f != FAULT_KILLED && !stops;
-    if (s->small_scratch && f == FAULT_KILLED)
+        return f != FAULT_NONE && !stops;
+    if (s->small_scratch && (f == FAULT_KILLED || f == FAULT_KILLED_BEFORE))
         return false; /* the daemon to be killed has no guest that fills its scratch */
     return f != FAULT_NONE && !(stops && s->task != DAEMON_SESSION);
 }
@@ -73,8 +74,10 @@ struct series {
     const struct scenario *scenario;
     const char *program;
     struct stand *stand;
-    unsigned nruns, nfailures, ncommands;
+    unsigned nruns, nfailures, ncommands, slowest_ms;
 };
+
+static unsigned total_runs;
 
 static void run_one(struct series *s, enum fault fault, unsigned at)
 {
@@ -83,17 +86,22 @@ static void run_one(struct series *s, enum fault fault, unsigned at)
         .fault = fault,
         .at = at,
         .writing = fault == FAULT_NONE || (at + (unsigned)fault) % 2,
+        .real_stalls = options.real_stalls,
         .verbose = options.verbose,
     };
     struct failure f = {0};
     unsigned ncommands = 0;
+    int r;
 
     (void)snprintf(where, sizeof(where), "%s --fault %s --at %u --seed %llu", s->scenario->name, fault_name(fault), at,
                    (unsigned long long)options.seed);
     if (!s->stand)
         s->stand = stand_new(s->scenario, s->program, options.seed);
     s->nruns++;
-    if (stand_run(s->stand, &run, &ncommands, &f) == 0) {
+    total_runs++;
+    r = stand_run(s->stand, &run, &ncommands, &f);
+    s->slowest_ms = MAX(s->slowest_ms, stand_slowest_ms(s->stand));
+    if (r == 0) {
         if (fault == FAULT_NONE)
             s->ncommands = ncommands;
         if (options.verbose)
@@ -119,7 +127,8 @@ static void check_data(struct series *s)
 
 static bool is_slow(enum fault f)
 {
-    return f == FAULT_REFUSED_ALWAYS || f == FAULT_LOST || f == FAULT_DROPPED;
+    return f == FAULT_REFUSED_ALWAYS || f == FAULT_LOST || f == FAULT_DROPPED || f == FAULT_STALLED ||
+           f == FAULT_QEMU_DIES || f == FAULT_QEMU_DIES_AFTER;
 }
 
 static void run_fault(struct series *s, enum fault fault, unsigned *counter)
@@ -157,7 +166,8 @@ static unsigned run_scenario(const struct scenario *scenario, const char *progra
     }
     if (s.stand)
         stand_free(s.stand);
-    (void)printf("%s: %u runs, %u failed\n", scenario->name, s.nruns, s.nfailures);
+    (void)printf("%s: %u runs, %u failed; the guest's slowest write took %u ms\n", scenario->name, s.nruns, s.nfailures,
+                 s.slowest_ms);
     return s.nfailures;
 }
 
@@ -173,15 +183,11 @@ static int parse_fault(const char *name)
 static void parse(int argc, char **argv)
 {
     static const struct option longs[] = {
-        {"every", required_argument, NULL, 'e'},
-        {"slow-every", required_argument, NULL, 'E'},
-        {"offset", required_argument, NULL, 'o'},
-        {"fault", required_argument, NULL, 'f'},
-        {"at", required_argument, NULL, 'a'},
-        {"seed", required_argument, NULL, 's'},
-        {"failures", required_argument, NULL, 'n'},
-        {"verbose", no_argument, NULL, 'v'},
-        {NULL, 0, NULL, 0},
+        {"every", required_argument, NULL, 'e'},    {"slow-every", required_argument, NULL, 'E'},
+        {"offset", required_argument, NULL, 'o'},   {"fault", required_argument, NULL, 'f'},
+        {"at", required_argument, NULL, 'a'},       {"seed", required_argument, NULL, 's'},
+        {"failures", required_argument, NULL, 'n'}, {"real-stalls", no_argument, NULL, 'r'},
+        {"verbose", no_argument, NULL, 'v'},        {NULL, 0, NULL, 0},
     };
 
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
@@ -207,6 +213,9 @@ static void parse(int argc, char **argv)
         case 's':
             options.seed = strtoull(optarg, NULL, 10);
             break;
+        case 'r':
+            options.real_stalls = true;
+            break;
         case 'v':
             options.verbose = true;
             break;
@@ -229,6 +238,7 @@ static bool is_wanted(int argc, char **argv, const char *name)
 
 int main(int argc, char **argv)
 {
+    uint64_t began = uv_hrtime();
     unsigned nfailures = 0;
 
     if (argc == 10 && strcmp(argv[1], "--as-daemon") == 0)
@@ -242,5 +252,6 @@ int main(int argc, char **argv)
         if (is_wanted(argc, argv, scenarios[i].name))
             nfailures += run_scenario(&scenarios[i], "/proc/self/exe");
     }
+    (void)printf("%u runs, %u failed, %.1f min\n", total_runs, nfailures, (double)(uv_hrtime() - began) / 60e9);
     return nfailures ? EXIT_FAILURE : EXIT_SUCCESS;
 }
