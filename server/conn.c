@@ -58,11 +58,6 @@ static void drop_queue(struct conn *c)
     c->queue_last = NULL;
 }
 
-static bool is_sending(const struct conn *c)
-{
-    return c->queue || c->batch;
-}
-
 static void log_end(struct conn *c)
 {
     static const char *const ends[] = {
@@ -107,10 +102,7 @@ static void shut(struct conn *c, bool await_eof)
     drop_queue(c);
 }
 
-/* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
-static void kill_conn(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
-
-static void kill_conn(struct conn *c, int err, const char *fmt, ...)
+void conn_kill(struct conn *c, int err, const char *fmt, ...)
 {
     struct failure why = {0};
     char text[sizeof why.text];
@@ -174,7 +166,7 @@ static void on_written(uv_write_t *req, int status)
     struct conn_chunk *done = TAKE_PTR(c->batch), *next;
 
     if (status < 0 && status != UV_ECANCELED) /* else we are closing */
-        kill_conn(c, status, "sending failed: %s", uv_strerror(status));
+        conn_kill(c, status, "sending failed: %s", uv_strerror(status));
     /* A release may bring new data, and with it the next batch. */
     for (; done; done = next) {
         next = done->next;
@@ -260,8 +252,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && !conn_is_full(c) && !c->parked && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
-           !(c->pulling && pull_reply_is_open(&c->pull));
+    return c->state == CONN_TALKING && !c->turn_over && !conn_is_full(c) && !c->parked &&
+           nbd_inflight(c->nbd) < CONN_MAX_REQUESTS && !(c->pulling && pull_reply_is_open(&c->pull));
 }
 
 bool conn_is_full(const struct conn *c)
@@ -269,13 +261,32 @@ bool conn_is_full(const struct conn *c)
     return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
 }
 
-/* Gives nbd what is in the input buffer, as far as it may have it. */
+static void on_turn(uv_idle_t *turn)
+{
+    struct conn_set *s = turn->data;
+
+    (void)uv_idle_stop(turn);
+    for (struct conn *c = s->first; c; c = c->next) {
+        if (!c->turn_over)
+            continue;
+        c->turn_over = false;
+        conn_settle(c);
+    }
+}
+
+/* Gives nbd what is in the input buffer, as far as it may have it; the rest when the others have had their turn. */
 static void conn_input(struct conn *c)
 {
-    while (c->input_at < c->input_len && may_feed(c)) {
+    for (unsigned n = 0; c->input_at < c->input_len && may_feed(c); n++) {
         size_t left = c->input_len - c->input_at;
-        size_t taken =
-            nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
+        size_t taken;
+
+        if (n == CONN_TURN_STEPS) {
+            c->turn_over = true;
+            (void)uv_idle_start(&c->set->turn, on_turn); /* once in each turn of the loop, as no timer of 0 ms does */
+            break;
+        }
+        taken = nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
         c->input_at += taken;
         if (taken == 0)
             break;
@@ -303,7 +314,7 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
         c->input_eof = true;
         c->await_eof = false;
         if (nread != UV_EOF)
-            kill_conn(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
+            conn_kill(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
         else if (c->state == CONN_TALKING)
             nbd_feed_eof(c->nbd);
     } else if (c->state == CONN_TALKING) {
@@ -361,13 +372,13 @@ static const struct nbd_ops nbd_ops = {
 void conn_settle(struct conn *c)
 {
     if (c->broken)
-        kill_conn(c, -ENOMEM, "out of memory");
+        conn_kill(c, -ENOMEM, "out of memory");
     if (c->state == CONN_TALKING) {
         if (c->parked && !conn_is_full(c))
             conn_ask_parked(c);
         conn_input(c);
         if (c->broken)
-            kill_conn(c, -ENOMEM, "out of memory");
+            conn_kill(c, -ENOMEM, "out of memory");
     }
     if (c->state == CONN_TALKING) {
         set_reading(c, c->input_len == 0 && may_feed(c));
@@ -377,7 +388,7 @@ void conn_settle(struct conn *c)
         conn_ask_forget(c);
     if (!conn_try_leave(c) && c->state > CONN_FLUSHING)
         return;
-    if (c->state == CONN_FLUSHING && !is_sending(c)) {
+    if (c->state == CONN_FLUSHING && !conn_is_sending(c)) {
         /* A client that we hang up on may still be sending: closing now would take our last words from it (RST). */
         bool await_eof = c->end != NBD_END_DISC && c->end != NBD_END_EOF;
 
@@ -393,74 +404,15 @@ void conn_settle(struct conn *c)
     }
 }
 
-/* -- deadlines ----------------------------------------------------------------------------------------------------- */
-static void check_output(struct conn *c)
-{
-    uint64_t written = c->submitted - uv_stream_get_write_queue_size(&c->sock.stream);
-    unsigned bound = c->set->config->idle_timeout_ms > 0 ? c->set->config->idle_timeout_ms : CONN_STUCK_MS;
-
-    if (written != c->written || !is_sending(c)) {
-        c->written = written;
-        c->progress_ms = now_ms(c);
-        return;
-    }
-    if (now_ms(c) - c->progress_ms > bound)
-        kill_conn(c, -ETIMEDOUT, "the client took no byte of its replies for %g seconds", bound / 1000.0);
-}
-
-static void check_deadlines(struct conn *c)
-{
-    const struct server_config *config = c->set->config;
-    uint64_t now = now_ms(c);
-    struct failure why = {0};
-
-    if (c->state >= CONN_FLUSHING) {
-        if (c->state == CONN_SHUT && now - c->shut_ms > CONN_FAREWELL_MS)
-            c->await_eof = false;
-        if (c->state == CONN_FLUSHING && now - c->end_ms > CONN_FLUSH_MS)
-            kill_conn(c, -ETIMEDOUT, "the client did not take our last bytes within %u seconds", CONN_FLUSH_MS / 1000);
-        return;
-    }
-    check_output(c);
-    if (c->state != CONN_TALKING || c->asking)
-        return;
-    if (!nbd_in_transmission(c->nbd)) {
-        if (!nbd_is_ending(c->nbd) && now - c->since_ms > config->handshake_timeout_ms)
-            (void)failure_set(&why, -ETIMEDOUT, "the client did not finish negotiating within %g seconds",
-                              config->handshake_timeout_ms / 1000.0);
-    } else if (config->idle_timeout_ms > 0 && nbd_inflight(c->nbd) == 0 && !is_sending(c) &&
-               now - c->active_ms > config->idle_timeout_ms) {
-        (void)failure_set(&why, -ETIMEDOUT, "the client asked for nothing for %g seconds",
-                          config->idle_timeout_ms / 1000.0);
-    }
-    if (why.err)
-        nbd_fail(c->nbd, &why);
-}
-
-/*
- * Who does not take what we have for it gets no more memory than it takes bytes in two ticks: what a stuck or a slow
- * client holds, the others cannot have.
+/* -- every CONN_TICK_MS ----------------------------------------------------------------------------------------------
  */
-static void share_memory(struct conn *c)
-{
-    uint64_t taken = c->pull.ntaken - c->taken_seen;
-
-    c->taken_seen = c->pull.ntaken;
-    if (c->pull.unsent == 0)
-        pull_allow(&c->pull, CONN_WINDOW);
-    else
-        pull_allow(&c->pull, MIN(MAX(2 * taken, CONN_PIECE), CONN_WINDOW));
-}
-
 static void on_tick(uv_timer_t *timer)
 {
     struct conn_set *s = timer->data;
 
     /* Connections are freed by close callbacks only, so the list stands still here. */
     for (struct conn *c = s->first; c; c = c->next) {
-        check_deadlines(c);
-        if (c->state == CONN_TALKING && c->pulling)
-            share_memory(c);
+        conn_care(c);
         conn_settle(c);
     }
     if (s->nsilent > 0 && uv_now(s->loop) - s->complained_ms >= LISTEN_COMPLAIN_MS) {
@@ -541,7 +493,7 @@ static bool make_room(struct conn_set *s)
     for (struct conn *c = s->first; c; c = c->next)
         if (c->state == CONN_TALKING && !c->opened) {
             s->nevicted++;
-            kill_conn(c, -EUSERS, "it was negotiating while another client needed its place");
+            conn_kill(c, -EUSERS, "it was negotiating while another client needed its place");
             conn_settle(c);
             return true;
         }
@@ -595,7 +547,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
         return -ENOMEM;
     r = uv_accept(listener, &c->sock.stream);
     if (r < 0) {
-        kill_conn(c, r, "accepting failed: %s", uv_strerror(r));
+        conn_kill(c, r, "accepting failed: %s", uv_strerror(r));
         conn_settle(c);
         return 0;
     }
@@ -603,7 +555,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
     if (!room) {
         complain(s);
         c->quiet = true;
-        kill_conn(c, -EUSERS, "all connections are taken");
+        conn_kill(c, -EUSERS, "all connections are taken");
         conn_settle(c);
         return 0;
     }
@@ -611,7 +563,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
     if (r == 0)
         r = nbd_new(&nbd_ops, c, &c->nbd);
     if (r < 0) {
-        kill_conn(c, r, "nobody knows who it is: %s", strerror(-r));
+        conn_kill(c, r, "nobody knows who it is: %s", strerror(-r));
         conn_settle(c);
         return 0;
     }
@@ -627,7 +579,8 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
 {
     *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
-    s->tick.data = s;
+    s->tick.data = s->turn.data = s;
+    (void)uv_idle_init(loop, &s->turn);
     return uv_timer_init(loop, &s->tick);
 }
 
@@ -638,12 +591,19 @@ static void on_set_closed(uv_handle_t *handle)
     s->on_closed(s->arg);
 }
 
+static void on_turn_closed(uv_handle_t *handle)
+{
+    struct conn_set *s = handle->data;
+
+    uv_close((uv_handle_t *)&s->tick, on_set_closed);
+}
+
 void conn_set_close(struct conn_set *s, void (*cb)(void *arg))
 {
     assert(!s->first);
     s->on_closed = cb;
     budget_done(&s->budget);
-    uv_close((uv_handle_t *)&s->tick, on_set_closed);
+    uv_close((uv_handle_t *)&s->turn, on_turn_closed);
 }
 
 void conn_set_fail(struct conn_set *s, const struct failure *why)
@@ -661,7 +621,7 @@ void conn_set_fail(struct conn_set *s, const struct failure *why)
 void conn_set_kill(struct conn_set *s, const struct failure *why)
 {
     for (struct conn *c = s->first; c; c = c->next) {
-        kill_conn(c, why->err, "%s", why->text);
+        conn_kill(c, why->err, "%s", why->text);
         conn_settle(c);
     }
 }

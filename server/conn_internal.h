@@ -43,6 +43,7 @@ struct conn {
 
     /* input */
     bool reading, input_eof;
+    bool turn_over; /* others first */
     size_t input_at, input_len; /* bytes in input that nbd has not taken */
     char input[CONN_READ_BUFFER];
 
@@ -98,8 +99,18 @@ struct conn {
 /* Called last by every callback that enters a connection: moves it on as far as it can. The connection may be closing
  * then, but is not freed. */
 void conn_settle(struct conn *c);
+static inline bool conn_is_sending(const struct conn *c)
+{
+    return c->queue || c->batch;
+}
 /* It has not taken what we have answered: nothing more is made for it. */
 bool conn_is_full(const struct conn *c);
+
+/* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
+void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
+
+/* -- conn_care.c --------------------------------------------------------------------------------------------------- */
+void conn_care(struct conn *c); /* every CONN_TICK_MS; conn_settle() comes after it */
 
 /* -- conn_ask.c ---------------------------------------------------------------------------------------------------- */
 void conn_ask(struct conn *c, const struct nbd_ask *ask);

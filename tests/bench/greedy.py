@@ -3,7 +3,9 @@
 """What bad clients cost a good one, and what they cost the daemon: nbdcopy of one disk in memory, alone and beside each
 kind of bad client (tests/qemu/badclients.py), interleaved, in one session. "share" is the throughput beside them as a
 part of that alone (medians); clients that read as fast as they can share the machine with it, so there the part of the
-connection among all connections counts, not the half. Memory is the daemon's highest RSS and PSS while they were there.
+connection among all connections counts, not the half. "CPU" is what the bad clients themselves took of the machine's
+processors while the good one ran: where they, QEMU, the daemon and nbdcopy want more processors than there are, none of
+them gets all it wants. Memory is the daemon's highest RSS and PSS while they were there.
 
     tests/bench/greedy.py [ROUNDS] [--count N] [--kind KIND]… [--bin DIR] [--json FILE]"""
 import argparse
@@ -55,6 +57,12 @@ class Watch:
         return self.most
 
 
+def cpu_seconds(pid):
+    with open(f'/proc/{pid}/stat', encoding='ascii') as f:
+        fields = f.read().rsplit(')', 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
 def start_vm(folder):
     disk, monitor = f'{folder}/disk.raw', f'{folder}/vm.qmp'
     with open('/dev/urandom', 'rb') as random, open(disk, 'wb') as f:
@@ -99,6 +107,7 @@ def main():
         os.environ['QPULL_BIN_DIR'] = args.bin
     kinds = args.kind or list(badclients.KINDS)
     alone, beside, most = {k: [] for k in kinds}, {k: [] for k in kinds}, {k: (0, 0) for k in kinds}
+    cpu = {k: [] for k in kinds}
     with tempfile.TemporaryDirectory(dir='/dev/shm' if os.path.isdir('/dev/shm') else None) as folder:
         try:
             daemon = harness.Qpulld(folder, {'vm': start_vm(folder)}, linger=60)
@@ -112,7 +121,9 @@ def main():
                     watch = Watch(daemon.process.pid)
                     bad = Bad(daemon, name, args.count)
                     time.sleep(SETTLE)
+                    before = cpu_seconds(bad.process.pid)
                     beside[name].append(copy(daemon))
+                    cpu[name].append((cpu_seconds(bad.process.pid) - before) / beside[name][-1])
                     bad.stop()
                     most[name] = tuple(map(max, most[name], watch.stop()))
                     harness.wait_until(lambda: len(daemon.ask('query-status')['connections']) == 1, 120, 'the end')
@@ -125,10 +136,11 @@ def main():
     for name in kinds:
         a, b = statistics.median(alone[name]), statistics.median(beside[name])
         row = {'kind': name, 'alone-mib-s': SIZE / MIB / a, 'beside-mib-s': SIZE / MIB / b, 'share': a / b,
+               'cpu': statistics.median(cpu[name]),
                'rss-mib': most[name][0] / MIB, 'pss-mib': most[name][1] / MIB}
         result.append(row)
         print(f'{name:24} alone {row["alone-mib-s"]:6.0f} MiB/s  beside {row["beside-mib-s"]:6.0f} MiB/s  '
-              f'share {row["share"]:4.2f}  RSS {row["rss-mib"]:5.1f}  PSS {row["pss-mib"]:5.1f} MiB', flush=True)
+              f'share {row["share"]:4.2f}  CPU {row["cpu"]:4.2f}  RSS {row["rss-mib"]:5.1f}  PSS {row["pss-mib"]:5.1f} MiB', flush=True)
     if args.json:
         with open(args.json, 'w', encoding='ascii') as f:
             json.dump(result, f, indent=1)
