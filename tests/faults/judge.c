@@ -144,6 +144,24 @@ static void nap_for_qemu(void)
     (void)nanosleep(&ms5, NULL);
 }
 
+/*
+ * Whom nobody else stopped goes on, at the latest by a sweep; whom somebody stopped is still stopped, and let go on by
+ * the test. A daemon that was killed in the moment between its look and its mark cannot be told from one that stopped
+ * the guest: then the test goes first.
+ */
+int judge_pause(struct stand *st, bool suspect, struct failure *f)
+{
+    bool runs = guest_runs(&st->guest);
+
+    if (st->paused && runs)
+        return failure_set(f, -EPROTO, "somebody had stopped the guest, and it was let go on");
+    if (!st->paused && !suspect && !runs)
+        return failure_set(f, -EPROTO, "the guest is left stopped, and no problem was reported");
+    if (st->paused)
+        json_object_put(guest_call(&st->guest, NULL, "{'execute':'cont'}"));
+    return 0;
+}
+
 int judge_picture(struct stand *st, const char *before, const char *when, struct failure *f)
 {
     uint64_t end = uv_hrtime() + SETTLE_MS * UINT64_C(1000000);

@@ -43,185 +43,6 @@ const char *fault_name(enum fault f)
     return names[f];
 }
 
-struct stand {
-    const struct scenario *scenario;
-    const char *program;
-    uv_loop_t loop;
-    struct guest guest;
-    struct proxy *proxy;
-    char path[64]; /* of the proxy */
-    bool narrow;
-    int foreign; /* listening socket of the foreign NBD server's file, -1: none */
-    bool warm;   /* what a first run leaves open for good (threads, random numbers) is open */
-    /* the run under way */
-    struct run run;
-    struct daemon daemon;
-    pid_t child;
-    bool armed; /* commands count */
-    unsigned ncommands;
-    char hit[128];
-    const char *kill_at;            /* pattern of a command at which it is killed; NULL: by number */
-    char *sabotaged;                /* owned: the command that is refused for good */
-    bool made[GUEST_MAX_DISKS];     /* the command that makes the checkpoint reached QEMU */
-    bool made_hit[GUEST_MAX_DISKS]; /* … and is the one that the fault hit */
-    bool cut;
-    bool paused; /* by scenario->pause_at */
-    struct stand *next_abandoned;
-};
-
-/* -- the proxy's questions ----------------------------------------------------------------------------------------- */
-
-/* keep.c's last transaction: adds the checkpoint itself. Its disk, or -1. */
-static int makes_checkpoint(const char *name, struct json_object *args)
-{
-    struct json_object *actions = qmp_get(args, "actions"), *data;
-    const char *node, *bitmap;
-
-    if (strcmp(name, "transaction") != 0 || qmp_array_length(actions) == 0)
-        return -1;
-    data = qmp_get(json_object_array_get_idx(actions, 0), "data");
-    node = qmp_get_string(data, "node");
-    bitmap = qmp_get_string(data, "name");
-    return node && bitmap && strcmp(bitmap, GUEST_CHECKPOINT) == 0 && node[0] == 'd' ? node[1] - '0' : -1;
-}
-
-/* job_steps.c's transaction: the freeze. */
-static bool begins_jobs(const char *name, struct json_object *args)
-{
-    struct json_object *actions = qmp_get(args, "actions");
-    const char *type;
-
-    if (strcmp(name, "transaction") != 0 || qmp_array_length(actions) == 0)
-        return false;
-    type = qmp_get_string(json_object_array_get_idx(actions, 0), "type");
-    return type && strcmp(type, "blockdev-backup") == 0;
-}
-
-static enum verdict spoil(struct stand *st, const char *text)
-{
-    switch (st->run.fault) {
-    case FAULT_REFUSED:
-        return VERDICT_REFUSE;
-    case FAULT_REFUSED_ALWAYS:
-        free(st->sabotaged);
-        st->sabotaged = strdup(text);
-        return VERDICT_REFUSE;
-    case FAULT_LOST:
-        return VERDICT_LOSE;
-    case FAULT_DROPPED:
-        return VERDICT_DROP;
-    case FAULT_CUT:
-        return VERDICT_CUT;
-    case FAULT_CUT_AFTER:
-    case FAULT_KILLED:
-        return VERDICT_CUT_AFTER;
-    case FAULT_STOP:
-    case FAULT_STOP_TWICE:
-        daemon_stop(&st->daemon);
-        return VERDICT_PASS;
-    default:
-        return VERDICT_PASS;
-    }
-}
-
-static void note_made(struct stand *st, const char *name, struct json_object *args, enum verdict verdict, bool hit)
-{
-    int disk = makes_checkpoint(name, args);
-
-    if (disk < 0 || disk >= GUEST_MAX_DISKS)
-        return;
-    st->made[disk] |= verdict == VERDICT_PASS || verdict == VERDICT_LOSE || verdict == VERDICT_CUT_AFTER;
-    st->made_hit[disk] |= hit;
-}
-
-/* This QEMU never gets to see it. */
-static enum verdict without_reopen(enum verdict verdict)
-{
-    switch (verdict) {
-    case VERDICT_LOSE:
-        return VERDICT_DROP;
-    case VERDICT_CUT_AFTER:
-        return VERDICT_CUT;
-    case VERDICT_PASS:
-        return VERDICT_REFUSE;
-    default:
-        return verdict;
-    }
-}
-
-/* The stopped guest's disks are frozen one after the other, and its writes end with the first of them. */
-static bool freezes(const struct stand *st, const char *name, struct json_object *args)
-{
-    const char *node = qmp_get_string(args, "value");
-
-    if (!st->scenario->no_reopen)
-        return strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args);
-    return strcmp(name, "qom-set") == 0 && node && fnmatch("qpull-*-cbw0", node, 0) == 0;
-}
-
-static enum verdict on_command(void *arg, const char *name, struct json_object *args)
-{
-    struct stand *st = arg;
-    _cleanup_free_ char *text = NULL;
-    enum verdict verdict = VERDICT_PASS;
-    bool hit;
-
-    if (st->run.verbose)
-        (void)fprintf(stderr, "      %s %s\n", name, args ? json_object_to_json_string(args) : "");
-    if (!st->armed)
-        return VERDICT_PASS;
-    /* The questions about disks before the session's first step are not the session's. */
-    if (st->ncommands == 0 && st->daemon.config.task != DAEMON_SWEEP && strcmp(name, "add-fd") != 0)
-        return VERDICT_PASS;
-    if (asprintf(&text, "%s %s", name, args ? json_object_to_json_string_ext(args, JSON_C_TO_STRING_PLAIN) : "") < 0)
-        die("out of memory");
-    if (st->scenario->snapshot_at && st->armed && st->ncommands && fnmatch(st->scenario->snapshot_at, text, 0) == 0)
-        guest_take_snapshots(&st->guest);
-    if (st->scenario->pause_at && !st->paused && fnmatch(st->scenario->pause_at, text, 0) == 0) {
-        json_object_put(guest_call(&st->guest, NULL, "{'execute':'stop'}"));
-        st->paused = true;
-    }
-    if (st->run.writing && !st->scenario->small_scratch && (!st->scenario->no_reopen || guest_runs(&st->guest)))
-        guest_write(&st->guest);
-    hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
-          (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
-    if (hit) {
-        (void)snprintf(st->hit, sizeof(st->hit), "%.*s", (int)sizeof(st->hit) - 1, text);
-        verdict = spoil(st, text);
-    } else if (st->run.fault == FAULT_STOP_TWICE && st->ncommands == st->run.at + 1) {
-        daemon_stop(&st->daemon);
-    } else if (st->sabotaged && strcmp(st->sabotaged, text) == 0) {
-        verdict = VERDICT_REFUSE;
-    }
-    if (st->scenario->no_reopen && strcmp(name, "blockdev-reopen") == 0)
-        verdict = without_reopen(verdict);
-    st->ncommands++;
-    note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (freezes(st, name, args))
-        guest_freezes(&st->guest);
-    return verdict;
-}
-
-static void kill_child(struct stand *st)
-{
-    if (st->child <= 0)
-        return;
-    (void)kill(st->child, SIGKILL);
-    (void)waitpid(st->child, NULL, 0);
-    st->child = 0;
-}
-
-static void on_cut(void *arg)
-{
-    struct stand *st = arg;
-
-    st->cut = true;
-    if (st->run.fault == FAULT_KILLED)
-        kill_child(st);
-}
-
-static const struct proxy_ops proxy_ops = {.on_command = on_command, .on_cut = on_cut};
-
 /* -- a daemon to be killed ----------------------------------------------------------------------------------------- */
 
 static const char *const tasks[] = {
@@ -237,8 +58,7 @@ static void exec_daemon(const struct stand *st)
     (void)snprintf(ask, sizeof(ask), "%d", st->scenario->ask);
     (void)snprintf(job, sizeof(job), "%d", st->scenario->job);
     (void)execl(st->program, st->program, "--as-daemon", st->path, st->guest.scratch, st->guest.state, ndisks,
-                st->scenario->task == DAEMON_SELFTEST ? "selftest" : "session", narrow, ask, job, (char *)NULL);
-                tasks[st->daemon.config.task], narrow, ask, (char *)NULL);
+                tasks[st->daemon.config.task], narrow, ask, job, (char *)NULL);
     _exit(127);
 }
 
@@ -461,7 +281,7 @@ static void start_foreign_server(struct stand *st)
 static void forget_run(struct stand *st)
 {
     st->ncommands = 0;
-    st->cut = false;
+    st->cut = st->paused = false;
     st->died_ns = 0;
     memset(st->made, 0, sizeof(st->made));
     memset(st->made_hit, 0, sizeof(st->made_hit));
@@ -522,24 +342,6 @@ static int run_again(struct stand *st, struct failure *f)
     return r;
 }
 
-/*
- * Whom nobody else stopped goes on, at the latest by a sweep; whom somebody stopped is still stopped, and let go on by
- * the test. A daemon that was killed in the moment between its look and its mark cannot be told from one that stopped
- * the guest: then the test goes first.
- */
-static int check_pause(struct stand *st, bool suspect, struct failure *f)
-{
-    bool runs = guest_runs(&st->guest);
-
-    if (st->paused && runs)
-        return failure_set(f, -EPROTO, "somebody had stopped the guest, and it was let go on");
-    if (!st->paused && !suspect && !runs)
-        return failure_set(f, -EPROTO, "the guest is left stopped, and no problem was reported");
-    if (st->paused)
-        json_object_put(guest_call(&st->guest, NULL, "{'execute':'cont'}"));
-    return 0;
-}
-
 static int run_and_judge(struct stand *st, struct failure *f)
 {
     _cleanup_free_ char *before = guest_picture(&st->guest);
@@ -558,32 +360,27 @@ static int run_and_judge(struct stand *st, struct failure *f)
         return r;
     ncommands = st->ncommands;
     at = st->run.at;
-    suspect = st->run.fault == FAULT_KILLED || st->cut ||
-              (st->scenario->swept ? st->daemon.failure.err != 0
-                                   : st->daemon.problems.err && (is_excused(st) || !is_about_checkpoint(&st->daemon)));
-    if (check_pause(st, suspect, f) < 0)
-        return f->err;
-    suspect |= st->paused;
-    /* Once nothing of ours is in the way, what somebody else built goes, too. */
-    if (!suspect && guest_undo_snapshots(&st->guest, f) < 0)
-        return f->err;
-    if (!suspect && compare_pictures(st, before, "with no problem reported", f) < 0)
-        return f->err;
-    if (!st->scenario->swept && check_checkpoints(st, f) < 0)
-        return f->err;
-    st->run.fault = FAULT_NONE;
-    if (suspect && (sweep(st, false, f) < 0 || guest_undo_snapshots(&st->guest, f) < 0 ||
-                    compare_pictures(st, before, "after the sweep", f) < 0))
-        return f->err;
-    if (!guest_runs(&st->guest))
-        return failure_set(f, -EPROTO, "the guest is left stopped");
     if (st->died_ns) {
         if (run_again(st, f) < 0)
+            return f->err;
     } else {
         suspect = judge_is_suspect(st);
+        if (judge_pause(st, suspect, f) < 0)
+            return f->err;
+        suspect |= st->paused;
+        /* Once nothing of ours is in the way, what somebody else built goes, too. */
+        if (!suspect && guest_undo_snapshots(&st->guest, f) < 0)
+            return f->err;
         if (!suspect && judge_picture(st, before, "with no problem reported", f) < 0)
+            return f->err;
         if (!st->scenario->swept && judge_checkpoints(st, f) < 0)
+            return f->err;
+        st->run.fault = FAULT_NONE;
+        if (suspect && (sweep(st, false, f) < 0 || guest_undo_snapshots(&st->guest, f) < 0 ||
                         judge_picture(st, before, "after the sweep", f) < 0))
+            return f->err;
+        if (!guest_runs(&st->guest))
+            return failure_set(f, -EPROTO, "the guest is left stopped");
     }
     st->ncommands = ncommands;
     st->run.at = at;
@@ -600,8 +397,6 @@ int stand_run(struct stand *st, const struct run *run, unsigned *ret_ncommands, 
     int r;
 
     st->run = *run;
-    st->ncommands = 0;
-    st->cut = st->paused = false;
     (void)strcpy(st->hit, "-");
     free(TAKE_PTR(st->sabotaged));
     forget_run(st);

@@ -33,6 +33,7 @@ struct stand {
     bool made[GUEST_MAX_DISKS];     /* the command that makes the checkpoint reached QEMU */
     bool made_hit[GUEST_MAX_DISKS]; /* … and is the one that the fault hit */
     bool cut;
+    bool paused; /* by scenario->pause_at */
     bool late_stop;     /* when QEMU died the session was ending already */
     uint64_t died_ns;   /* uv_hrtime() at QEMU's death, 0: it lives */
     uv_timer_t resume;  /* active: QEMU is stopped */
@@ -57,6 +58,7 @@ int judge_session(struct stand *st, struct failure *f);
 int judge_selftest(struct stand *st, struct failure *f);
 int judge_death(struct stand *st, struct failure *f); /* of QEMU, under the task */
 int judge_checkpoints(struct stand *st, struct failure *f);
+int judge_pause(struct stand *st, bool suspect, struct failure *f);
 int judge_picture(struct stand *st, const char *before, const char *when, struct failure *f);
 int judge_fds(struct stand *st, struct failure *f); /* of QEMU */
 int judge_server(struct stand *st, struct failure *f);

@@ -88,6 +88,43 @@ static int makes_checkpoint(const char *name, struct json_object *args)
     return node && bitmap && strcmp(bitmap, GUEST_CHECKPOINT) == 0 && node[0] == 'd' ? node[1] - '0' : -1;
 }
 
+/* job_steps.c's transaction: the freeze. */
+static bool begins_jobs(const char *name, struct json_object *args)
+{
+    struct json_object *actions = qmp_get(args, "actions");
+    const char *type;
+
+    if (strcmp(name, "transaction") != 0 || qmp_array_length(actions) == 0)
+        return false;
+    type = qmp_get_string(json_object_array_get_idx(actions, 0), "type");
+    return type && strcmp(type, "blockdev-backup") == 0;
+}
+
+/* The stopped guest's disks are frozen one after the other, and its writes end with the first of them. */
+static bool freezes(const struct stand *st, const char *name, struct json_object *args)
+{
+    const char *node = qmp_get_string(args, "value");
+
+    if (!st->scenario->no_reopen)
+        return strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args);
+    return strcmp(name, "qom-set") == 0 && node && fnmatch("qpull-*-cbw0", node, 0) == 0;
+}
+
+/* This QEMU never gets to see it. */
+static enum verdict without_reopen(enum verdict verdict)
+{
+    switch (verdict) {
+    case VERDICT_LOSE:
+        return VERDICT_DROP;
+    case VERDICT_CUT_AFTER:
+        return VERDICT_CUT;
+    case VERDICT_PASS:
+        return VERDICT_REFUSE;
+    default:
+        return verdict;
+    }
+}
+
 static enum verdict spoil(struct stand *st, const char *text)
 {
     switch (st->run.fault) {
@@ -153,7 +190,12 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
     if (st->scenario->snapshot_at && st->ncommands && !is_stopped(st) &&
         fnmatch(st->scenario->snapshot_at, text, 0) == 0)
         guest_take_snapshots(&st->guest);
-    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st))
+    if (st->scenario->pause_at && !st->paused && !is_stopped(st) && fnmatch(st->scenario->pause_at, text, 0) == 0) {
+        json_object_put(guest_call(&st->guest, NULL, "{'execute':'stop'}"));
+        st->paused = true;
+    }
+    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st) &&
+        (!st->scenario->no_reopen || guest_runs(&st->guest)))
         guest_write(&st->guest);
     hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
           (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
@@ -165,9 +207,11 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
     } else if (st->sabotaged && strcmp(st->sabotaged, text) == 0) {
         verdict = VERDICT_REFUSE;
     }
+    if (st->scenario->no_reopen && strcmp(name, "blockdev-reopen") == 0)
+        verdict = without_reopen(verdict);
     st->ncommands++;
     note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (strcmp(name, "blockdev-reopen") == 0 && !st->died_ns) {
+    if (freezes(st, name, args) && !st->died_ns) {
         if (is_stopped(st))
             st->freeze_wanted = true;
         else
