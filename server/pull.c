@@ -46,6 +46,8 @@ static void piece_release(struct nbd_payload *payload)
     struct piece *piece = container_of(payload, struct piece, payload);
     struct pull *p = piece->pull;
 
+    if (p->c.give_back_read && p->c.source && !p->stopped)
+        source_give_back(p->c.source, piece->read.offset, piece->read.length);
     piece_free(piece);
     pump(p);
 }
@@ -138,7 +140,10 @@ static bool flush_one(struct pull *p)
         if (!job->request || (!job->err && !piece) || !has_turn(job))
             continue;
         if (job->err) {
-            job_fail(job, job->err, "reading the frozen disk failed");
+            job_fail(job, job->err == -ENODATA ? -EIO : job->err,
+                     job->err == -ENODATA ? "these bytes were given back by a client of this session, and are not kept "
+                                            "for a second read (--give-back)"
+                                          : "reading the frozen disk failed");
             return true;
         }
         if (job->ordered && piece->read.offset != job->send_at)
@@ -158,7 +163,7 @@ static void piece_arrived(struct piece *piece, int err)
 
     if (!job->request || err) {
         if (err && !job->err) { /* the rest need not be read any more */
-            job->err = err == -ENOMEM ? err : -EIO;
+            job->err = err == -ENOMEM || err == -ENODATA ? err : -EIO;
             job->at = job->end;
             if (p->unstarted == job)
                 p->unstarted = job->next;
@@ -265,7 +270,7 @@ static bool start_piece(struct pull *p)
     }
     r = source_read(p->c.source, &piece->read);
     if (r < 0) {
-        piece_arrived(piece, r == -ENOMEM ? r : -EIO);
+        piece_arrived(piece, r);
         return true;
     }
     p->nreading++;
@@ -380,6 +385,10 @@ void pull_request(struct pull *p, struct nbd_request *r)
         return;
     case NBD_COMMAND_STATUS:
         status_answer(p, r);
+        return;
+    case NBD_COMMAND_TRIM:
+        source_give_back(p->c.source, r->offset, r->length);
+        nbd_reply_done(r);
         return;
     case NBD_COMMAND_CACHE: /* a hint; the source reads when it is asked */
         nbd_reply_done(r);
