@@ -63,6 +63,8 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .renames = renames,
         .nrenames = from->nrenames,
         .scratch = s->scratch,
+        .cbw_timeout_s = s->config->cbw_timeout_s,
+        .place = from->place ? from->place : s->config->place,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
@@ -109,7 +111,7 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? scratch_new(loop, config->scratch, &limits, &s->scratch) : -ENOMEM;
+    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch) : -ENOMEM;
     if (r == 0)
         r = conn_set_init(&s->conns, loop, config, &s->catalog);
     if (r < 0) {
@@ -364,7 +366,8 @@ static struct json_object *scratch_to_json(const struct server *s)
     struct json_object *o = json_object_new_object();
     const struct scratch_limits *limits = scratch_limits(s->scratch);
 
-    json_object_object_add(o, "directory", json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "directory", s->config->place ? NULL : json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "place", s->config->place ? json_object_new_string(s->config->scratch) : NULL);
     json_object_object_add(o, "used", json_object_new_uint64(scratch_used_by_all(s->scratch)));
     json_object_object_add(o, "limit", json_object_new_uint64(limits->session));
     json_object_object_add(o, "total-limit", json_object_new_uint64(limits->all));

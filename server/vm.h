@@ -25,6 +25,8 @@ struct vm_config {
     } * renames;
     size_t nrenames;
     struct scratch_place *scratch; /* borrowed for life */
+    const struct place *place;     /* likewise: scratch goes there instead; NULL: does not */
+    unsigned cbw_timeout_s;        /* > 0: 0 would let a hung scratch hold the guest for ever */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */

@@ -43,6 +43,8 @@ struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path;         /* owned */
     struct scratch_place *scratch; /* borrowed */
+    const struct place *place;     /* borrowed, or NULL */
+    unsigned cbw_timeout_s;
     char *server_socket;           /* owned: "nbd-NAME.sock" */
     int state_dir;                 /* O_PATH */
     char **only;                   /* owned */

@@ -327,10 +327,11 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .since = since,
             .nsince = collect_since(vm, stay, since),
             .scratch = vm->scratch,
+            .place = vm->place,
             .state_dir = vm->state_dir,
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
             .narrow_reads = vm->narrow,
-            .cbw_timeout_s = VM_CBW_TIMEOUT_S,
+            .cbw_timeout_s = vm->cbw_timeout_s,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
         };
 

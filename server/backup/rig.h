@@ -90,6 +90,7 @@ int rig_wait(struct rig *r, struct failure *f);
 void rig_step_done(struct calls *c, const struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
+int rig_cut_scratch(struct seq *s, struct failure *f);     /* network connections of scratch nodes are cut; yank.c */
 int rig_no_exports(struct seq *s, struct failure *f);      /* waits until QEMU says they are gone */
 int rig_no_access(struct seq *s, struct failure *f);       /* snapshot-access nodes */
 int rig_thaw(struct seq *s, struct failure *f);            /* no cut node stands on a cbw node */

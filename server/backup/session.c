@@ -157,6 +157,11 @@ static int check(const struct session_config *c, struct failure *f)
 
     if (c->disks->ndisks == 0)
         return failure_set(f, -ENODEV, "VM '%s' has no writable disk", c->vm);
+    if (c->place && !c->still_socket && c->disks->ndisks > 1 && !place_tells_disks(c->place))
+        return failure_set(f, -EINVAL,
+                           "VM '%s' has %zu disks, and all would write to one scratch place: put %%d into its JSON "
+                           "where the disk's name belongs",
+                           c->vm, c->disks->ndisks);
     for (size_t i = 0; i < c->disks->ndisks; i++) {
         const struct disk *d = &c->disks->disks[i];
 
@@ -180,8 +185,9 @@ static int fill(struct session *s, const struct session_config *c)
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->vm = strdup(c->vm);
-    s->scratch = c->scratch;
-    s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
+    s->place = c->place;
+    s->scratch = c->place ? NULL : c->scratch;
+    s->scratch_dir = strdup(c->place ? "" : c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
     s->list = disk_list_copy(c->disks);
     s->still = c->still_socket;
     if (s->still)

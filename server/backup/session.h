@@ -10,6 +10,7 @@
 #define QPULL_BACKUP_SESSION_H
 
 #include "backup/disks.h"
+#include "backup/place.h"
 #include "backup/scratch.h"
 #include "qmp/client.h"
 #include "source/map.h"
@@ -47,6 +48,7 @@ struct session_config {
     size_t nsince;
     const char *scratch_dir;       /* unused where still_socket is set, and where the next one is set */
     struct scratch_place *scratch; /* borrowed until on_down: the limits of the place; NULL: scratch_dir, without any */
+    const struct place *place;     /* borrowed until on_down: scratch is made of it, and the two above are unused */
     int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
     /*
      * Set: the disks are images that a qemu-storage-daemon of ours holds for reading, and its NBD server listens here

@@ -121,6 +121,8 @@ static int scratch_up(struct seq *q, struct failure *f)
 {
     const struct session *s = session_of_seq(q);
 
+    if (s->place)
+        return SEQ_DONE;
     if (s->scratch && scratch_check_quota(s->scratch, f) < 0)
         return f->err;
     return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
@@ -131,6 +133,8 @@ static int scratch_nodes_up(struct seq *q, struct failure *f)
     struct session *s = session_of_seq(q);
     char name[NAMES_SIZE];
 
+    if (s->place)
+        return step_places_up(q, f);
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(name, s->rig.id, NAMES_SCRATCH, i);
         calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i,
@@ -213,6 +217,10 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
         uint64_t disk = size_of_node(ret, d->node),
                  scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
 
+        if (disk == d->size && s->place && scratch < disk)
+            return failure_set(f, -ENOSPC,
+                               "the scratch place of disk '%s' has %llu bytes and the disk %llu; it must be as large",
+                               d->name, (unsigned long long)scratch, (unsigned long long)disk);
         if (disk != d->size || scratch < disk)
             return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again",
                                d->name, (unsigned long long)disk, (unsigned long long)scratch);
@@ -512,7 +520,8 @@ int step_sources_up(struct seq *q, struct failure *f)
 /*
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
- * freezes the guest.
+ * freezes the guest. Copies that hang on stalled scratch do likewise: they are let go before anything drains, also
+ * where the way up ended between the freeze and the sources.
  */
 const struct seq_step session_steps[] = {
     {"pass scratch files", scratch_up, rig_no_fds, NULL},
@@ -524,11 +533,12 @@ const struct seq_step session_steps[] = {
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
     {"freeze", freeze_up, rig_thaw, NULL},
-    {"settle", settle_up, NULL, NULL},
+    {"settle", settle_up, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
+    {"let go of scratch", NULL, step_let_go, step_let_go},
     {"read maps", step_read_maps, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},

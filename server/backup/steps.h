@@ -62,6 +62,8 @@ struct session {
 
     char *vm, *checkpoint, *scratch_dir; /* owned */
     struct scratch_place *scratch;       /* borrowed, or NULL */
+    const struct place *place;           /* borrowed, or NULL: no files of ours, and no limits */
+    unsigned next_place;                 /* the disk whose place is being opened */
     struct scratch_user scratch_user;    /* inside while the files stand */
     struct scratch_file *scratch_files;  /* owned; list->ndisks */
     char *server_socket;                 /* owned */
@@ -123,6 +125,10 @@ void session_late_next(struct session *s);
 void session_late_cancel(struct session *s);
 /* session.c: maps.c has ended one ask; a stop may be waiting for that. */
 void session_late_idle(struct session *s);
+
+/* scratch_steps.c */
+int step_places_up(struct seq *q, struct failure *f); /* scratch nodes that are no files of ours */
+int step_let_go(struct seq *q, struct failure *f);    /* nothing in QEMU waits for scratch any more */
 
 /* keep.c */
 int step_probe_and_close(struct seq *q, struct failure *f);

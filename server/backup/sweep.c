@@ -35,6 +35,7 @@ static const struct seq_step steps[] = {
     {"exports", NULL, rig_no_exports, NULL},
     {"bitmaps", NULL, rig_no_bitmaps, NULL},
     {"block jobs", NULL, rig_no_jobs, NULL},
+    {"scratch connections", NULL, rig_cut_scratch, NULL},
 };
 
 static void found(struct sweep *s, const char *name)
