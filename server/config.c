@@ -135,6 +135,19 @@ static int set_bool(bool *to, const char *value, struct failure *f)
     return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
 }
 
+static int set_give_back(enum config_give_back *to, const char *value, struct failure *f)
+{
+    static const char *const words[] = {[GIVE_BACK_OFF] = "off", [GIVE_BACK_TRIM] = "trim", [GIVE_BACK_READ] = "read"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(words); i++) {
+        if (strcmp(words[i], value) == 0) {
+            *to = (enum config_give_back)i;
+            return 0;
+        }
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is none of off, trim, read", value);
+}
+
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 static void listener_done(struct config_listener *l)
 {
@@ -238,6 +251,7 @@ enum row {
     ROW_SCRATCH_TOTAL_LIMIT,
     ROW_SCRATCH_RESERVE,
     ROW_CBW_TIMEOUT,
+    ROW_GIVE_BACK,
     ROW_STATE,
     ROW_LINGER,
     ROW_HANDSHAKE_TIMEOUT,
@@ -281,6 +295,8 @@ static const struct {
                              "left free on DIR's file system, likewise (default 256M; 0: none)"},
     [ROW_CBW_TIMEOUT] = {"cbw-timeout", 0, "SECONDS",
                          "a guest's write waits so long for its copy to scratch, once (default 10)"},
+    [ROW_GIVE_BACK] = {"give-back", 0, "WHEN",
+                       "free what was copied when a client says trim, or has read it: off, trim, read (default off)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
@@ -330,6 +346,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return set_size(&c->scratch_reserve, value, f);
     case ROW_CBW_TIMEOUT: /* 0 would be QEMU's word for ever */
         return set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
+    case ROW_GIVE_BACK:
+        return set_give_back(&c->give_back, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
     case ROW_LINGER:

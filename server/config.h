@@ -142,6 +142,10 @@ struct config_listener {
     char *port;                      /* owned: TCP, digits */
 };
 
+/* When what was copied for a session is freed before its end: never, when a client says TRIM, or besides when it has
+ * been sent to one. */
+enum config_give_back { GIVE_BACK_OFF, GIVE_BACK_TRIM, GIVE_BACK_READ };
+
 enum config_wish { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION };
 
 #define CONFIG_ROWS_MAX 48 /* rows of the option table */
@@ -163,6 +167,7 @@ struct server_config {
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
     unsigned cbw_timeout_s;
+    enum config_give_back give_back;
     enum log_level log_level;
     bool allow_plaintext;
     /* private to the parser: how often each row was set, by the file and by flags */

@@ -64,6 +64,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .nrenames = from->nrenames,
         .scratch = s->scratch,
         .cbw_timeout_s = s->config->cbw_timeout_s,
+        .give_back = s->config->give_back != GIVE_BACK_OFF,
         .place = from->place ? from->place : s->config->place,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,

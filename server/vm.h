@@ -27,6 +27,7 @@ struct vm_config {
     struct scratch_place *scratch; /* borrowed for life */
     const struct place *place;     /* likewise: scratch goes there instead; NULL: does not */
     unsigned cbw_timeout_s;        /* > 0: 0 would let a hung scratch hold the guest for ever */
+    bool give_back;                /* parts of a frozen disk may be given back */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned keep_checkpoints; /* 0: all */

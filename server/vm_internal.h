@@ -45,6 +45,7 @@ struct vm {
     struct scratch_place *scratch; /* borrowed */
     const struct place *place;     /* borrowed, or NULL */
     unsigned cbw_timeout_s;
+    bool give_back;
     char *server_socket;           /* owned: "nbd-NAME.sock" */
     int state_dir;                 /* O_PATH */
     char **only;                   /* owned */

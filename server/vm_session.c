@@ -332,6 +332,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
             .narrow_reads = vm->narrow,
             .cbw_timeout_s = vm->cbw_timeout_s,
+            .give_back = vm->give_back,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
         };
 

@@ -33,6 +33,7 @@ enum names_kind {
     NAMES_KEEP,    /* bitmap on the disk, for the blink of an eye in which a checkpoint is made */
     NAMES_SERVER,  /* name of the NBD server's fd (getfd) */
     NAMES_JOB,     /* block job */
+    NAMES_DISCARD, /* writable export of the frozen view, for what is given back */
     NAMES_NKINDS
 };
 

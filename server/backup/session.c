@@ -184,6 +184,7 @@ static int fill(struct session *s, const struct session_config *c)
 {
     s->narrow_reads = c->narrow_reads;
     s->cbw_timeout_s = c->cbw_timeout_s;
+    s->give_back = c->give_back && !c->still_socket;
     s->vm = strdup(c->vm);
     s->place = c->place;
     s->scratch = c->place ? NULL : c->scratch;

@@ -57,6 +57,7 @@ struct session_config {
     const char *still_socket;
     bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
+    bool give_back; /* parts of the frozen disks may be given back (source/giveback.h) */
     unsigned call_timeout_ms;
 };
 

@@ -2,6 +2,7 @@
 #include "backup/steps.h"
 
 #include "qmp/commands.h"
+#include "source/giveback.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -180,6 +181,21 @@ static uint64_t size_of_node(struct json_object *named, const char *node)
     return 0;
 }
 
+/* The filter's own bitmaps are the ones without a name (QEMU 7.2 to 10.0). 0: there are none. */
+static uint32_t copy_cluster(struct json_object *named, const char *cbw)
+{
+    struct json_object *bitmaps = qmp_get(graph_named(named, cbw), "dirty-bitmaps");
+    int64_t cluster = 0;
+
+    for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
+        struct json_object *b = json_object_array_get_idx(bitmaps, i);
+
+        if (!qmp_get_string(b, "name"))
+            cluster = MAX(cluster, qmp_get_int(b, "granularity"));
+    }
+    return cluster > 0 && cluster <= INT32_MAX ? (uint32_t)cluster : 0;
+}
+
 static const char *root_of_device(struct json_object *query_block, const char *qdev)
 {
     for (size_t i = 0; i < qmp_array_length(query_block); i++) {
@@ -217,6 +233,7 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
         uint64_t disk = size_of_node(ret, d->node),
                  scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
 
+        s->disks[i].cluster = copy_cluster(ret, names_make(name, s->rig.id, NAMES_CBW, i));
         if (disk == d->size && s->place && scratch < disk)
             return failure_set(f, -ENOSPC,
                                "the scratch place of disk '%s' has %llu bytes and the disk %llu; it must be as large",
@@ -465,6 +482,11 @@ int step_exports_up(struct seq *q, struct failure *f)
         }
         calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, false, bitmaps, n),
                   QMP_NO_FD, i, NULL);
+        if (s->give_back) {
+            names_make(export, s->rig.id, NAMES_DISCARD, i);
+            calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, true, NULL, 0),
+                      QMP_NO_FD, i, NULL);
+        }
         if (!session_needs_allocation(s, i))
             continue;
         names_make(export, s->rig.id, NAMES_LAYER, i);
@@ -483,12 +505,27 @@ static void on_source_lost(void *arg, const struct failure *why)
     session_lost(d->session, d->disk->name, why->text);
 }
 
+static int allow_giving_back(struct session_disk *d)
+{
+    struct session *s = d->session;
+    char export[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = s->rig.server_address,
+        .export_name = names_make(export, s->rig.id, NAMES_DISCARD, (unsigned)(d - s->disks)),
+        .timeout_ms = s->rig.timeout_ms,
+    };
+
+    return giveback_new(s->rig.loop, &config, d->cluster, d->source, &d->source);
+}
+
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
 {
     struct session_disk *d = arg;
 
     d->opening = NULL;
     d->source = source;
+    if (source && d->session->give_back && d->cluster)
+        (void)allow_giving_back(d); /* without it nothing is freed early, that is all */
     session_one_done(d->session, f);
 }
 

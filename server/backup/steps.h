@@ -25,6 +25,7 @@ struct session_disk {
     const struct disk *disk; /* borrowed from the session's list */
     int scratch_fd;          /* -1: none */
     int64_t fdset_id;
+    uint32_t cluster; /* bytes that QEMU copies at once; 0: it does not say */
     bool lost;       /* its frozen view can no longer be read */
     bool keep;       /* its part of the checkpoint is to be kept */
     bool keepable;   /* keep.c: the first half of keeping went well */
@@ -75,6 +76,7 @@ struct session {
     struct reopen reopen; /* of them */
     bool narrow_reads;
     unsigned cbw_timeout_s;
+    bool give_back;
     unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
     int64_t frozen_at_ms;
