@@ -129,6 +129,9 @@ static int check_vm_places(const struct server_config *c, struct failure *f)
 
         if (!a->place || place_tells_vms(a->place))
             continue;
+        if (c->place && strcmp(place_text(a->place), place_text(c->place)) == 0)
+            return failure_set(f, -EINVAL, "VM \"%s\" and --scratch of all others would write to one scratch place",
+                               a->name);
         for (size_t k = 0; k < i; k++) {
             const struct config_vm *b = &c->vms[k];
 

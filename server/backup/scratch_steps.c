@@ -68,8 +68,8 @@ static void wait_for_files(struct rig *r)
     for (unsigned i = 0; i < r->ndisks; i++) {
         struct session_disk *d = &s->disks[i];
 
-        if (d->scratch_fd >= 0)
-            (void)ftruncate(d->scratch_fd, (off_t)d->disk->size); /* whether it works does not matter, only when */
+        if (d->scratch_fd >= 0 && ftruncate(d->scratch_fd, (off_t)d->disk->size) < 0)
+            continue; /* whether it works does not matter, only when */
     }
 }
 

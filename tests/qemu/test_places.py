@@ -17,7 +17,8 @@ from harness import MIB, Disk
 
 TIMEOUT = 2  # seconds: --cbw-timeout of these tests
 PATIENT = 20  # likewise, where scratch must not be given up
-SLOWEST_US = (TIMEOUT + 2) * 1_000_000  # the guest's slowest write: that, and what a machine with other work takes
+BUSY = 10  # seconds that a machine with other work takes; where the guest is held for good, it is for longer than both
+SLOWEST_US = (TIMEOUT + BUSY) * 1_000_000  # the guest's slowest write
 OPEN_S = 2  # PLACE_OPEN_TIMEOUT_S
 
 
@@ -233,7 +234,7 @@ class Places(harness.Case):
         daemon.wait_idle()
         result = load.stop()
         self.assertEqual((result['errors'], result['bad']), (0, 0))
-        self.assertLess(result['slowest-us'], (OPEN_S + 2) * 1_000_000)
+        self.assertLess(result['slowest-us'], (OPEN_S + BUSY) * 1_000_000)
         print(f'the slowest of {result["ops"]} operations took {result["slowest-us"] / 1e6:.2f} s', flush=True)
         self.assertNothingLeft(guest, daemon, before)
 
