@@ -144,7 +144,10 @@ struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file
 
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file)
 {
-    return new_node("snapshot-access", node, file);
+    struct json_object *o = new_node("snapshot-access", node, file);
+
+    put_string(o, "discard", "unmap"); /* what is given back, through an export that is writable for it */
+    return o;
 }
 
 struct json_object *qmp_args_reopen(void)

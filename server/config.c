@@ -33,6 +33,26 @@ int config_set_path(char **to, const char *value, struct failure *f)
     return set_string(to, value, f);
 }
 
+int config_set_scratch(char **dir, struct place **place, const char *value, struct failure *f)
+{
+    struct place *new = NULL;
+
+    if (!dir && !place_is_meant(value))
+        return failure_set(f, -EINVAL,
+                           "\"%s\" is no JSON object of blockdev-add; a directory is named once for all VMs, in "
+                           "[server]",
+                           value);
+    if (place_is_meant(value) && place_parse(value, &new, f) < 0)
+        return f->err;
+    if (dir && config_set_path(dir, value, f) < 0) {
+        place_free(new);
+        return f->err;
+    }
+    place_free(*place);
+    *place = new;
+    return 0;
+}
+
 /* "10", "0.5": seconds with at most three decimals. */
 static int set_seconds(unsigned *to_ms, const char *value, struct failure *f)
 {
@@ -132,6 +152,19 @@ static int set_quiesce(enum quiesce_mode *to, const char *value, struct failure 
         }
     }
     return failure_set(f, -EINVAL, "\"%s\" is none of off, try, require", value);
+}
+
+static int set_give_back(enum config_give_back *to, const char *value, struct failure *f)
+{
+    static const char *const words[] = {[GIVE_BACK_OFF] = "off", [GIVE_BACK_TRIM] = "trim", [GIVE_BACK_READ] = "read"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(words); i++) {
+        if (strcmp(words[i], value) == 0) {
+            *to = (enum config_give_back)i;
+            return 0;
+        }
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is none of off, trim, read", value);
 }
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
@@ -236,6 +269,8 @@ enum row {
     ROW_SCRATCH_LIMIT,
     ROW_SCRATCH_TOTAL_LIMIT,
     ROW_SCRATCH_RESERVE,
+    ROW_CBW_TIMEOUT,
+    ROW_GIVE_BACK,
     ROW_STATE,
     ROW_MAX_PAUSE,
     ROW_LINGER,
@@ -275,13 +310,18 @@ static const struct {
     [ROW_LISTEN] = {"listen", REPEATABLE, "ADDR",
                     "unix:PATH, tcp:HOST:PORT or fd; repeatable (default " CONFIG_LISTEN ")"},
     [ROW_CONTROL] = {"control", 0, "PATH", "control socket (default " CONFIG_CONTROL ")"},
-    [ROW_SCRATCH] = {"scratch", 0, "DIR", "where copy-before-write data goes (default " CONFIG_SCRATCH ")"},
+    [ROW_SCRATCH] = {"scratch", 0, "DIR|JSON",
+                     "where copy-before-write data goes (default " CONFIG_SCRATCH "), or a blockdev-add object"},
     [ROW_SCRATCH_LIMIT] = {"scratch-limit", 0, "SIZE",
                            "of one session; past it the session is given up (default 0: none)"},
     [ROW_SCRATCH_TOTAL_LIMIT] = {"scratch-total-limit", 0, "SIZE",
                                  "of all sessions; past it the largest is given up (default 0: none)"},
     [ROW_SCRATCH_RESERVE] = {"scratch-reserve", 0, "SIZE",
                              "left free on DIR's file system, likewise (default 256M; 0: none)"},
+    [ROW_CBW_TIMEOUT] = {"cbw-timeout", 0, "SECONDS",
+                         "a guest's write waits so long for its copy to scratch, once (default 10)"},
+    [ROW_GIVE_BACK] = {"give-back", 0, "WHEN",
+                       "free what was copied when a client says trim, or has read it: off, trim, read (default off)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
@@ -329,13 +369,17 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_CONTROL:
         return config_set_path(&c->control, value, f);
     case ROW_SCRATCH:
-        return config_set_path(&c->scratch, value, f);
+        return config_set_scratch(&c->scratch, &c->place, value, f);
     case ROW_SCRATCH_LIMIT:
         return set_size(&c->scratch_limit, value, f);
     case ROW_SCRATCH_TOTAL_LIMIT:
         return set_size(&c->scratch_total_limit, value, f);
     case ROW_SCRATCH_RESERVE:
         return set_size(&c->scratch_reserve, value, f);
+    case ROW_CBW_TIMEOUT: /* 0 would be QEMU's word for ever */
+        return set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
+    case ROW_GIVE_BACK:
+        return set_give_back(&c->give_back, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
     case ROW_MAX_PAUSE:
@@ -401,6 +445,9 @@ struct reader {
     bool server_said;
     size_t vm;              /* index + 1 of the VM whose section this is, or 0 */
     struct failure failure; /* without the place */
+    char *scratch;          /* owned: the text of the last scratch=, which may go on */
+    struct failure unfinished;
+    unsigned unfinished_line; /* where that text, so far, has no end */
 };
 
 /* inih tells of a section only with its first key, and cuts names: so section lines are read here. */
@@ -438,6 +485,15 @@ static int begin_section(struct reader *r, const char *line)
     return 0;
 }
 
+static bool is_unfinished(struct reader *r)
+{
+    if (!r->unfinished.err || r->failure.err)
+        return false;
+    r->failure = r->unfinished;
+    r->place.line = r->unfinished_line;
+    return true;
+}
+
 #define UTF8_BOM "\xef\xbb\xbf" /* inih skips it, too */
 
 static char *read_line(char *line, int size, void *arg)
@@ -458,13 +514,60 @@ static char *read_line(char *line, int size, void *arg)
     s = line + (r->place.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
     r->goes_on = isblank((unsigned char)*s);
     s += strspn(s, " \t");
+    if (!r->goes_on && !strchr("\r\n;#", *s) && is_unfinished(r)) /* "" is in there, too */
+        return NULL;
     if (*s == '[' && begin_section(r, s) < 0)
         return NULL;
     return line;
 }
 
+static int name_key(struct reader *r, const char *key)
+{
+    struct failure why = r->failure;
+
+    r->failure.err = 0;
+    return failure_set(&r->failure, why.err, "\"%s\": %s", key, why.text);
+}
+
+/* A JSON object may be too long for one line. */
+static int set_scratch(struct reader *r, const char *value)
+{
+    struct config_vm *vm = r->vm ? &r->c->vms[r->vm - 1] : NULL;
+    char *text = NULL;
+    int result;
+
+    if (!r->goes_on && (vm ? vm->scratch_said : r->c->said_in_file[ROW_SCRATCH]))
+        return failure_set(&r->failure, -EINVAL, "\"scratch\" is there twice");
+    if (vm)
+        vm->scratch_said = true;
+    else
+        r->c->said_in_file[ROW_SCRATCH] = 1;
+    if (asprintf(&text, "%s%s%s", r->goes_on ? r->scratch : "", r->goes_on ? " " : "", value) < 0)
+        return failure_set(&r->failure, -ENOMEM, "out of memory");
+    if (r->goes_on && !place_is_meant(text)) {
+        free(text);
+        return failure_set(&r->failure, -EINVAL, "the value of \"scratch\" may not go on in a second line");
+    }
+    free(r->scratch);
+    r->scratch = text;
+    memset(&r->unfinished, 0, sizeof(r->unfinished));
+    result = vm ? config_set_scratch(/* dir= */ NULL, &vm->place, text, &r->failure)
+                : config_set_scratch(&r->c->scratch, &r->c->place, text, &r->failure);
+    if (result == 0)
+        return 0;
+    (void)name_key(r, "scratch");
+    if (result != -EAGAIN)
+        return r->failure.err;
+    r->unfinished = r->failure;
+    r->unfinished_line = r->place.line;
+    memset(&r->failure, 0, sizeof(r->failure));
+    return 0;
+}
+
 static int set_key(struct reader *r, const char *key, const char *value)
 {
+    if (r->in_server && strcmp(key, rows[ROW_SCRATCH].name) == 0)
+        return set_scratch(r, value);
     if (r->in_server) {
         for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
             if (strcmp(rows[i].name, key) != 0 || (rows[i].flags & FLAG_ONLY))
@@ -472,11 +575,8 @@ static int set_key(struct reader *r, const char *key, const char *value)
             if (++r->c->said_in_file[i] > 1 && !(rows[i].flags & REPEATABLE))
                 return failure_set(&r->failure, -EINVAL, "\"%s\" is there twice", key);
             r->c->said_in_file[i] = 1;
-            if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0) {
-                struct failure why = r->failure;
-                r->failure.err = 0;
-                return failure_set(&r->failure, why.err, "\"%s\": %s", key, why.text);
-            }
+            if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0)
+                return name_key(r, key);
             return 0;
         }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [server]", key);
@@ -494,6 +594,8 @@ static int set_key(struct reader *r, const char *key, const char *value)
             return config_set_rename(vm, key + 5, value, &r->failure);
         if (strncmp(key, "image.", 6) == 0)
             return config_set_image(vm, key + 6, value, /* by_flag= */ false, &r->failure);
+        if (strcmp(key, "scratch") == 0)
+            return set_scratch(r, value);
         if (strcmp(key, "qga") == 0)
             return vm->qga ? failure_set(&r->failure, -EINVAL, "\"qga\" is there twice")
                            : config_set_path(&vm->qga, value, &r->failure);
@@ -519,7 +621,7 @@ static int on_key(void *arg, const char *section, const char *key, const char *v
         return 0;
     if (strlen(key) >= INI_NAME_MAX)
         return failure_set(&r->failure, -EINVAL, "the key \"%s…\" is too long", key) == 0;
-    if (r->goes_on && strcmp(key, "disks") != 0)
+    if (r->goes_on && strcmp(key, "disks") != 0 && strcmp(key, "scratch") != 0)
         return failure_set(&r->failure, -EINVAL, "the value of \"%s\" may not go on in a second line", key) == 0;
     return set_key(r, key, value) == 0;
 }
@@ -536,6 +638,8 @@ static int read_file(struct server_config *c, const char *path, struct failure *
     if (!r.failure.err && ferror(r.file))
         (void)failure_set(&r.failure, -EINVAL, "cannot be read: %s", strerror(errno));
     (void)fclose(r.file);
+    (void)is_unfinished(&r);
+    free(r.scratch);
     if (!r.failure.err && line != 0) {
         r.place.line = (unsigned)MAX(line, 1);
         (void)failure_set(&r.failure, -EINVAL, "this is neither a section nor KEY=VALUE");
@@ -605,6 +709,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
+        .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
         .log_level = LOG_LEVEL_INFO,
     };
     r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
@@ -648,6 +753,7 @@ void config_free(struct server_config *c)
     drop_listeners(c);
     free(c->control);
     free(c->scratch);
+    place_free(c->place);
     free(c->state);
     free(c->storage_daemon);
     free(c->pidfile);

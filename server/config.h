@@ -10,6 +10,7 @@
 #define QPULL_CONFIG_H
 
 #include "backup/engine.h"
+#include "backup/place.h"
 #include "backup/quiesce.h"
 #include "log.h"
 #include "qmp/base.h"
@@ -26,6 +27,11 @@
 #define CONFIG_SCRATCH "/var/tmp"
 #define CONFIG_STATE "/var/lib/qpull"
 #define CONFIG_SCRATCH_RESERVE (256ull << 20) /* bytes; more than SCRATCH_RATE in SCRATCH_LOOK_MIN_MS */
+/*
+ * A guest's write waits so long for its copy to scratch, then the snapshot is given up. A third of what guests give
+ * their disks (30 s: Linux for SCSI, ATA and NVMe), more than a disk that retries takes for one sector (7 s, ERC/TLER).
+ */
+#define CONFIG_CBW_TIMEOUT_S 10u
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
@@ -40,6 +46,7 @@
 #define CONFIG_DISKS_MAX 1024u     /* names in one VM's disks=, and disk.NAME= lines */
 #define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
+#define CONFIG_CBW_TIMEOUT_MAX_S 3600u
 #define CONFIG_CONNECTIONS_MAX 65536u
 #define CONFIG_SIZE_MAX (1ull << 60)  /* of any SIZE: no file system holds more, and sums of them stay numbers */
 #define CONFIG_CHECKPOINTS_MAX 10000u /* of --keep-checkpoints; backup/notes.h keeps no more notes of a VM */
@@ -85,11 +92,8 @@
 #define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
 #define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
-#define VM_CBW_TIMEOUT_S                                                                                           \
-    20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
-                            */
-#define VM_STAYS_MAX 4096u /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64u   /* dirty maps of one session */
+#define VM_STAYS_MAX 4096u        /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64u          /* dirty maps of one session */
 
 /* -- images of a powered-off VM (server/images) -------------------------------------------------------------------- */
 #define IMAGES_GREETING_MS 5000u /* for its monitor to speak, each of … */
@@ -146,9 +150,10 @@ struct config_vm {
     size_t nrenames;
     struct config_image *images; /* owned: image.DISK= */
     size_t nimages;
-    enum engine engine; /* engine=; where it was not said, that of the server */
+    enum engine engine;  /* engine=; where it was not said, that of the server */
+    struct place *place; /* owned: scratch=, a place of its own; NULL: as all others */
     /* private to the parser: where it was said */
-    bool by_flag, qga_by_flag, disks_said, engine_said;
+    bool by_flag, qga_by_flag, disks_said, engine_said, scratch_said;
     unsigned line;
 };
 
@@ -163,6 +168,10 @@ struct config_listener {
     char *port;                      /* owned: TCP, digits */
 };
 
+/* When what was copied for a session is freed before its end: never, when a client says TRIM, or besides when it has
+ * been sent to one. */
+enum config_give_back { GIVE_BACK_OFF, GIVE_BACK_TRIM, GIVE_BACK_READ };
+
 enum config_wish { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION };
 
 #define CONFIG_ROWS_MAX 48 /* rows of the option table */
@@ -173,7 +182,8 @@ struct server_config {
     size_t nvms;
     struct config_listener *listeners; /* owned */
     size_t nlisteners;
-    char *control, *scratch, *state; /* owned: paths */
+    char *control, *scratch, *state; /* owned: paths; scratch may be a JSON object: then it is no path, but … */
+    struct place *place;             /* … owned: what it says */
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
@@ -185,6 +195,8 @@ struct server_config {
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
     enum engine engine;                          /* of VMs that do not say their own */
+    unsigned cbw_timeout_s;
+    enum config_give_back give_back;
     enum log_level log_level;
     bool allow_plaintext;
     enum quiesce_mode quiesce;

@@ -9,6 +9,8 @@
 #include "config.h"
 
 /* config.c */
+/* DIR, or where places are allowed alone (dir NULL) the JSON object of one. */
+int config_set_scratch(char **dir, struct place **place, const char *value, struct failure *f);
 int config_set_path(char **to, const char *value, struct failure *f);
 int config_set_engine(enum engine *to, const char *value, struct failure *f);
 

@@ -257,6 +257,7 @@ void config_vm_done(struct config_vm *vm)
     free(vm->disks);
     free(vm->renames);
     free(vm->images);
+    place_free(vm->place);
     free(vm->name);
     free(vm->qmp);
     free(vm->qga);

@@ -60,7 +60,7 @@ static char *canonical_name(const struct catalog_hit *hit)
     return name;
 }
 
-static struct nbd_export export_of(const char *name, const char *description, uint64_t size)
+static struct nbd_export export_of(const struct conn *c, const char *name, const char *description, uint64_t size)
 {
     return (struct nbd_export){
         .name = name,
@@ -70,6 +70,7 @@ static struct nbd_export export_of(const char *name, const char *description, ui
         .preferred_block = CONN_BLOCK_PREFERRED,
         .max_block = CONN_BLOCK_MAX,
         .multi_conn = true,
+        .trim = c->set->config->give_back != GIVE_BACK_OFF,
     };
 }
 
@@ -85,7 +86,7 @@ static void answer_export(struct conn *c, const struct catalog_hit *hit)
     }
     (void)snprintf(description, sizeof description, "%s, %s disk of VM \"%s\"; a GO freezes it",
                    catalog_size(size, sizeof size, hit->disk->size), hit->disk->format, vm_name(hit->vm));
-    e = export_of(name, description, hit->disk->size);
+    e = export_of(c, name, description, hit->disk->size);
     answered(c);
     nbd_answer_export(c->nbd, &e);
 }
@@ -178,6 +179,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
         .counters = vm_stay_counters(&c->stay),
+        .give_back_read = c->set->config->give_back == GIVE_BACK_READ,
         .on_read = on_pull_read,
         .arg = c,
     };
@@ -222,7 +224,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
              vm_stay_session(&c->stay), c->ncontexts, c->ncontexts == 1 ? "" : "s");
     answered(c);
     c->active_ms = uv_now(c->set->loop);
-    e = export_of(c->export_name, NULL, c->size);
+    e = export_of(c, c->export_name, NULL, c->size);
     nbd_answer_export(c->nbd, &e);
     conn_settle(c);
 }
@@ -353,6 +355,8 @@ bool conn_try_leave(struct conn *c)
     if (c->stay_state == STAY_ENTERED) {
         vm_leave(&c->stay, c->end == NBD_END_DISC, c->pulling && c->pull.read_failed);
         c->stay_state = STAY_NONE;
+        if (c->pulling)
+            pull_let_go(&c->pull);
     }
     return true;
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "doctor.h"
 
+#include "config.h"
 #include "qmp/commands.h"
 #include "server.h"
 #include "vm.h"
@@ -29,7 +30,7 @@
 #define MAGIC_XFS 0x58465342u
 
 /* What the worker finds out of one directory. */
-struct place {
+struct folder {
     char *path; /* owned */
     int err;    /* why no file can be made there, or it cannot be looked at; 0 */
     bool unlinked_wanted;
@@ -52,8 +53,8 @@ struct doctor {
     uv_work_t work;
     bool worked;
     uv_timer_t deadline;
-    struct place scratch, state;
-    uint64_t reserve; /* bytes */
+    struct folder scratch, state;
+    const struct server_config *config; /* borrowed: the server's */
     size_t npatients;
     struct patient patients[];
 };
@@ -119,7 +120,7 @@ static const char *file_system(unsigned type, bool *ret_remote)
 }
 
 /* In the worker. */
-static void look_at(struct place *p)
+static void look_at(struct folder *p)
 {
     struct statfs type;
     struct statvfs room;
@@ -146,11 +147,14 @@ static void look_at(struct place *p)
 
 static void add_scratch(struct doctor *d)
 {
-    const struct place *p = &d->scratch;
+    const struct folder *p = &d->scratch;
     bool remote;
     const char *name = file_system(p->type, &remote);
 
-    if (p->err == -EOPNOTSUPP || p->err == -EISDIR)
+    if (d->config->place)
+        doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_NOTE, "pull something: QEMU opens it only then",
+                   "scratch is %s", d->config->scratch);
+    else if (p->err == -EOPNOTSUPP || p->err == -EISDIR)
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_WRONG,
                    "name a --scratch on a file system with O_TMPFILE (ext4, xfs, btrfs, tmpfs)",
                    "'%s' is on %s, which cannot make files without a name (O_TMPFILE)", p->path, name);
@@ -158,27 +162,27 @@ static void add_scratch(struct doctor *d)
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_WRONG,
                    "make the directory writable for qpulld, or name another --scratch",
                    "no file can be made in '%s': %s", p->path, strerror(-p->err));
-    else if (d->reserve && p->free <= d->reserve)
+    else if (d->config->scratch_reserve && p->free <= d->config->scratch_reserve)
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_WRONG,
                    "make room there, name another --scratch, or lower --scratch-reserve",
                    "no session can begin: '%s' (%s) has %llu MiB free, and --scratch-reserve keeps %llu MiB", p->path,
-                   name, (unsigned long long)(p->free / MIB), (unsigned long long)(d->reserve / MIB));
+                   name, (unsigned long long)(p->free / MIB), (unsigned long long)(d->config->scratch_reserve / MIB));
     else if (remote)
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_NOTE, "a local --scratch hangs with nobody else",
                    "'%s' is on %s: while that hangs, guests' writes hang with it, up to %u seconds, and the session is "
                    "lost",
-                   p->path, name, VM_CBW_TIMEOUT_S);
+                   p->path, name, d->config->cbw_timeout_s);
     else if (p->free == UINT64_MAX)
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_OK, NULL, "'%s' (%s) tells no size", p->path, name);
     else
         doctor_add(d->checks, NULL, NULL, CHECK_SCRATCH, VERDICT_OK, NULL,
                    "'%s' (%s) has %llu MiB free, reserve %llu MiB", p->path, name, (unsigned long long)(p->free / MIB),
-                   (unsigned long long)(d->reserve / MIB));
+                   (unsigned long long)(d->config->scratch_reserve / MIB));
 }
 
 static void add_state(struct doctor *d)
 {
-    const struct place *p = &d->state;
+    const struct folder *p = &d->state;
 
     if (p->err)
         doctor_add(d->checks, NULL, NULL, CHECK_STATE, VERDICT_WRONG,
@@ -298,8 +302,8 @@ static int fill(struct doctor *d, struct server *server, struct vm *only)
     d->checks = json_object_new_array();
     d->scratch.path = strdup(scratch_dir(server_scratch(server)));
     d->scratch.unlinked_wanted = true;
-    d->state.path = strdup(server_state_dir(server));
-    d->reserve = scratch_limits(server_scratch(server))->reserve;
+    d->config = server_config(server);
+    d->state.path = strdup(d->config->state);
     for (size_t i = 0; i < d->npatients; i++) {
         struct patient *p = &d->patients[i];
 

@@ -49,6 +49,8 @@ static void piece_release(struct nbd_payload *payload)
 
     p->unsent -= payload->len;
     p->ntaken += payload->len;
+    if (p->c.give_back_read && p->c.source && !p->stopped)
+        source_give_back(p->c.source, piece->read.offset, piece->read.length);
     piece_free(piece);
     flush(p);
     pump(p);
@@ -152,7 +154,10 @@ static bool flush_one(struct pull *p)
         if (!job->request || (!job->err && !piece) || !has_turn(job))
             continue;
         if (job->err) {
-            job_fail(job, job->err, "reading the frozen disk failed");
+            job_fail(job, job->err == -ENODATA ? -EIO : job->err,
+                     job->err == -ENODATA ? "these bytes were given back by a client of this session, and are not kept "
+                                            "for a second read (--give-back)"
+                                          : "reading the frozen disk failed");
             return true;
         }
         if (full || (job->ordered && piece->read.offset != job->send_at))
@@ -187,7 +192,7 @@ static void piece_arrived(struct piece *piece, int err)
 
     if (!job->request || err) {
         if (err && !job->err) { /* the rest need not be read any more */
-            job->err = err == -ENOMEM ? err : -EIO;
+            job->err = err == -ENOMEM || err == -ENODATA ? err : -EIO;
             job->at = job->end;
             if (p->unstarted == job)
                 p->unstarted = job->next;
@@ -300,7 +305,7 @@ static bool start_piece(struct pull *p)
     }
     r = source_read(p->c.source, &piece->read);
     if (r < 0) {
-        piece_arrived(piece, r == -ENOMEM ? r : -EIO);
+        piece_arrived(piece, r);
         return true;
     }
     p->nreading++;
@@ -450,6 +455,10 @@ void pull_request(struct pull *p, struct nbd_request *r)
         return;
     case NBD_COMMAND_STATUS:
         status_answer(p, r);
+        return;
+    case NBD_COMMAND_TRIM:
+        source_give_back(p->c.source, r->offset, r->length);
+        nbd_reply_done(r);
         return;
     case NBD_COMMAND_CACHE: /* a hint; the source reads when it is asked */
         nbd_reply_done(r);

@@ -31,6 +31,7 @@ struct pull_config {
     struct budget *budget;        /* borrowed */
     struct vm_counters *counters; /* borrowed: bytes sent and read are added here */
     void (*on_read)(void *arg);   /* a read of the source was answered; comes last in its callback. May be NULL */
+    bool give_back_read;          /* what a client has been sent need not be kept */
     void *arg;
 };
 
@@ -58,6 +59,12 @@ int pull_init(struct pull *p, const struct pull_config *config);
 void pull_done(struct pull *p); /* also if zeroed */
 
 void pull_request(struct pull *p, struct nbd_request *r);
+
+/* The source may go now; replies may still be on their way to the client. */
+static inline void pull_let_go(struct pull *p)
+{
+    p->c.source = NULL;
+}
 
 /* A reply is half sent that must stay in one piece: do not feed nbd, which may have to answer at once. */
 static inline bool pull_reply_is_open(const struct pull *p)

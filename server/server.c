@@ -63,6 +63,9 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .renames = renames,
         .nrenames = from->nrenames,
         .scratch = s->scratch,
+        .cbw_timeout_s = s->config->cbw_timeout_s,
+        .give_back = s->config->give_back != GIVE_BACK_OFF,
+        .place = from->place ? from->place : s->config->place,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
         .max_pause_ms = s->config->max_pause_ms,
@@ -115,7 +118,7 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? scratch_new(loop, config->scratch, &limits, &s->scratch) : -ENOMEM;
+    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch) : -ENOMEM;
     if (r == 0)
         r = conn_set_init(&s->conns, loop, config, &s->catalog);
     if (r < 0) {
@@ -355,9 +358,9 @@ struct scratch_place *server_scratch(const struct server *s)
     return s->scratch;
 }
 
-const char *server_state_dir(const struct server *s)
+const struct server_config *server_config(const struct server *s)
 {
-    return s->config->state;
+    return s->config;
 }
 
 uv_loop_t *server_loop(const struct server *s)
@@ -395,7 +398,8 @@ static struct json_object *scratch_to_json(const struct server *s)
     struct json_object *o = json_object_new_object();
     const struct scratch_limits *limits = scratch_limits(s->scratch);
 
-    json_object_object_add(o, "directory", json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "directory", s->config->place ? NULL : json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "place", s->config->place ? json_object_new_string(s->config->scratch) : NULL);
     json_object_object_add(o, "used", json_object_new_uint64(scratch_used_by_all(s->scratch)));
     json_object_object_add(o, "limit", json_object_new_uint64(limits->session));
     json_object_object_add(o, "total-limit", json_object_new_uint64(limits->all));

@@ -39,7 +39,7 @@ struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NUL
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
 struct scratch_place *server_scratch(const struct server *s);
-const char *server_state_dir(const struct server *s);
+const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);
 struct json_object *server_status_to_json(struct server *s); /* the caller owns it */
 

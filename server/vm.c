@@ -54,6 +54,9 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->name = strdup(c->name);
     vm->qmp_path = c->qmp_path ? strdup(c->qmp_path) : NULL;
     vm->scratch = c->scratch;
+    vm->place = c->place;
+    vm->cbw_timeout_s = c->cbw_timeout_s;
+    vm->give_back = c->give_back;
     vm->only = calloc(c->nonly + 1, sizeof(*vm->only));
     vm->renames = calloc(c->nrenames + 1, sizeof(*vm->renames));
     if (asprintf(&vm->server_socket, "nbd-%s.sock", c->name) < 0)

@@ -28,6 +28,9 @@ struct vm_config {
     } * renames;
     size_t nrenames;
     struct scratch_place *scratch; /* borrowed for life */
+    const struct place *place;     /* likewise: scratch goes there instead; NULL: does not */
+    unsigned cbw_timeout_s;        /* > 0: 0 would let a hung scratch hold the guest for ever */
+    bool give_back;                /* parts of a frozen disk may be given back */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned max_pause_ms;     /* as struct session_config */

@@ -55,9 +55,12 @@ struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path;         /* owned */
     struct scratch_place *scratch; /* borrowed */
-    char *server_socket;           /* owned: "nbd-NAME.sock" */
-    int state_dir;                 /* O_PATH */
-    char **only;                   /* owned */
+    const struct place *place;     /* borrowed, or NULL */
+    unsigned cbw_timeout_s;
+    bool give_back;
+    char *server_socket; /* owned: "nbd-NAME.sock" */
+    int state_dir;       /* O_PATH */
+    char **only;         /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;

@@ -38,6 +38,7 @@ enum names_kind {
     NAMES_PAUSED,  /* null-co node, a mark for our successor: it was us who paused this VM */
     NAMES_LOCK,    /* empty image over the cbw node (backup/lock), and the fd's "opaque" tag */
     NAMES_HOLD,    /* null-co node: the mark of a changed action (backup/hold); n says of what */
+    NAMES_DISCARD, /* writable export of the frozen view, for what is given back */
     NAMES_NKINDS
 };
 

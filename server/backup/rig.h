@@ -119,6 +119,7 @@ int rig_no_access(struct seq *s, struct failure *f);  /* snapshot-access nodes *
 int rig_go_on(struct seq *s, struct failure *f);      /* a guest that we paused goes on, and no mark says it does not */
 int rig_thaw(struct seq *s, struct failure *f);       /* no cut node stands on a cbw node */
 int rig_detach(struct seq *s, struct failure *f);     /* no device has a node of ours as its root */
+int rig_cut_scratch(struct seq *s, struct failure *f);     /* network connections of scratch nodes are cut; yank.c */
 int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes */
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */

@@ -201,6 +201,11 @@ static int check(const struct session_config *c, struct failure *f)
 
     if (c->disks->ndisks == 0)
         return failure_set(f, -ENODEV, "VM '%s' has no writable disk", c->vm);
+    if (c->place && !c->still_socket && c->disks->ndisks > 1 && !place_tells_disks(c->place))
+        return failure_set(f, -EINVAL,
+                           "VM '%s' has %zu disks, and all would write to one scratch place: put %%d into its JSON "
+                           "where the disk's name belongs",
+                           c->vm, c->disks->ndisks);
     for (size_t i = 0; i < c->disks->ndisks; i++) {
         const struct disk *d = &c->disks->disks[i];
 
@@ -228,9 +233,11 @@ static int fill(struct session *s, const struct session_config *c)
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->max_pause_ms = c->max_pause_ms;
     s->timeout_s = c->timeout_s;
+    s->give_back = c->give_back && !c->still_socket;
     s->vm = strdup(c->vm);
-    s->scratch = c->scratch;
-    s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
+    s->place = c->place;
+    s->scratch = c->place ? NULL : c->scratch;
+    s->scratch_dir = strdup(c->place ? "" : c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
     s->list = disk_list_copy(c->disks);
     s->still = c->still_socket;
     if (s->still)

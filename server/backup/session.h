@@ -11,6 +11,7 @@
 
 #include "backup/disks.h"
 #include "backup/engine.h"
+#include "backup/place.h"
 #include "backup/quiesce.h"
 #include "backup/scratch.h"
 #include "qmp/client.h"
@@ -49,6 +50,7 @@ struct session_config {
     size_t nsince;
     const char *scratch_dir;       /* unused where still_socket is set, and where the next one is set */
     struct scratch_place *scratch; /* borrowed until on_down: the limits of the place; NULL: scratch_dir, without any */
+    const struct place *place;     /* borrowed until on_down: scratch is made of it, and the two above are unused */
     int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
     /*
      * Set: the disks are images that a qemu-storage-daemon of ours holds for reading, and its NBD server listens here
@@ -60,6 +62,7 @@ struct session_config {
     bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
     unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
+    bool give_back;        /* parts of the frozen disks may be given back (source/giveback.h) */
     unsigned call_timeout_ms;
     struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
     bool hold_shutdown;      /* QEMU is not to end before the session when its guest shuts down (backup/hold) */

@@ -4,6 +4,7 @@
 #include "backup/hold.h"
 #include "backup/lock.h"
 #include "qmp/commands.h"
+#include "source/giveback.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -123,6 +124,8 @@ int step_scratch_up(struct seq *q, struct failure *f)
 {
     const struct session *s = session_of_seq(q);
 
+    if (s->place)
+        return SEQ_DONE;
     if (s->scratch && scratch_check_quota(s->scratch, f) < 0)
         return f->err;
     return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
@@ -133,6 +136,8 @@ int step_scratch_nodes_up(struct seq *q, struct failure *f)
     struct session *s = session_of_seq(q);
     char name[NAMES_SIZE];
 
+    if (s->place)
+        return step_places_up(q, f);
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(name, s->rig.id, NAMES_SCRATCH, i);
         calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i,
@@ -178,6 +183,21 @@ static uint64_t size_of_node(struct json_object *named, const char *node)
     return 0;
 }
 
+/* The filter's own bitmaps are the ones without a name (QEMU 7.2 to 10.0). 0: there are none. */
+static uint32_t copy_cluster(struct json_object *named, const char *cbw)
+{
+    struct json_object *bitmaps = qmp_get(graph_named(named, cbw), "dirty-bitmaps");
+    int64_t cluster = 0;
+
+    for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
+        struct json_object *b = json_object_array_get_idx(bitmaps, i);
+
+        if (!qmp_get_string(b, "name"))
+            cluster = MAX(cluster, qmp_get_int(b, "granularity"));
+    }
+    return cluster > 0 && cluster <= INT32_MAX ? (uint32_t)cluster : 0;
+}
+
 static const char *root_of_device(struct json_object *query_block, const char *qdev)
 {
     for (size_t i = 0; i < qmp_array_length(query_block); i++) {
@@ -220,6 +240,11 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
         uint64_t disk = size_of_node(ret, d->node),
                  scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
 
+        s->disks[i].cluster = copy_cluster(ret, names_make(name, s->rig.id, NAMES_CBW, i));
+        if (disk == d->size && s->place && scratch < disk)
+            return failure_set(f, -ENOSPC,
+                               "the scratch place of disk '%s' has %llu bytes and the disk %llu; it must be as large",
+                               d->name, (unsigned long long)scratch, (unsigned long long)disk);
         if (disk != d->size || scratch < disk)
             return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again",
                                d->name, (unsigned long long)disk, (unsigned long long)scratch);
@@ -432,6 +457,11 @@ int step_exports_up(struct seq *q, struct failure *f)
         }
         calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, false, bitmaps, n),
                   QMP_NO_FD, i, NULL);
+        if (s->give_back) {
+            names_make(export, s->rig.id, NAMES_DISCARD, i);
+            calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, true, NULL, 0),
+                      QMP_NO_FD, i, NULL);
+        }
         if (!session_needs_allocation(s, i))
             continue;
         names_make(export, s->rig.id, NAMES_LAYER, i);
@@ -450,12 +480,27 @@ static void on_source_lost(void *arg, const struct failure *why)
     session_lost_export(d, why->text);
 }
 
+static int allow_giving_back(struct session_disk *d)
+{
+    struct session *s = d->session;
+    char export[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = s->rig.server_address,
+        .export_name = names_make(export, s->rig.id, NAMES_DISCARD, (unsigned)(d - s->disks)),
+        .timeout_ms = s->rig.timeout_ms,
+    };
+
+    return giveback_new(s->rig.loop, &config, d->cluster, d->source, &d->source);
+}
+
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
 {
     struct session_disk *d = arg;
 
     d->opening = NULL;
     d->source = source;
+    if (source && d->session->give_back && d->cluster)
+        (void)allow_giving_back(d); /* without it nothing is freed early, that is all */
     session_one_done(d->session, f);
 }
 
@@ -487,7 +532,9 @@ int step_sources_up(struct seq *q, struct failure *f)
 /*
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
- * freezes the guest. The first flush comes before all that drains the disks, the second right before the freeze.
+ * freezes the guest. Copies that hang on stalled scratch do likewise: they are let go before anything drains, also
+ * where the way up ended between the freeze and the sources. The first flush comes before all that drains the disks,
+ * the second right before the freeze.
  *
  * A QEMU that is held because its guest has shut down ends with the undoing of the first row, when all else is undone.
  */
@@ -512,11 +559,12 @@ const struct seq_step session_steps[] = {
     {"freeze", step_freeze_up, rig_go_on, NULL},
     {"thaw guest", step_thaw_up, NULL, NULL},
     {"unmark guest", step_unmark_up, NULL, NULL},
-    {"settle", step_settle_up, NULL, NULL},
+    {"settle", step_settle_up, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"lock", rig_lock, rig_no_locks, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
+    {"let go of scratch", NULL, step_let_go, step_let_go},
     {"read maps", step_read_maps, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},

@@ -28,10 +28,11 @@ struct session_disk {
     const struct disk *disk; /* borrowed from the session's list */
     int scratch_fd;          /* -1: none */
     int64_t fdset_id;
-    bool lost;       /* its frozen view can no longer be read */
-    bool keep;       /* its part of the checkpoint is to be kept */
-    bool keepable;   /* keep.c: the first half of keeping went well */
-    char *keep_node; /* owned: where the checkpoint's bitmap is made */
+    uint32_t cluster; /* bytes that QEMU copies at once; 0: it does not say */
+    bool lost;        /* its frozen view can no longer be read */
+    bool keep;        /* its part of the checkpoint is to be kept */
+    bool keepable;    /* keep.c: the first half of keeping went well */
+    char *keep_node;  /* owned: where the checkpoint's bitmap is made */
     struct source *source;
     struct source_nbd_open *opening;
     struct map *layers; /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
@@ -72,6 +73,8 @@ struct session {
 
     char *vm, *checkpoint, *scratch_dir; /* owned */
     struct scratch_place *scratch;       /* borrowed, or NULL */
+    const struct place *place;           /* borrowed, or NULL: no files of ours, and no limits */
+    unsigned next_place;                 /* the disk whose place is being opened */
     struct scratch_user scratch_user;    /* inside while the files stand */
     struct scratch_file *scratch_files;  /* owned; list->ndisks */
     char *server_socket;                 /* owned */
@@ -91,6 +94,7 @@ struct session {
     unsigned quiesced_ms;
     bool narrow_reads;
     unsigned cbw_timeout_s;
+    bool give_back;
     unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
     struct {
@@ -199,6 +203,9 @@ int step_quiesce_up(struct seq *q, struct failure *f);
 int step_quiesce_down(struct seq *q, struct failure *f);
 int step_thaw_up(struct seq *q, struct failure *f); /* right after the cut: these two */
 int step_unmark_up(struct seq *q, struct failure *f);
+/* scratch_steps.c */
+int step_places_up(struct seq *q, struct failure *f); /* scratch nodes that are no files of ours */
+int step_let_go(struct seq *q, struct failure *f);    /* nothing in QEMU waits for scratch any more */
 
 /* keep.c */
 int step_probe_and_close(struct seq *q, struct failure *f);

@@ -70,6 +70,7 @@ static const struct seq_step steps[] = {
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
     {"frozen file systems", NULL, guest_thawed, NULL}, /* an agent answers only while its guest runs */
+    {"scratch connections", NULL, rig_cut_scratch, NULL},
     {"pause", NULL, rig_go_on, NULL},
 };
 

@@ -4,6 +4,7 @@
 #include "lib/test.h"
 #include "nbd_servers.h"
 #include "qmp/base.h"
+#include "source/giveback.h"
 #include "source/memory.h"
 #include "source/nbd.h"
 
@@ -110,6 +111,14 @@ static void nbd_open(struct rig *rig)
     loop_until(&rig->loop, rig->source);
 }
 
+static void giveback_open(struct rig *rig)
+{
+    struct source_nbd_config config = {.socket_path = rig->server.path, .export_name = rig->kind->export_name};
+
+    nbd_open(rig);
+    assert_int_equal(giveback_new(&rig->loop, &config, 65536, rig->source, &rig->source), 0);
+}
+
 static void nbd_stall(struct rig *rig)
 {
     server_stop(&rig->server);
@@ -144,6 +153,14 @@ static struct kind narrow_kind = {
     .export_name = "",
     .cluster = 65536,
     .open = nbd_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+static struct kind giveback_kind = {
+    .program = "qemu-nbd",
+    .command = "exec qemu-nbd -r -t -e 2 -f raw -x '' disk",
+    .export_name = "",
+    .open = giveback_open,
     .stall = nbd_stall,
     .lose = nbd_lose,
 };
@@ -506,6 +523,7 @@ int main(void)
         CONTRACT(&daemon_kind, "nbd, qemu-storage-daemon"),
         CONTRACT(&narrow_kind, "nbd, qemu-nbd, narrow reads"),
         CONTRACT(&nbdkit_kind, "nbd, nbdkit"),
+        CONTRACT(&giveback_kind, "giveback over nbd"),
     };
     const char *replay = getenv("QPULL_TEST_SEED");
 
