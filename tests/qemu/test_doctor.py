@@ -83,7 +83,7 @@ class Doctor(harness.Case):
         daemon = self.qpulld(guest)
         daemon.wait_idle()
         guest.quit()
-        harness.wait_until(lambda: re.search('No such file|refused', daemon.vm()['reason'] or ''), 20, 'another attempt')
+        harness.wait_until(lambda: re.search('No such file|refused', daemon.vm()['reason'] or ''), 20, 'a new attempt')
         self.expect_wrong(daemon, 'qmp', r'vm\.qmp', 'start the VM')
         daemon.stop()
 

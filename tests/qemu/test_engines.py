@@ -45,7 +45,8 @@ class Engines(harness.Case):
             nbdpull.pull(daemon.uri('vm/vda'))
             daemon.wait_idle()
         self.assertEqual(proxy.nasked, 1)
-        found = re.findall(r'VM vm: QEMU [\d.]+ has (.*); sessions are frozen by copy-before-write', self.written(daemon))
+        found = re.findall(r'VM vm: QEMU [\d.]+ has (.*); sessions are frozen by copy-before-write',
+                           self.written(daemon))
         self.assertEqual(len(found), 1)
         engine = daemon.vm()['engine']
         self.assertEqual((engine['wish'], engine['name'], engine['risk'], engine['failure']),
