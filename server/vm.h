@@ -201,8 +201,8 @@ struct vm_checkup {
 bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
 
 /* For the control socket; the caller owns the answer. */
-struct json_object *
-vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */
+/* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */
+struct json_object *vm_to_json(struct vm *vm);
 /* {"wish", "name", "why", "risk", "failure", "capabilities": {NAME: bool} or null}; null: not known (yet). */
 struct json_object *vm_engine_to_json(const struct vm *vm);
 struct json_object *vm_brief_to_json(const struct vm *vm); /* {"name", "qemu", "engine": {…}} for query-status */

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a freeze costs a busy guest, by engine: its slowest write while a session goes up, interleaved with the same span
-of time without a session; and whether its discards get through during a session.
+"""What a freeze costs a busy guest, by engine: its slowest write while a session goes up, interleaved with the same
+span of time without a session; and whether its discards get through during a session.
 
     tests/bench/engines.py [ROUNDS [DISKS…]]      (default: 10 rounds of 1, 4 and 8 disks)"""
 import os

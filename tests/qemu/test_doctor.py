@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 
 import harness
 import nbdpull
@@ -82,7 +83,7 @@ class Doctor(harness.Case):
         daemon = self.qpulld(guest)
         daemon.wait_idle()
         guest.quit()
-        harness.wait_until(lambda: re.search('No such file|refused', daemon.vm()['reason'] or ''), 20, 'another attempt')
+        harness.wait_until(lambda: re.search('No such file|refused', daemon.vm()['reason'] or ''), 20, 'a new attempt')
         self.expect_wrong(daemon, 'qmp', r'vm\.qmp', 'start the VM')
         daemon.stop()
 
@@ -217,7 +218,8 @@ class Doctor(harness.Case):
                 # Some kind of file system that knows no O_TMPFILE.
                 ('scratch', daemon.scratch, 'mqueue', 'rw', 'cannot make files without a name', 'xfs')):
             with self.subTest(path=path, kind=kind, options=options):
-                harness.run(['mount', '-t', kind, '-o', options, 'none', path])
+                if subprocess.run(['mount', '-t', kind, '-o', options, 'none', path], check=False).returncode:
+                    self.skipTest(f'cannot mount a {kind}')
                 try:
                     self.expect_wrong(daemon, check, words, advice)
                 finally:

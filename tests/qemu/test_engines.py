@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which engine freezes a QEMU's disks, what is said about it, and what is particular to backup jobs. (The tests that
 say "every engine" run with both.)"""
+import os
 import re
+import subprocess
 import time
 
 import harness
@@ -43,7 +45,8 @@ class Engines(harness.Case):
             nbdpull.pull(daemon.uri('vm/vda'))
             daemon.wait_idle()
         self.assertEqual(proxy.nasked, 1)
-        found = re.findall(r'VM vm: QEMU [\d.]+ has (.*); sessions are frozen by copy-before-write', self.written(daemon))
+        found = re.findall(r'VM vm: QEMU [\d.]+ has (.*); sessions are frozen by copy-before-write',
+                           self.written(daemon))
         self.assertEqual(len(found), 1)
         engine = daemon.vm()['engine']
         self.assertEqual((engine['wish'], engine['name'], engine['risk'], engine['failure']),
@@ -216,8 +219,8 @@ class Jobs(harness.Case):
             h.pread(MIB, 0)
             self.assertEqual(len(guest.look('query-jobs')), 3)
             daemon.kill()
-            harness.os.unlink(daemon.socket)
-            harness.os.unlink(daemon.control)
+            os.unlink(daemon.socket)
+            os.unlink(daemon.control)
             guest.write('vda', 0, MIB, 2)  # a copy is made, with nobody there
             daemon = self.qpulld(guest, linger=0, flags=flags, name='second', state=f'{self.folder}/state')
             daemon.wait_idle()
@@ -262,14 +265,15 @@ class Jobs(harness.Case):
         daemon.stop()
 
     def test_scratch_that_is_full_costs_the_session_where_qemu_can_give_it_up(self):
-        if harness.os.geteuid() != 0:
+        if os.geteuid() != 0:
             self.skipTest('only root may mount a small file system')
         guest = self.bare(Disk('vda', 16 * MIB))
         guest.write('vda', 0, 16 * MIB, 1)
         before = guest.state()
         scratch = f'{self.folder}/small.scratch'
-        harness.os.mkdir(scratch)
-        harness.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', scratch])
+        os.mkdir(scratch)
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', scratch], check=False).returncode:
+            self.skipTest('cannot mount a tmpfs')
         try:
             # Without a reserve nothing is given up in time: QEMU itself meets the end of the space.
             daemon = self.qpulld(guest, linger=0, flags=[JOB, '--scratch-reserve=0'], name='small')
