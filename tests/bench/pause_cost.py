@@ -3,7 +3,7 @@
 """How long a guest's I/O stands still for the freeze: the slowest of its own small writes while a session comes up, for
 1, 3 and 8 disks, with clean host caches and with 1 GiB of dirty ones, beside what the daemon says of the pause.
 
-    tests/bench/pause_cost.py [ROUNDS] [--bin DIR]… [--accel kvm] [--rate MB] [--disks 1,3] [--json FILE]
+    tests/bench/pause_cost.py [ROUNDS] [--bin DIR]… [--accel kvm] [--rate MB] [--disks 1,3] [--stop] [--json FILE]
 
 Each DIR (default: what the tests use) has a qpulld; several are compared within the same guests. --rate makes the
 images' storage slow: a flush takes so long as writing back what was written since the last one would."""
@@ -19,9 +19,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '../
 import harness  # noqa: E402
 import nbdpull  # noqa: E402
 import slowsync  # noqa: E402
+import test_pause  # noqa: E402
 from harness import MIB, Disk  # noqa: E402
 
-DIRTY = 1024 * MIB  # over all disks
 LOAD = 16 * MIB  # of each disk: what the guest's own writer uses
 WINDOW_S = 0.7  # before a session and after it: what the guest's writer sees without one
 
@@ -34,9 +34,9 @@ class Guest(harness.Guest):
         args[args.index('-accel') + 1] = self.accel
         return args
 
-    def dirty(self, value):
+    def dirty(self, value, size):
         """Fills the host's page cache, past the guest."""
-        each = DIRTY // len(self.disks)
+        each = size // len(self.disks)
         for name in self.disks:
             path = next(d['qdev'] for d in self.look('query-block') if f'/{name}/' in f'/{d.get("qdev")}/')
             for at in range(0, each, 64 * MIB):
@@ -47,7 +47,7 @@ class Guest(harness.Guest):
 
     def window(self, action):
         """(the slowest write of the guest in ms, what action() returned)"""
-        loads = [self.load(d, kinds=('write',), size=LOAD, max=4096, pause_us=100) for d in self.disks]
+        loads = [self.load(d, kinds=('write',), size=LOAD, max=4096, pause_us=1000) for d in self.disks]
         time.sleep(WINDOW_S / 2)
         result = action()
         time.sleep(WINDOW_S / 2)
@@ -67,23 +67,27 @@ def session(daemon, name):
 def measure(folder, ndisks, programs, rounds, args):
     disks = [Disk(f'vd{chr(97 + i)}', 2048 * MIB, options='preallocation=metadata') for i in range(ndisks)]
     Guest.accel = args.accel
-    with slowsync.slow(folder, args.rate):
-        guest = Guest(folder, disks, memory=256)
+    guest = Guest(folder, disks, memory=256)
+    proxy = test_pause.NoReopen(folder, guest) if args.stop else guest
     rows = []
     for number in range(rounds):
         for dirty in (False, True):
-            for program in programs:
-                daemon = harness.Qpulld(folder, {'vm': guest}, linger=0, program=f'{program}/qpulld')
+            for program in harness.rng.sample(programs, len(programs)):
+                daemon = harness.Qpulld(folder, {'vm': proxy}, linger=0, program=f'{program}/qpulld', start=False)
+                if 'pause' not in harness.run([daemon.program, '--help']).stdout:
+                    daemon.flags = [f for f in daemon.flags if not f.startswith('--max-pause')]
+                daemon.start()
                 session(daemon, disks[0].name)()  # the self-test
                 for name in guest.disks:
                     guest.flush(name)
                 if dirty:
-                    guest.dirty(number % 255 + 1)
+                    guest.dirty(number % 255 + 1, args.dirty * MIB)
                 alone, _ = guest.window(lambda: time.sleep(0.2))
                 felt, told = guest.window(session(daemon, disks[0].name))
                 rows.append({'disks': ndisks, 'dirty': dirty, 'bin': program, 'alone-ms': alone, 'felt-ms': felt,
                              'pause-ms': told.get('pause-us', 0) / 1000, 'flush-ms': told.get('flush-ms'),
                              'setup-ms': told.get('setup-ms')})
+                print(rows[-1], file=sys.stderr, flush=True)
                 daemon.stop()
     guest.kill()
     return rows
@@ -96,13 +100,16 @@ def main():
     parser.add_argument('--accel', default='tcg')
     parser.add_argument('--rate', type=int, default=0)
     parser.add_argument('--disks', default='1,3,8')
+    parser.add_argument('--stop', action='store_true', help='blockdev-reopen is refused')
+    parser.add_argument('--dirty', type=int, default=1024, metavar='MB', help='over all disks')
     parser.add_argument('--json')
     args = parser.parse_args()
     programs, rows = args.bin or [harness.bin_dir()], []
     for ndisks in map(int, args.disks.split(',')):
-        with tempfile.TemporaryDirectory(dir='/var/tmp') as folder:
+        with tempfile.TemporaryDirectory(dir='/dev/shm' if args.rate else '/var/tmp') as folder:
             try:
-                rows += measure(folder, ndisks, programs, args.rounds, args)
+                with slowsync.slow(folder, args.rate):
+                    rows += measure(folder, ndisks, programs, args.rounds, args)
             finally:
                 harness.kill_children()
     print(f'{args.rounds} rounds; median (worst) in ms of the guest\'s slowest write without a session, with one, of the '
