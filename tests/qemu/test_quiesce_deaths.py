@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """Whoever dies between the freeze and the thaw of a guest's file systems: they are thawed, by the watchdog, or by a
 successor where that died as well. The agent is a fake, so that the moment of each blow is exact."""
 import os

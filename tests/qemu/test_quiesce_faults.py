@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """Sessions with a guest agent that fails in every way at every command: nobody is left frozen, no process is left over,
 and the session says what is true. The agent is a fake; tests/qemu/test_quiesce.py has a real one."""
 import concurrent.futures
