@@ -3,13 +3,12 @@
 
 #include "qmp/outbox.h"
 #include "qmp/stream.h"
+#include "qmp/unix.h"
 
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #define GREETING_TIMEOUT_MS 5000
@@ -442,45 +441,12 @@ static void on_poll(uv_poll_t *handle, int status, int events)
         link_write(l);
 }
 
-/* Stores in by a descriptor that the address leans on, to be closed after connect(), or -1. */
-static int address_of(const char *path, struct sockaddr_un *ret_addr, int *ret_by)
-{
-    struct sockaddr_un addr = {.sun_family = AF_UNIX};
-    int by = -1;
-
-    if (strlen(path) < sizeof(addr.sun_path)) {
-        memcpy(addr.sun_path, path, strlen(path) + 1);
-    } else {
-        /* Too long for sun_path: /proc names the socket by a descriptor that needs no right to read or write. */
-        by = open(path, O_PATH | O_CLOEXEC);
-        if (by < 0)
-            return -errno;
-        (void)snprintf(addr.sun_path, sizeof(addr.sun_path), "/proc/self/fd/%d", by);
-    }
-    *ret_addr = addr;
-    *ret_by = by;
-    return 0;
-}
-
 static int client_connect(struct qmp_client *c, struct failure *f)
 {
-    struct sockaddr_un addr;
-    int by = -1, fd, r;
+    int fd = -1, r = unix_connect(c->path, &fd);
 
-    r = address_of(c->path, &addr, &by);
-    if (r < 0)
+    if (r < 0 && r != -EINPROGRESS)
         return refused(c, r, f);
-    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    r = fd < 0 ? -errno : 0;
-    if (r == 0 && connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0)
-        r = -errno;
-    if (by >= 0)
-        close(by);
-    if (r < 0 && r != -EINPROGRESS) {
-        if (fd >= 0)
-            close(fd);
-        return refused(c, r, f);
-    }
     if (link_new(c, fd, f) < 0)
         return f->err;
     if (r == 0)
