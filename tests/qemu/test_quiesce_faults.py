@@ -19,10 +19,18 @@ class Faults(quiesceworld.Case):
         place = Place(self)
         daemon = self.daemon('require', place)
         seen = []
-        place.agent.before['freeze'] = lambda: seen.append(len(fakeagent.watchdogs(daemon)))
+
+        def look():
+            for pid in fakeagent.watchdogs(daemon):
+                folder = f'/proc/{pid}/fd'
+                seen.append(sorted(os.readlink(f'{folder}/{fd}').split(':')[0] for fd in os.listdir(folder)))
+        place.agent.before['freeze'] = look
         found = session(daemon, place)
         self.assertEqual((found['quiesced'], found['not-quiesced']), (True, None))
-        self.assertEqual(seen, [1])
+        # One watchdog; the pipe to the daemon and the agent's connection are sockets, the rest is its loop's and stderr.
+        self.assertEqual(len(seen), 1)
+        self.assertEqual(seen[0].count('socket'), 2)
+        self.assertLessEqual(set(seen[0]), {'socket', 'pipe', 'anon_inode', '/dev/null', daemon.log_path})
         self.assertIn('guest quiesced for', self.written(daemon))
         self.assertEqual(place.agent.heard[-4:], ['sync', 'freeze', 'sync', 'thaw'])
         self.nothing_left(daemon, place)
