@@ -82,13 +82,13 @@ static void on_status(void *arg, struct json_object *ret, const struct failure *
     struct thaw *t = arg;
     struct failure mine = {0};
     const char *status = json_object_is_type(ret, json_type_string) ? json_object_get_string(ret) : "";
+    /* An agent without that question has thawed when it says so. */
+    bool thawed = f ? f->err == -ENOSYS && t->said_so : strcmp(status, "thawed") == 0;
 
-    if (f && f->err == -ENOSYS && t->said_so) {
-        end(t, NULL); /* an agent without that question */
+    if (thawed) {
+        end(t, NULL);
     } else if (f) {
         again(t, f);
-    } else if (strcmp(status, "thawed") == 0) {
-        end(t, NULL);
     } else if (t->look_first) {
         t->look_first = false;
         try(t);

@@ -40,9 +40,9 @@ def session(daemon, place):
 
 
 class Case(harness.Case):
-    def daemon(self, mode, *places, name='qpulld'):
+    def daemon(self, mode, *places, name='qpulld', monitor=None):
         flags = [f'--qga={p.name}={p.path}' for p in places] + [f'--quiesce={mode}']
-        daemon = self.qpulld({p.name: p.vm for p in places}, linger=0, flags=flags, name=name)
+        daemon = self.qpulld({p.name: monitor or p.vm for p in places}, linger=0, flags=flags, name=name)
         for place in places:
             daemon.wait_idle(name=place.name)
         return daemon

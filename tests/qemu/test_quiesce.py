@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """--quiesce with a real guest, its agent (Debian's qemu-ga) and a file system that is being worked on."""
 import agentguest
 import harness

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """Whoever dies between the freeze and the thaw of a guest's file systems: they are thawed, by the watchdog, or by a
 successor where that died as well. The agent is a fake, so that the moment of each blow is exact."""
 import os
@@ -11,6 +12,7 @@ import fakeagent
 import harness
 import quiesceworld
 import rawnbd
+from qmpproxy import QmpProxy
 from quiesceworld import Place, session
 
 SOON = 20  # seconds; what takes milliseconds on a machine that has nothing else to do
@@ -150,6 +152,48 @@ class Deaths(quiesceworld.Case):
         self.no_watchdogs(daemon)
         daemon.start()
         self.nothing_left(daemon, place)
+
+    def cut(self, place, blow):
+        """A session whose guest is frozen when the cut is to be made: blow() comes instead, once."""
+        proxy = QmpProxy(self.folder, place.vm)
+        self.addCleanup(proxy.close)
+        daemon = self.daemon('try', place, monitor=proxy)
+
+        def each(command):
+            if command == 'blockdev-reopen' and not struck:
+                struck.append(place.agent.frozen)
+                blow()
+        struck = []
+        proxy.at_each(each)
+        found = session(daemon, place)
+        proxy.at_each(None)
+        self.assertEqual(struck, [fakeagent.NFILESYSTEMS])
+        return daemon, found
+
+    def test_a_cut_that_takes_too_long_is_not_waited_for(self):
+        place = Place(self)
+
+        def blow():
+            harness.wait_until(lambda: place.agent.frozen == 0, 60, 'the thaw before the cut')
+        daemon, found = self.cut(place, blow)
+        self.assertIn('were not cut in time', found['not-quiesced'])
+        self.nothing_left(daemon, place)
+        self.no_watchdogs(daemon)
+
+    def test_a_monitor_that_is_lost_at_the_cut_does_not_delay_the_thaw(self):
+        place = Place(self)
+
+        def blow():
+            raise OSError  # the proxy hangs up
+        daemon, found = self.cut(place, blow)
+        self.assertIn('closed the connection', found)
+        self.thawed_at_once(place)
+        self.nothing_left(daemon, place)
+        self.no_watchdogs(daemon)
+
+    def thawed_at_once(self, place):
+        self.assertEqual(place.agent.heard[-2:], ['sync', 'thaw'])
+        self.assertEqual(place.agent.frozen, 0)
 
     def test_qemu_dies_while_frozen(self):
         place = Place(self)

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """Sessions with a guest agent that fails in every way at every command: nobody is left frozen, no process is left over,
 and the session says what is true. The agent is a fake; tests/qemu/test_quiesce.py has a real one."""
 import concurrent.futures
@@ -18,10 +19,18 @@ class Faults(quiesceworld.Case):
         place = Place(self)
         daemon = self.daemon('require', place)
         seen = []
-        place.agent.before['freeze'] = lambda: seen.append(len(fakeagent.watchdogs(daemon)))
+
+        def look():
+            for pid in fakeagent.watchdogs(daemon):
+                folder = f'/proc/{pid}/fd'
+                seen.append(sorted(os.readlink(f'{folder}/{fd}').split(':')[0] for fd in os.listdir(folder)))
+        place.agent.before['freeze'] = look
         found = session(daemon, place)
         self.assertEqual((found['quiesced'], found['not-quiesced']), (True, None))
-        self.assertEqual(seen, [1])
+        # One watchdog; the pipe to the daemon and the agent's connection are sockets, the rest is its loop's and stderr.
+        self.assertEqual(len(seen), 1)
+        self.assertEqual(seen[0].count('socket'), 2)
+        self.assertLessEqual(set(seen[0]), {'socket', 'pipe', 'anon_inode', '/dev/null', daemon.log_path})
         self.assertIn('guest quiesced for', self.written(daemon))
         self.assertEqual(place.agent.heard[-4:], ['sync', 'freeze', 'sync', 'thaw'])
         self.nothing_left(daemon, place)

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """A real guest whose file systems are frozen, and the blow comes at the cut: it works on, soon, whatever died."""
 import os
 import signal
