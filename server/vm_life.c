@@ -44,8 +44,8 @@ static void on_held_too_long(uv_timer_t *t)
 
 static void hold(struct vm *vm, const char *words, bool panic)
 {
-    if (!vm->session || !session_holds(vm->session, panic))
-        return;
+    if (!vm->session || !session_holds(vm->session, panic) || vm->life.held)
+        return; /* held: it is told once more, and that gives it no more time */
     log_warning("VM %s: %s; QEMU waits for the end of session %s, for %g s at most", vm->name, words,
                 session_id(vm->session), vm->hold_shutdown_ms / 1000.0);
     vm->life.held = true;

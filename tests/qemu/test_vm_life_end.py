@@ -7,7 +7,7 @@ import signal
 import harness
 import nbdpull
 from harness import MIB, Disk
-from vmlife import ACPI_POWEROFF, PANIC, image_bitmaps
+from vmlife import ACPI_POWEROFF, PANIC, acpi, image_bitmaps
 
 class End(harness.Case):
     def session(self, **options):
@@ -73,7 +73,7 @@ class End(harness.Case):
 
     def test_a_guest_that_shuts_down_is_named_and_keeps_older_checkpoints(self):
         self.session()
-        self.vm.hmp(ACPI_POWEROFF)
+        acpi(self.vm, ACPI_POWEROFF, lambda: self.vm.process.poll() is not None)
         self.check_end('QEMU ended: its guest has shut down (guest-shutdown)')
         self.check_again()
         self.daemon.stop()
@@ -111,9 +111,7 @@ class End(harness.Case):
         self.session(extra=['-no-shutdown', '-device', 'pvpanic'])
         expected = bytearray(self.disk.model.image)
         expected[2 * MIB:3 * MIB] = bytes([17]) * MIB
-        self.vm.hmp(ACPI_POWEROFF)
-        self.vm.look.wait_event('SHUTDOWN')
-        harness.wait_until(lambda: self.vm.look('query-status')['status'] == 'shutdown', 10)
+        acpi(self.vm, ACPI_POWEROFF, lambda: self.vm.look('query-status')['status'] == 'shutdown')
         self.assertSame(nbdpull.read_all(self.h), expected[:self.disk.size], 'the frozen disk')
         self.h.shutdown()
         self.daemon.wait_idle()

@@ -9,7 +9,7 @@ import harness
 import nbdpull
 from harness import MIB, Disk
 from qmpproxy import QmpProxy
-from vmlife import ACPI_POWEROFF, PANIC, image_bitmaps
+from vmlife import ACPI_POWEROFF, PANIC, acpi, image_bitmaps
 
 LONG = '--hold-shutdown=60'
 
@@ -49,8 +49,11 @@ class Hold(harness.Case):
         return self.vm.look('query-status')['status']
 
     def shut_down(self):
-        self.vm.hmp(ACPI_POWEROFF)
-        harness.wait_until(lambda: self.status() == 'shutdown', 10, 'the guest\'s end')
+        acpi(self.vm, ACPI_POWEROFF, lambda: self.status() == 'shutdown')
+
+    def shut_down_and_end(self):
+        acpi(self.vm, ACPI_POWEROFF, lambda: self.vm.process.poll() is not None)
+        self.check_ended()
 
     def marks(self):
         return [n for n in self.vm.state()['nodes'] if '-hold' in n]
@@ -61,8 +64,7 @@ class Hold(harness.Case):
     def check_not_held_any_more(self):
         """A guest that shuts down ends its QEMU, at once."""
         self.assertEqual(self.vm.state(), self.before)
-        self.vm.hmp(ACPI_POWEROFF)
-        self.check_ended()
+        self.shut_down_and_end()
 
     def last(self):
         return harness.wait_until(lambda: self.daemon.vm()['session'] is None and self.daemon.vm()['last-session'], 20)
@@ -105,8 +107,7 @@ class Hold(harness.Case):
     def test_it_waits_no_longer_than_it_was_told(self):
         self.begin(hold='--hold-shutdown=1')
         h = self.open()
-        self.shut_down()
-        self.check_ended()
+        self.shut_down_and_end()  # which says it again and again
         self.assertIn('--hold-shutdown lets QEMU wait no longer for session', self.last()['failure'])
         with self.assertRaises(nbdpull.nbd.Error):
             h.pread(512, 0)
@@ -125,8 +126,7 @@ class Hold(harness.Case):
         self.begin(hold='--hold-shutdown=0')
         self.open('vm/vda')
         self.assertEqual(self.marks(), [])
-        self.vm.hmp(ACPI_POWEROFF)
-        self.check_ended()
+        self.shut_down_and_end()
 
     def test_quit_is_not_held(self):
         self.begin()

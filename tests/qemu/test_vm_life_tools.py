@@ -6,7 +6,7 @@ import nbdpull
 import vmlife
 from harness import MIB, Disk
 from qmpclient import QmpError
-from vmlife import ACPI_SUSPEND, LEGACY
+from vmlife import ACPI_SUSPEND, LEGACY, acpi
 
 
 class Tools(vmlife.Case):
@@ -35,8 +35,7 @@ class Tools(vmlife.Case):
     def test_a_session_may_end_while_the_guest_is_suspended(self):
         self.bare_legacy()
         h = nbdpull.connect(self.daemon.uri('vm/vda'))
-        self.vm.hmp(ACPI_SUSPEND)
-        harness.wait_until(lambda: self.vm.look('query-status')['status'] == 'suspended', 10)
+        acpi(self.vm, ACPI_SUSPEND, lambda: self.vm.look('query-status')['status'] == 'suspended')
         self.assertEqual(len(nbdpull.read_all(h)), 4 * MIB)
         h.shutdown()
         self.daemon.wait_idle()

@@ -14,6 +14,19 @@ ACPI_SUSPEND = 'o /h 0x604 0x2400'  # likewise, sleep type 1
 PANIC = 'o /b 0x505 1'  # -device pvpanic
 
 
+def acpi(vm, line, done):
+    """Says it to the machine until it has had its effect: the firmware makes that port work some time after the start."""
+    def said():
+        if done():
+            return True
+        try:
+            vm.hmp(line)
+        except ConnectionError:  # QEMU ends
+            pass
+        return done()
+    harness.wait_until(said, 60, line, every=0.2)
+
+
 def image_bitmaps(disk):
     info = json.loads(harness.run(['qemu-img', 'info', '--output=json', disk.path]).stdout)
     found = info['format-specific']['data'].get('bitmaps', [])
