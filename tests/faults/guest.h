@@ -59,6 +59,7 @@ struct guest {
 bool guest_possible(void);
 /* scratch_size in bytes; 0: what the disk has room for. */
 void guest_start(struct guest *g, unsigned ndisks, uint64_t scratch_size, uint64_t seed);
+/* Gives the process mounts of its own, and every thread that it starts from now on. */
 bool guest_can_limit_scratch(void);
 /* SIGKILL, and removes the directory. */
 void guest_done(struct guest *g);

@@ -27,7 +27,9 @@ static bool is_about_checkpoint(const struct daemon *d)
 /* Where the answer that it was made is lost, nobody can know; the next pull of that name is told that it exists. */
 static bool is_uncertain(const struct stand *st, unsigned disk)
 {
-    return st->made_hit[disk] || st->cut || strstr(st->daemon.problems.text, "was not answered within");
+    /* While QEMU stands still the answers to all commands in flight are late. */
+    return st->made_hit[disk] || st->cut || st->run.fault == FAULT_STALLED ||
+           strstr(st->daemon.problems.text, "was not answered within");
 }
 
 bool judge_is_suspect(const struct stand *st)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A guest that never stops writing, a daemon, and one session after the other with a client and a fault that are drawn
-at random. After each: every byte that a client got was on the disk at one instant; two disks show the same instant; maps
-cover what changed; a checkpoint stands exactly where the pull ended well; QEMU's block layer is as before; nobody holds
-a descriptor more than before; the guest saw no error and waited for no write longer than the bound.
+at random. After each: every byte that a client got was on the disk at one instant; two disks show the same instant;
+maps cover what changed; a checkpoint stands exactly where the pull ended well; QEMU's block layer is as before; nobody
+holds a descriptor more than before; the guest saw no error and waited for no write longer than the bound.
 
 A world's choices follow from its seed and the session's number; how far the guest is when something strikes does not.
 """
 import collections
 import ctypes
+import gc
 import os
 import random
 import shutil
@@ -87,7 +88,8 @@ class World:
         self.stalled = 0.0
         self.mounted = False
         rng = random.Random(f'{seed}/world')
-        self.disks = (Disk('vda', 24 * MIB + rng.choice((0, 5)) * SECTOR, bus=rng.choice(('virtio-blk', 'virtio-scsi'))),
+        odd, bus = rng.choice((0, 5)) * SECTOR, rng.choice(('virtio-blk', 'virtio-scsi'))
+        self.disks = (Disk('vda', 24 * MIB + odd, bus=bus),
                       Disk('vdb', 12 * MIB, options=rng.choice(('cluster_size=4096', 'cluster_size=65536'))))
         self.checkpoints = {d.name: {} for d in self.disks}  # of each disk: name: what a client has restored
         self.vm = harness.Guest(self.folder, self.disks, smp=rng.choice((1, 2)), start=False)
@@ -205,7 +207,9 @@ class World:
         self.stalled, self.frozen_by = 0.0, {}
         phase, delay = rng.choice(('go', 'go', 'read', 'leave')), rng.random() ** 2 * 0.4
         self.blow = Blow(phase, delay, strike) if strike else None
-        self.what = f'{self.life} daemon, {client}, {fault}' + (f' {delay * 1000:.0f} ms into {phase}' if strike else '')
+        self.what = f'{self.life} daemon, {client}, {fault}'
+        if strike:
+            self.what += f' {delay * 1000:.0f} ms into {phase}'
         began = time.monotonic()
         self.start_loads(rng)
         noise = soakclients.Noise(self.daemon, rng)
@@ -221,6 +225,7 @@ class World:
         noise.close()
         self.recover(fault)
         self.judge(s, client, fault)
+        gc.collect()  # images are large, and some hang in cycles
         self.stats[f'client {client}'] += 1
         self.stats[f'fault {fault}'] += 1
         self.stats[f'daemon {self.life}'] += 1
@@ -484,7 +489,8 @@ class World:
     def compare(disk, data, what):
         n, first = disk.model.compare(data)
         if n:
-            raise AssertionError(f'{what} of {disk.name}: {n} sectors are not what the guest wrote, the first at {first}')
+            raise AssertionError(f'{what} of {disk.name}: {n} sectors are not what the guest wrote, the first at '
+                                 f'{first}')
 
     def close(self, keep=None):
         """Everything goes; keep: the logs go there."""

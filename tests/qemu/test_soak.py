@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# ctest: timeout 600
 """Some sessions with random clients and random faults on a guest that writes all the time (soakworld.py);
 tests/soak/sessions runs as many as wanted."""
 import unittest
