@@ -71,7 +71,6 @@
 
 /* -- what slow and stuck clients may cost (docs/decisions/0015-clients.md) ------------------------------------------
  */
-#define CONN_TURN_STEPS 16u            /* requests that are looked at before the other connections have a turn */
 #define CONN_PIECE_SHORT (64u << 10)   /* CONN_PIECE where the budget is used up: a cluster; a divisor of it */
 #define CONN_UNSENT_TOTAL (4u << 20)   /* CONN_MAX_UNSENT of all connections together; past it each has … */
 #define CONN_LEAST_UNSENT (16u << 10)  /* … this much, and past half of it answers about a disk's status have … */

@@ -252,8 +252,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && !c->turn_over && !conn_is_full(c) && !c->parked &&
-           nbd_inflight(c->nbd) < CONN_MAX_REQUESTS && !(c->pulling && pull_reply_is_open(&c->pull));
+    return c->state == CONN_TALKING && !conn_is_full(c) && !c->parked && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
+           !(c->pulling && pull_reply_is_open(&c->pull));
 }
 
 bool conn_is_full(const struct conn *c)
@@ -261,32 +261,13 @@ bool conn_is_full(const struct conn *c)
     return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
 }
 
-static void on_turn(uv_idle_t *turn)
-{
-    struct conn_set *s = turn->data;
-
-    (void)uv_idle_stop(turn);
-    for (struct conn *c = s->first; c; c = c->next) {
-        if (!c->turn_over)
-            continue;
-        c->turn_over = false;
-        conn_settle(c);
-    }
-}
-
-/* Gives nbd what is in the input buffer, as far as it may have it; the rest when the others have had their turn. */
+/* Gives nbd what is in the input buffer, as far as it may have it. */
 static void conn_input(struct conn *c)
 {
-    for (unsigned n = 0; c->input_at < c->input_len && may_feed(c); n++) {
+    while (c->input_at < c->input_len && may_feed(c)) {
         size_t left = c->input_len - c->input_at;
-        size_t taken;
-
-        if (n == CONN_TURN_STEPS) {
-            c->turn_over = true;
-            (void)uv_idle_start(&c->set->turn, on_turn); /* once in each turn of the loop, as no timer of 0 ms does */
-            break;
-        }
-        taken = nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
+        size_t taken =
+            nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
         c->input_at += taken;
         if (taken == 0)
             break;
@@ -579,8 +560,7 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
 {
     *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
-    s->tick.data = s->turn.data = s;
-    (void)uv_idle_init(loop, &s->turn);
+    s->tick.data = s;
     return uv_timer_init(loop, &s->tick);
 }
 
@@ -591,19 +571,12 @@ static void on_set_closed(uv_handle_t *handle)
     s->on_closed(s->arg);
 }
 
-static void on_turn_closed(uv_handle_t *handle)
-{
-    struct conn_set *s = handle->data;
-
-    uv_close((uv_handle_t *)&s->tick, on_set_closed);
-}
-
 void conn_set_close(struct conn_set *s, void (*cb)(void *arg))
 {
     assert(!s->first);
     s->on_closed = cb;
     budget_done(&s->budget);
-    uv_close((uv_handle_t *)&s->turn, on_turn_closed);
+    uv_close((uv_handle_t *)&s->tick, on_set_closed);
 }
 
 void conn_set_fail(struct conn_set *s, const struct failure *why)

@@ -25,7 +25,6 @@ struct conn_set {
     const struct catalog *catalog;      /* borrowed */
     struct budget budget;
     uv_timer_t tick;           /* runs while there is a connection */
-    uv_idle_t turn;            /* somebody has more requests than had a turn */
     struct conn *first, *last; /* owned: in the order in which they came */
     size_t nconns;             /* those that talk */
     size_t nopen;              /* sockets: those that talk, and those that are closing */

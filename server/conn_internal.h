@@ -43,7 +43,6 @@ struct conn {
 
     /* input */
     bool reading, input_eof;
-    bool turn_over; /* others first */
     size_t input_at, input_len; /* bytes in input that nbd has not taken */
     char input[CONN_READ_BUFFER];
 

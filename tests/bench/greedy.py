@@ -7,7 +7,7 @@ connection among all connections counts, not the half. "CPU" is what the bad cli
 processors while the good one ran: where they, QEMU, the daemon and nbdcopy want more processors than there are, none of
 them gets all it wants. Memory is the daemon's highest RSS and PSS while they were there.
 
-    tests/bench/greedy.py [ROUNDS] [--count N] [--kind KIND]… [--bin DIR] [--json FILE]"""
+    tests/bench/greedy.py [ROUNDS] [--count N] [--mib N] [--kind KIND]… [--bin DIR] [--json FILE]"""
 import argparse
 import json
 import os
@@ -24,7 +24,6 @@ import harness  # noqa: E402
 import rawnbd  # noqa: E402
 from harness import MIB  # noqa: E402
 
-SIZE = 512 * MIB
 SETTLE = 1.5  # seconds until what was begun by a kind of client stands: the daemon looks at them every half second
 
 
@@ -63,10 +62,10 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
-def start_vm(folder):
+def start_vm(folder, size=512 * MIB):
     disk, monitor = f'{folder}/disk.raw', f'{folder}/vm.qmp'
     with open('/dev/urandom', 'rb') as random, open(disk, 'wb') as f:
-        for _ in range(SIZE // MIB):
+        for _ in range(size // MIB):
             f.write(random.read(MIB))
     harness.spawn(['qemu-system-x86_64', '-machine', 'pc,accel=tcg', '-m', '64', '-S', '-nodefaults', '-display', 'none',
                    '-blockdev', f'raw,node-name=disk,file.driver=file,file.filename={disk}',
@@ -100,6 +99,7 @@ def main():
     parser.add_argument('rounds', nargs='?', type=int, default=5)
     parser.add_argument('--count', type=int, default=100)
     parser.add_argument('--kind', action='append', choices=sorted(badclients.KINDS))
+    parser.add_argument('--mib', type=int, default=512, help='how large the disk is')
     parser.add_argument('--bin', help='where qpulld is')
     parser.add_argument('--json')
     args = parser.parse_args()
@@ -110,7 +110,7 @@ def main():
     cpu = {k: [] for k in kinds}
     with tempfile.TemporaryDirectory(dir='/dev/shm' if os.path.isdir('/dev/shm') else None) as folder:
         try:
-            daemon = harness.Qpulld(folder, {'vm': start_vm(folder)}, linger=60)
+            daemon = harness.Qpulld(folder, {'vm': start_vm(folder, args.mib * MIB)}, linger=60)
             holder = rawnbd.Raw(daemon.socket)  # so that all is one session
             holder.go('vm/vda')
             copy(daemon)  # warms up
@@ -130,12 +130,12 @@ def main():
             daemon.check_log()
         finally:
             harness.kill_children()
-    print(f'{args.count} bad clients, {args.rounds} rounds; one nbdcopy of {SIZE // MIB} MiB; the daemon alone: '
+    print(f'{args.count} bad clients, {args.rounds} rounds; one nbdcopy of {args.mib} MiB; the daemon alone: '
           f'RSS {idle[0] / MIB:.1f} MiB, PSS {idle[1] / MIB:.1f} MiB')
     result = []
     for name in kinds:
         a, b = statistics.median(alone[name]), statistics.median(beside[name])
-        row = {'kind': name, 'alone-mib-s': SIZE / MIB / a, 'beside-mib-s': SIZE / MIB / b, 'share': a / b,
+        row = {'kind': name, 'alone-mib-s': args.mib / a, 'beside-mib-s': args.mib / b, 'share': a / b,
                'cpu': statistics.median(cpu[name]),
                'rss-mib': most[name][0] / MIB, 'pss-mib': most[name][1] / MIB}
         result.append(row)

@@ -195,26 +195,6 @@ static void a_client_that_sends_a_byte_now_and_then_is_idle(void **state)
     bytes_done(&all);
 }
 
-/* A buffer full of requests is not done with before somebody else's single one. */
-static void a_flood_of_requests_takes_turns_with_others(void **state)
-{
-    struct world *w = *state;
-    struct client *flood = client_open(w, 0, "web/vda", STRUCTURED), *other = client_open(w, 1, "web/vda", STRUCTURED);
-    struct conn *c = w->set.first;
-    struct bytes b = {0};
-
-    for (unsigned i = 0; i < 140; i++) /* one read of the socket */
-        say_read(&b, i, UINT64_C(1) << 40, 4096);
-    client_say(flood, &b);
-    say_read(&b, 1, UINT64_C(1) << 40, 4096);
-    client_say(other, &b);
-    loop_until(&w->loop, other->in.len > 0);
-    assert_true(c->input_at < c->input_len);
-    loop_until(&w->loop, flood->in.len >= 140 * other->in.len);
-    loop_turn(&w->loop, 5);
-    assert_int_equal(flood->in.len, 140 * other->in.len);
-}
-
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, world_set_up, world_tear_down)
@@ -225,7 +205,6 @@ int main(void)
         TEST(lists_that_nobody_reads_are_not_made),
         TEST(a_client_that_reads_late_gets_all_its_lists),
         TEST(a_client_that_sends_a_byte_now_and_then_is_idle),
-        TEST(a_flood_of_requests_takes_turns_with_others),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
