@@ -217,6 +217,7 @@ static void start_session(struct daemon *d)
         .state_dir = d->state_dir,
         .narrow_reads = d->config.narrow_reads,
         .cbw_timeout_s = CBW_TIMEOUT_S,
+        .give_back = true, /* one more export for each disk */
         .call_timeout_ms = d->config.timeout_ms,
     };
     struct failure f = {0};
