@@ -26,10 +26,10 @@ struct session_disk {
     int scratch_fd;          /* -1: none */
     int64_t fdset_id;
     uint32_t cluster; /* bytes that QEMU copies at once; 0: it does not say */
-    bool lost;       /* its frozen view can no longer be read */
-    bool keep;       /* its part of the checkpoint is to be kept */
-    bool keepable;   /* keep.c: the first half of keeping went well */
-    char *keep_node; /* owned: where the checkpoint's bitmap is made */
+    bool lost;        /* its frozen view can no longer be read */
+    bool keep;        /* its part of the checkpoint is to be kept */
+    bool keepable;    /* keep.c: the first half of keeping went well */
+    char *keep_node;  /* owned: where the checkpoint's bitmap is made */
     struct source *source;
     struct source_nbd_open *opening;
     struct map *layers; /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
