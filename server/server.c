@@ -118,7 +118,8 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch) : -ENOMEM;
+    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch)
+                               : -ENOMEM;
     if (r == 0)
         r = conn_set_init(&s->conns, loop, config, &s->catalog);
     if (r < 0) {
