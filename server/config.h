@@ -91,8 +91,10 @@
 #define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
 #define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
-#define VM_STAYS_MAX 4096u        /* connections that wait for or take part in one VM's session */
-#define VM_SINCE_MAX 64u          /* dirty maps of one session */
+#define VM_LINGER_STEP_MS \
+    250u /* a session lingers on in such steps, VM_CALL_TIMEOUT_MS in all, while QEMU is being asked */
+#define VM_STAYS_MAX 4096u /* connections that wait for or take part in one VM's session */
+#define VM_SINCE_MAX 64u   /* dirty maps of one session */
 
 /* -- images of a powered-off VM (server/images) -------------------------------------------------------------------- */
 #define IMAGES_GREETING_MS 5000u /* for its monitor to speak, each of … */

@@ -120,6 +120,7 @@ struct vm {
     struct vm_pull *pulls;          /* owned */
     size_t npulls;
     uv_timer_t linger, kick;
+    unsigned lingered_ms; /* past the linger, for QEMU's answers */
     bool lingering;
     struct json_object *last; /* owned: the session before this one, for status */
 

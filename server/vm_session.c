@@ -630,12 +630,21 @@ int vm_enter(struct vm *vm, struct vm_stay *stay)
     return 0;
 }
 
+/* Who comes back is first told what disks there are: while QEMU does not answer that, the way back stays open. */
 static void on_linger(uv_timer_t *t)
 {
     struct vm *vm = container_of(t, struct vm, linger);
 
-    if (vm->session)
-        vm_end_session(vm);
+    if (!vm->session)
+        return;
+    if (vm->waiting || vm->answering) {
+        if (vm->lingered_ms < VM_CALL_TIMEOUT_MS) {
+            vm->lingered_ms += VM_LINGER_STEP_MS;
+            (void)uv_timer_start(&vm->linger, on_linger, VM_LINGER_STEP_MS, 0);
+            return;
+        }
+    }
+    vm_end_session(vm);
 }
 
 static bool anybody_waits(const struct vm *vm)
@@ -670,6 +679,7 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
         return;
     if (session_status(vm->session) == SESSION_UP) {
         vm->lingering = true;
+        vm->lingered_ms = 0;
         (void)uv_timer_start(&vm->linger, on_linger, vm->linger_ms, 0);
         vm_pump_later(vm);
     } else if (!anybody_waits(vm)) {

@@ -259,8 +259,8 @@ class World:
 
     def judge(self, s, client, fault):
         may_fail = fault in ('daemon-killed', 'daemon-ended') or self.life in ('limit', 'full')
-        if client == 'network_lost' and self.stalled:
-            may_fail = s.came_late = True  # who comes back waits for QEMU's answer, and linger goes on meanwhile
+        if client == 'network_lost' and self.stalled >= LONG_STALL:
+            may_fail = s.came_late = True  # QEMU's answer does not come in time
         if s.error and not may_fail:
             raise AssertionError(f'the client lost its session: {s.error}; the daemon says {self.daemon.vm()}')
         for part in s.parts.values():
