@@ -359,8 +359,8 @@ static void lose(struct session_disk *d, const char *why, int err, unsigned ms)
 
     d->lost = true;
     d->keep = false;
-    (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s", d->disk->name, d->session->vm,
-                      why);
+    (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s%s", d->disk->name, d->session->vm,
+                      why, err == -ESTALE ? "; the guest goes on" : "");
     fail_within(d->session, &f, ms);
 }
 
