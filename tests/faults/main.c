@@ -18,14 +18,17 @@
 #include <stdio.h>
 
 #define TEST_SKIPPED 77
+/* The first command after the freeze that adds exports: those of the live disks are before it. */
+#define EXPORTS "block-export-add {\"type\":\"nbd\",\"id\":\"qpull-*-export0\"*"
+
 static const struct scenario scenarios[] = {
     {.name = "one-disk", .ndisks = 1, .keep = 1, .ask = true},
     {.name = "one-disk-dropped", .ndisks = 1},
     {.name = "three-disks", .ndisks = 3, .keep = 5},
-    {.name = "snapshot", .ndisks = 1, .ask = true, .snapshot_at = "block-export-add *"},
+    {.name = "snapshot", .ndisks = 1, .ask = true, .snapshot_at = EXPORTS},
     {.name = "job", .ndisks = 1, .keep = 1, .ask = true, .job = true},
     {.name = "job-three-disks", .ndisks = 3, .keep = 5, .job = true},
-    {.name = "job-snapshot", .ndisks = 1, .ask = true, .snapshot_at = "block-export-add *", .job = true},
+    {.name = "job-snapshot", .ndisks = 1, .ask = true, .snapshot_at = EXPORTS, .job = true},
     {.name = "job-sweep", .ndisks = 3, .ask = true, .swept = true, .job = true},
     {.name = "no-reopen", .ndisks = 1, .keep = 1, .no_reopen = true},
     {.name = "no-reopen-three", .ndisks = 3, .keep = 5, .no_reopen = true},

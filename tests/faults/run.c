@@ -318,6 +318,7 @@ static int run_again(struct stand *st, struct failure *f)
     st->nqemu_runs = st->qemu_nfds = 0;
     st->run.fault = FAULT_NONE;
     forget_run(st);
+    st->paused = true; /* nobody stops this one */
     start_foreign_server(st);
     before = picture_to_be(st);
     daemon_again(&st->daemon);

@@ -115,7 +115,7 @@ static void the_tries_end(void **state)
     w->guest->faults[FAKE_THAW] = FAKE_REFUSES;
     (void)begin(w, false, THAW_PAUSE_MS * 2);
     loop_until(&w->loop, w->ended);
-    assert_int_equal(w->err, -EAGAIN);
+    assert_true(w->err == -EAGAIN || w->err == -ETIMEDOUT); /* what the last one said, or that its time was over */
     assert_true(w->guest->nheard[FAKE_THAW] > 1);
 }
 
@@ -160,6 +160,12 @@ static void watch(struct world *w, unsigned freeze_ms, unsigned thaw_ms)
     static const struct watchdog_ops ops = {.on_ready = on_ready, .on_exit = on_exit_of};
     struct watchdog_config config = {
         .loop = &w->loop, .program = WATCHDOG_SELF, .path = w->guest->path, .freeze_ms = freeze_ms, .thaw_ms = thaw_ms};
+
+    /* There, our own program is valgrind. */
+    if (getenv("QPULL_TEST_VALGRIND")) {
+        print_message("skipped: a watchdog cannot be started under valgrind\n");
+        skip();
+    }
 
     w->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     (void)snprintf(address.sun_path, sizeof(address.sun_path), "%s", w->guest->path);
