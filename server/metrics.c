@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #define MS_PER_SECOND 1000.0
+#define US_PER_SECOND 1000000.0
 
 /* -- of each VM ---------------------------------------------------------------------------------------------------- */
 
@@ -32,6 +33,16 @@ static double last_setup(struct vm *vm)
     return (double)vm_counters(vm)->last_setup_ms / MS_PER_SECOND;
 }
 
+static double last_pause(struct vm *vm)
+{
+    return (double)vm_counters(vm)->last_pause_us / US_PER_SECOND;
+}
+
+static double longest_pause(struct vm *vm)
+{
+    return (double)vm_counters(vm)->longest_pause_us / US_PER_SECOND;
+}
+
 /* A number of a VM: of its counters at an offset, or what a function says. */
 static const struct row {
     const char *name, *type, *help;
@@ -51,6 +62,9 @@ static const struct row {
     COUNTER("qpull_sessions_up_total", up, "Sessions that came up: the disks were frozen."),
     COUNTER("qpull_session_problems_total", problems, "Sessions that could not undo something in QEMU."),
     GAUGE("qpull_session_setup_seconds", last_setup, "How long the set-up of the last session took."),
+    GAUGE("qpull_session_pause_seconds", last_pause, "How long the guest stood still at most for the last freeze."),
+    GAUGE("qpull_session_longest_pause_seconds", longest_pause,
+          "How long the guest stood still at most for any freeze since the daemon started."),
     COUNTER("qpull_checkpoints_kept_total", kept, "Checkpoints that a pull has made, one for each disk."),
     COUNTER("qpull_checkpoints_dropped_total", dropped,
             "Checkpoints that were dropped with their session, one for each disk that was opened."),

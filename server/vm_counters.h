@@ -30,6 +30,7 @@ struct vm_counters {
     uint64_t kept, dropped;                     /* provisional checkpoints, each on one disk */
     uint64_t problems;                          /* sessions that could not undo something */
     uint64_t setup_ms, nsetups, last_setup_ms;  /* of sessions that came up: together; the last one's */
+    uint64_t last_pause_us, longest_pause_us;   /* how long the guest stood still at most for a freeze */
     uint64_t sweeps, sweep_problems, leftovers; /* leftovers: sessions of dead daemons that were undone */
     uint64_t connections;                       /* that entered a session */
     uint64_t client_bytes, qemu_bytes;          /* payload sent to clients, and read of QEMU for them */

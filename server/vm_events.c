@@ -111,6 +111,8 @@ void vm_tell_up(struct vm *vm)
     counters->nsetups++;
     counters->last_setup_ms = session_setup_ms(vm->session);
     counters->setup_ms += counters->last_setup_ms;
+    counters->last_pause_us = session_pause_us(vm->session);
+    counters->longest_pause_us = MAX(counters->longest_pause_us, counters->last_pause_us);
     add_text(data, "checkpoint", session_checkpoint(vm->session));
     json_object_object_add(data, "setup-ms", json_object_new_uint64(counters->last_setup_ms));
     vm_tell(vm, "SESSION_UP", data);

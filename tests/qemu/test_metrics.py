@@ -56,6 +56,9 @@ class Metrics(harness.Case):
         self.assertEqual(during['qpull_client_bytes_total', me], 4 * MIB)
         self.assertEqual(during['qpull_qemu_bytes_total', me], 4 * MIB)
         self.assertGreater(during['qpull_session_setup_seconds', me], 0)
+        self.assertGreater(during['qpull_session_pause_seconds', me], 0)
+        self.assertGreaterEqual(during['qpull_session_longest_pause_seconds', me],
+                                during['qpull_session_pause_seconds', me])
         self.assertGreater(during['qpull_process_open_fds',], first['qpull_process_open_fds',])
         h.shutdown()
         self.daemon.wait_idle(name=NAME)
