@@ -9,163 +9,10 @@
 #include <unistd.h>
 
 /* Where a word was said, for its error sentence. */
-struct place {
+struct spot {
     const char *file; /* NULL: a flag */
     unsigned line;
 };
-
-/* -- small values -------------------------------------------------------------------------------------------------- */
-static int set_string(char **to, const char *value, struct failure *f)
-{
-    char *copy = strdup(value);
-
-    if (!copy)
-        return failure_set(f, -ENOMEM, "out of memory");
-    free(*to);
-    *to = copy;
-    return 0;
-}
-
-int config_set_path(char **to, const char *value, struct failure *f)
-{
-    if (!*value)
-        return failure_set(f, -EINVAL, "the path is empty");
-    return set_string(to, value, f);
-}
-
-int config_set_scratch(char **dir, struct place **place, const char *value, struct failure *f)
-{
-    struct place *new = NULL;
-
-    if (!dir && !place_is_meant(value))
-        return failure_set(f, -EINVAL,
-                           "\"%s\" is no JSON object of blockdev-add; a directory is named once for all VMs, in "
-                           "[server]",
-                           value);
-    if (place_is_meant(value) && place_parse(value, &new, f) < 0)
-        return f->err;
-    if (dir && config_set_path(dir, value, f) < 0) {
-        place_free(new);
-        return f->err;
-    }
-    place_free(*place);
-    *place = new;
-    return 0;
-}
-
-/* "10", "0.5": seconds with at most three decimals. */
-static int set_seconds(unsigned *to_ms, const char *value, struct failure *f)
-{
-    uint64_t ms = 0;
-    const char *s = value;
-    unsigned unit = 100;
-
-    if (!isdigit((unsigned char)*s))
-        goto bad;
-    for (; isdigit((unsigned char)*s); s++) {
-        ms = ms * 10 + (uint64_t)(*s - '0') * 1000;
-        if (ms > CONFIG_SECONDS_MAX * 1000ull)
-            return failure_set(f, -EINVAL, "\"%s\" is more than %u seconds", value, CONFIG_SECONDS_MAX);
-    }
-    if (*s == '.') {
-        for (s++; isdigit((unsigned char)*s) && unit > 0; s++, unit /= 10)
-            ms += (uint64_t)(*s - '0') * unit;
-    }
-    if (*s)
-        goto bad;
-    *to_ms = (unsigned)ms;
-    return 0;
-bad:
-    return failure_set(f, -EINVAL, "\"%s\" is not a number of seconds", value);
-}
-
-static int set_count(unsigned *to, const char *value, unsigned max, struct failure *f)
-{
-    char *end;
-    unsigned long n;
-
-    errno = 0;
-    n = strtoul(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || errno || n < 1 || n > max)
-        return failure_set(f, -EINVAL, "\"%s\" is not a number from 1 to %u", value, max);
-    *to = (unsigned)n;
-    return 0;
-}
-
-/* "4096", "10G": bytes, or units of a power of 1024. */
-static int set_size(uint64_t *to, const char *value, struct failure *f)
-{
-    static const char units[] = "KMGT";
-    unsigned shift = 0;
-    char *end;
-    unsigned long long n;
-
-    errno = 0;
-    n = strtoull(value, &end, 10);
-    if (isdigit((unsigned char)*value) && *end) {
-        const char *unit = strchr(units, toupper((unsigned char)*end));
-
-        if (unit) {
-            shift = 10 * (unsigned)(unit - units + 1);
-            end++;
-        }
-    }
-    if (!isdigit((unsigned char)*value) || *end)
-        return failure_set(f, -EINVAL, "\"%s\" is not a size: a number of bytes, or with K, M, G or T", value);
-    if (errno || n > CONFIG_SIZE_MAX >> shift)
-        return failure_set(f, -EINVAL, "\"%s\" is more than %lluT", value, CONFIG_SIZE_MAX >> 40);
-    *to = (uint64_t)n << shift;
-    return 0;
-}
-
-static int set_bool(bool *to, const char *value, struct failure *f)
-{
-    static const char *const yes[] = {"yes", "true", "on", "1"}, *const no[] = {"no", "false", "off", "0"};
-
-    for (size_t i = 0; i < ARRAY_SIZE(yes); i++) {
-        if (strcmp(value, yes[i]) == 0) {
-            *to = true;
-            return 0;
-        }
-        if (strcmp(value, no[i]) == 0) {
-            *to = false;
-            return 0;
-        }
-    }
-    return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
-}
-
-int config_set_engine(enum engine *to, const char *value, struct failure *f)
-{
-    if (engine_parse(value, to) == 0)
-        return 0;
-    return failure_set(f, -EINVAL, "\"%s\" is none of %s, %s, %s", value, engine_name(ENGINE_AUTO),
-                       engine_name(ENGINE_CBW), engine_name(ENGINE_JOB));
-}
-
-static int set_quiesce(enum quiesce_mode *to, const char *value, struct failure *f)
-{
-    for (unsigned mode = QUIESCE_OFF; mode <= QUIESCE_REQUIRE; mode++) {
-        if (strcmp(value, quiesce_mode_name((enum quiesce_mode)mode)) == 0) {
-            *to = (enum quiesce_mode)mode;
-            return 0;
-        }
-    }
-    return failure_set(f, -EINVAL, "\"%s\" is none of off, try, require", value);
-}
-
-static int set_give_back(enum config_give_back *to, const char *value, struct failure *f)
-{
-    static const char *const words[] = {[GIVE_BACK_OFF] = "off", [GIVE_BACK_TRIM] = "trim", [GIVE_BACK_READ] = "read"};
-
-    for (size_t i = 0; i < ARRAY_SIZE(words); i++) {
-        if (strcmp(words[i], value) == 0) {
-            *to = (enum config_give_back)i;
-            return 0;
-        }
-    }
-    return failure_set(f, -EINVAL, "\"%s\" is none of off, trim, read", value);
-}
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 static void listener_done(struct config_listener *l)
@@ -371,41 +218,41 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_SCRATCH:
         return config_set_scratch(&c->scratch, &c->place, value, f);
     case ROW_SCRATCH_LIMIT:
-        return set_size(&c->scratch_limit, value, f);
+        return config_set_size(&c->scratch_limit, value, f);
     case ROW_SCRATCH_TOTAL_LIMIT:
-        return set_size(&c->scratch_total_limit, value, f);
+        return config_set_size(&c->scratch_total_limit, value, f);
     case ROW_SCRATCH_RESERVE:
-        return set_size(&c->scratch_reserve, value, f);
+        return config_set_size(&c->scratch_reserve, value, f);
     case ROW_CBW_TIMEOUT: /* 0 would be QEMU's word for ever */
-        return set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
+        return config_set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
     case ROW_GIVE_BACK:
-        return set_give_back(&c->give_back, value, f);
+        return config_set_give_back(&c->give_back, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
     case ROW_MAX_PAUSE:
-        if (set_seconds(&c->max_pause_ms, value, f) < 0)
+        if (config_set_seconds(&c->max_pause_ms, value, f) < 0)
             return f->err;
         if (c->max_pause_ms == 0)
             return failure_set(f, -EINVAL, "no freeze takes no time at all");
         return 0;
     case ROW_LINGER:
-        return set_seconds(&c->linger_ms, value, f);
+        return config_set_seconds(&c->linger_ms, value, f);
     case ROW_HOLD_SHUTDOWN:
-        return set_seconds(&c->hold_shutdown_ms, value, f);
+        return config_set_seconds(&c->hold_shutdown_ms, value, f);
     case ROW_HANDSHAKE_TIMEOUT:
-        if (set_seconds(&c->handshake_timeout_ms, value, f) < 0)
+        if (config_set_seconds(&c->handshake_timeout_ms, value, f) < 0)
             return f->err;
         if (c->handshake_timeout_ms == 0)
             return failure_set(f, -EINVAL, "0 would let silent clients hold connections for ever");
         return 0;
     case ROW_IDLE_TIMEOUT:
-        return set_seconds(&c->idle_timeout_ms, value, f);
+        return config_set_seconds(&c->idle_timeout_ms, value, f);
     case ROW_SESSION_TIMEOUT:
-        return set_seconds(&c->session_timeout_ms, value, f);
+        return config_set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
-        return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+        return config_set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
     case ROW_KEEP_CHECKPOINTS:
-        return set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
+        return config_set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
     case ROW_ENGINE:
         return config_set_engine(&c->engine, value, f);
     case ROW_PIDFILE:
@@ -416,13 +263,13 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return 0;
     case ROW_ALLOW_PLAINTEXT:
         c->allow_plaintext = true;
-        return value ? set_bool(&c->allow_plaintext, value, f) : 0;
+        return value ? config_set_bool(&c->allow_plaintext, value, f) : 0;
     case ROW_STORAGE_DAEMON:
         return config_set_path(&c->storage_daemon, value, f);
     case ROW_QGA:
         return config_set_qga(c, value, by_flag, f);
     case ROW_QUIESCE:
-        return set_quiesce(&c->quiesce, value, f);
+        return config_set_quiesce(&c->quiesce, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -439,12 +286,12 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
 struct reader {
     struct server_config *c;
     FILE *file;
-    struct place place;
+    struct spot spot;
     bool goes_on;   /* the line continues the value of the one before */
     bool in_server; /* else in a VM's section, or in none */
     bool server_said;
     size_t vm;              /* index + 1 of the VM whose section this is, or 0 */
-    struct failure failure; /* without the place */
+    struct failure failure; /* without the spot */
     char *scratch;          /* owned: the text of the last scratch=, which may go on */
     struct failure unfinished;
     unsigned unfinished_line; /* where that text, so far, has no end */
@@ -480,7 +327,7 @@ static int begin_section(struct reader *r, const char *line)
     vm = config_add_vm(r->c, name, &r->failure);
     if (!vm)
         return r->failure.err;
-    vm->line = r->place.line;
+    vm->line = r->spot.line;
     r->vm = r->c->nvms;
     return 0;
 }
@@ -490,7 +337,7 @@ static bool is_unfinished(struct reader *r)
     if (!r->unfinished.err || r->failure.err)
         return false;
     r->failure = r->unfinished;
-    r->place.line = r->unfinished_line;
+    r->spot.line = r->unfinished_line;
     return true;
 }
 
@@ -504,14 +351,14 @@ static char *read_line(char *line, int size, void *arg)
 
     if (r->failure.err || !fgets(line, size, r->file))
         return NULL;
-    r->place.line++;
+    r->spot.line++;
     len = strlen(line);
     if (len + 1 == (size_t)size && line[len - 1] != '\n') {
         (void)failure_set(&r->failure, -EINVAL,
                           "the line is longer than %d bytes; a value can go on in an indented line", size - 2);
         return NULL;
     }
-    s = line + (r->place.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
+    s = line + (r->spot.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
     r->goes_on = isblank((unsigned char)*s);
     s += strspn(s, " \t");
     if (!r->goes_on && !strchr("\r\n;#", *s) && is_unfinished(r)) /* "" is in there, too */
@@ -559,7 +406,7 @@ static int set_scratch(struct reader *r, const char *value)
     if (result != -EAGAIN)
         return r->failure.err;
     r->unfinished = r->failure;
-    r->unfinished_line = r->place.line;
+    r->unfinished_line = r->spot.line;
     memset(&r->failure, 0, sizeof(r->failure));
     return 0;
 }
@@ -603,7 +450,7 @@ static int set_key(struct reader *r, const char *key, const char *value)
             return failure_set(&r->failure, -EINVAL, "\"quiesce\" is there twice");
         if (strcmp(key, "quiesce") == 0) {
             vm->quiesce_said = true;
-            return set_quiesce(&vm->quiesce, value, &r->failure);
+            return config_set_quiesce(&vm->quiesce, value, &r->failure);
         }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [vm \"%s\"]", key, vm->name);
     }
@@ -628,7 +475,7 @@ static int on_key(void *arg, const char *section, const char *key, const char *v
 
 static int read_file(struct server_config *c, const char *path, struct failure *f)
 {
-    struct reader r = {.c = c, .place = {.file = path}};
+    struct reader r = {.c = c, .spot = {.file = path}};
     int line;
 
     r.file = fopen(path, "re");
@@ -641,12 +488,12 @@ static int read_file(struct server_config *c, const char *path, struct failure *
     (void)is_unfinished(&r);
     free(r.scratch);
     if (!r.failure.err && line != 0) {
-        r.place.line = (unsigned)MAX(line, 1);
+        r.spot.line = (unsigned)MAX(line, 1);
         (void)failure_set(&r.failure, -EINVAL, "this is neither a section nor KEY=VALUE");
     }
     if (r.failure.err)
-        return failure_set(f, -EINVAL, "%s:%u: %s", path, r.place.line, r.failure.text);
-    return set_string(&c->file, path, f);
+        return failure_set(f, -EINVAL, "%s:%u: %s", path, r.spot.line, r.failure.text);
+    return config_set_string(&c->file, path, f);
 }
 
 /* -- flags --------------------------------------------------------------------------------------------------------- */

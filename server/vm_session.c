@@ -238,22 +238,6 @@ static void on_failed(void *arg, const struct failure *why)
     vm_end_session(vm);
 }
 
-static struct json_object *kept_to_json(const struct vm *vm)
-{
-    struct json_object *list = json_object_new_array();
-
-    for (size_t i = 0; i < vm->npulls; i++) {
-        const struct vm_pull *p = &vm->pulls[i];
-        struct json_object *o = qmp_args_strings("disk", p->disk, NULL);
-
-        (void)json_object_object_add(o, "connections", json_object_new_int64(p->nopen));
-        (void)json_object_object_add(o, "ended-well",
-                                     json_object_new_boolean(p->nopen == 0 && p->well && !p->read_failed));
-        (void)json_object_array_add(list, o);
-    }
-    return list;
-}
-
 /* Somebody believes to have a checkpoint of this disk: its pull ended well, and then QEMU ended before the session. */
 static const char *disk_not_kept(const struct vm *vm)
 {
@@ -714,36 +698,4 @@ struct vm_counters *vm_stay_counters(struct vm_stay *stay)
 const char *vm_stay_session(const struct vm_stay *stay)
 {
     return stay->vm && stay->vm->session ? session_id(stay->vm->session) : "-";
-}
-
-struct json_object *vm_session_to_json(struct vm *vm)
-{
-    struct session *s = vm->session;
-    struct json_object *o;
-
-    if (!s && vm->twin)
-        return vm_session_to_json(vm->twin);
-    if (!s)
-        return NULL;
-    o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step",
-                         session_step(s), "identity", vm->identity, NULL);
-    (void)json_object_object_add(o, "checkpoint",
-                                 session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
-    (void)json_object_object_add(o, "engine",
-                                 vm->images ? NULL : json_object_new_string(engine_name(session_engine(s))));
-    (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
-    (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
-    (void)json_object_object_add(o, "frozen-by", json_object_new_string(session_way_name(session_way(s))));
-    (void)json_object_object_add(o, "pause-us", json_object_new_int64((int64_t)session_pause_us(s)));
-    (void)json_object_object_add(o, "flush-ms", json_object_new_int64(session_flush_ms(s)));
-    (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
-    vm_quiesce_to_json(vm, o);
-    (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
-    (void)json_object_object_add(o, "held-shutdown", json_object_new_boolean(vm->life.held));
-    (void)json_object_object_add(o, "failure",
-                                 vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
-    if (vm->session_failure.err)
-        vm_add_failure(vm, o);
-    (void)json_object_object_add(o, "pulls", kept_to_json(vm));
-    return o;
 }
