@@ -165,7 +165,7 @@ class Places(harness.Case):
         daemon.wait_idle(timeout=60)
         last = daemon.vm()['last-session']
         took = time.monotonic() - began
-        self.assertIn("disk 'vda' is lost", last['failure'])
+        self.assertIn("disk 'vda' of VM 'vm' is lost", last['failure'])
         ops = load.status()['ops']
         harness.wait_until(lambda: load.status()['ops'] > ops + 10, 30, 'a guest that goes on')
         result = load.stop()

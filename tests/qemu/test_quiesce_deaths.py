@@ -64,7 +64,7 @@ class Deaths(quiesceworld.Case):
         self.assertGreater(place.agent.frozen, 0)
         daemon.start()
         self.nothing_left(daemon, place)
-        self.assertIn('undid what 1 session', self.written(daemon))
+        self.assertIn('undid what 1 earlier session', self.written(daemon))
 
     def test_a_watchdog_that_dies_alone_leaves_the_thaw_to_the_daemon(self):
         place = Place(self)
