@@ -281,7 +281,7 @@ static void start_foreign_server(struct stand *st)
 static void forget_run(struct stand *st)
 {
     st->ncommands = 0;
-    st->cut = st->paused = false;
+    st->cut = st->paused = st->stops = false;
     st->died_ns = 0;
     memset(st->made, 0, sizeof(st->made));
     memset(st->made_hit, 0, sizeof(st->made_hit));

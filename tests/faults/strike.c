@@ -101,11 +101,12 @@ static bool begins_jobs(const char *name, struct json_object *args)
 }
 
 /* The stopped guest's disks are frozen one after the other, and its writes end with the first of them. */
-static bool freezes(const struct stand *st, const char *name, struct json_object *args)
+static bool freezes(struct stand *st, const char *name, struct json_object *args, enum verdict verdict)
 {
     const char *node = qmp_get_string(args, "value");
 
-    if (!st->scenario->no_reopen)
+    st->stops |= strcmp(name, "blockdev-reopen") == 0 && verdict == VERDICT_REFUSE;
+    if (!st->stops)
         return strcmp(name, "blockdev-reopen") == 0 || begins_jobs(name, args);
     return strcmp(name, "qom-set") == 0 && node && fnmatch("qpull-*-cbw0", node, 0) == 0;
 }
@@ -194,8 +195,7 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
         json_object_put(guest_call(&st->guest, NULL, "{'execute':'stop'}"));
         st->paused = true;
     }
-    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st) &&
-        (!st->scenario->no_reopen || guest_runs(&st->guest)))
+    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st) && (!st->stops || guest_runs(&st->guest)))
         guest_write(&st->guest);
     hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
           (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
@@ -211,7 +211,7 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
         verdict = without_reopen(verdict);
     st->ncommands++;
     note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (freezes(st, name, args) && !st->died_ns) {
+    if (freezes(st, name, args, verdict) && !st->died_ns) {
         if (is_stopped(st))
             st->freeze_wanted = true;
         else
