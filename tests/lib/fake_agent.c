@@ -4,6 +4,7 @@
 #include "lib/test.h"
 #include "qmp/stream.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -277,6 +278,7 @@ struct fake_agent *fake_agent_new(uv_loop_t *loop)
     assert_non_null(a);
     assert_non_null(s);
     assert_non_null(mkdtemp(folder));
+    (void)signal(SIGPIPE, SIG_IGN); /* as the daemon and its watchdog do */
     (void)snprintf(a->path, sizeof(a->path), "%s/qga.sock", folder);
     a->nfilesystems = 2;
     a->side = s;

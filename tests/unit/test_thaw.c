@@ -44,6 +44,7 @@ static int tear_down(void **state)
     if (w->fd >= 0)
         (void)close(w->fd);
     fake_agent_free(w->guest);
+    loop_turn(&w->loop, 5); /* a thaw that has ended closes its timer after its agent */
     loop_done(&w->loop);
     free(w);
     return 0;
