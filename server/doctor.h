@@ -15,6 +15,7 @@
 #include "qmp/base.h"
 
 #include <json-c/json.h>
+#include <stdarg.h>
 
 struct doctor;
 struct server;
@@ -30,5 +31,7 @@ void doctor_forget(struct doctor *d); /* no callback any more */
 enum verdict { VERDICT_OK, VERDICT_NOTE, VERDICT_WRONG };
 void doctor_add(struct json_object *checks, const char *vm, const char *disk, const char *check, enum verdict verdict,
                 const char *advice, const char *fmt, ...) _printf_(7, 8);
+void doctor_vadd(struct json_object *checks, const char *vm, const char *disk, const char *check, enum verdict verdict,
+                 const char *advice, const char *fmt, va_list ap) _printf_(7, 0);
 
 #endif

@@ -3,7 +3,7 @@
  * vm: one QEMU process: its QMP connection, its disks, at most one live session, and who takes part in it. This is
  * where the rules about joining, lingering, and ending well live. It does not know NBD.
  *
- * Loop thread only. Counted: vm_get()/vm_put(); the server holds one count, a session going down another.
+ * Loop thread only. Owned by the server until vm_stop(); a session that goes down is waited for.
  */
 #ifndef QPULL_VM_H
 #define QPULL_VM_H

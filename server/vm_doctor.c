@@ -16,14 +16,11 @@ static void add(struct vm_checkup *c, const char *check, enum verdict verdict, c
 
 static void add(struct vm_checkup *c, const char *check, enum verdict verdict, const char *advice, const char *fmt, ...)
 {
-    _cleanup_free_ char *text = NULL;
     va_list ap;
 
     va_start(ap, fmt);
-    if (vasprintf(&text, fmt, ap) < 0)
-        text = NULL;
+    doctor_vadd(c->checks, c->vm->name, NULL, check, verdict, advice, fmt, ap);
     va_end(ap);
-    doctor_add(c->checks, c->vm->name, NULL, check, verdict, advice, "%s", text ? text : "out of memory");
 }
 
 /* -- what is known ------------------------------------------------------------------------------------------------- */

@@ -621,12 +621,10 @@ static void on_linger(uv_timer_t *t)
 
     if (!vm->session)
         return;
-    if (vm->waiting || vm->answering) {
-        if (vm->lingered_ms < VM_CALL_TIMEOUT_MS) {
-            vm->lingered_ms += VM_LINGER_STEP_MS;
-            (void)uv_timer_start(&vm->linger, on_linger, VM_LINGER_STEP_MS, 0);
-            return;
-        }
+    if ((vm->waiting || vm->answering) && vm->lingered_ms < VM_CALL_TIMEOUT_MS) {
+        vm->lingered_ms += VM_LINGER_STEP_MS;
+        (void)uv_timer_start(&vm->linger, on_linger, VM_LINGER_STEP_MS, 0);
+        return;
     }
     vm_end_session(vm);
 }

@@ -87,12 +87,6 @@ static void read_command_line(struct rig *r)
 
 /* -- up ------------------------------------------------------------------------------------------------------------ */
 
-static void go_on(struct rig *r, int result, const struct failure *f)
-{
-    if (result != 0)
-        seq_done(&r->seq, result < 0 ? f : NULL);
-}
-
 static const char *mark(const struct rig *r, char name[NAMES_SIZE])
 {
     return names_make(name, r->id, NAMES_HOLD, r->hold - HOLD_SHUTDOWN);
@@ -110,7 +104,7 @@ static void on_marked(struct calls *c, const struct failure *f)
         return;
     }
     calls_add(c, "set-action", qmp_args_strings("shutdown", "pause", NULL), QMP_NO_FD, 0, NULL);
-    go_on(r, rig_wait(r, &next), &next);
+    rig_proceed(r, rig_wait(r, &next), &next);
 }
 
 static int on_status(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -137,7 +131,7 @@ static void on_status_before(struct calls *c, const struct failure *f)
     }
     r->hold = r->hold_found;
     calls_add(c, "blockdev-add", qmp_args_blockdev_add_null(mark(r, name)), QMP_NO_FD, 0, NULL);
-    go_on(r, calls_wait(c, on_marked, &next), &next);
+    rig_proceed(r, calls_wait(c, on_marked, &next), &next);
 }
 
 static void after_command_line(struct rig *r)
@@ -149,7 +143,7 @@ static void after_command_line(struct rig *r)
         return;
     }
     calls_add(&r->calls, "query-status", NULL, QMP_NO_FD, 0, on_status);
-    go_on(r, calls_wait(&r->calls, on_status_before, &f), &f);
+    rig_proceed(r, calls_wait(&r->calls, on_status_before, &f), &f);
 }
 
 int rig_hold(struct seq *s, struct failure *f)

@@ -74,8 +74,7 @@ static bool is_mine(const struct rig *r, const char *name, enum names_kind *ret_
     return names_parse(name, id, ret_kind, &n) && strcmp(id, r->id) == 0;
 }
 
-/* Keeps an answer for the function that comes when all are in; index says which. */
-static int keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+int rig_keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
 {
     struct rig *r = rig_of_calls(c);
 
@@ -87,14 +86,13 @@ static int keep_answer(struct calls *c, unsigned index, struct json_object *ret,
 int rig_ask_graph(struct rig *r, calls_done_cb done, struct failure *f)
 {
     rig_drop_answers(r);
-    calls_add(&r->calls, "query-block", NULL, QMP_NO_FD, 0, keep_answer);
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
-    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    calls_add(&r->calls, "query-block", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, rig_keep_answer);
     return calls_wait(&r->calls, done, f);
 }
 
-/* Goes on from a callback with what calls_wait() or the like said: only a wait that began may be left alone. */
-static void go_on(struct rig *r, int result, const struct failure *f)
+void rig_proceed(struct rig *r, int result, const struct failure *f)
 {
     if (result != 0)
         step_done(r, result < 0 ? f : NULL);
@@ -136,8 +134,8 @@ static void on_nodes_deleted(struct calls *c, const struct failure *f)
         return;
     }
     r->first = *f;
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
-    go_on(r, calls_wait(&r->calls, on_nodes_looked_up, &next), &next);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
+    rig_proceed(r, calls_wait(&r->calls, on_nodes_looked_up, &next), &next);
 }
 
 int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f)
@@ -215,7 +213,7 @@ static void on_went_on(struct calls *c, const struct failure *f)
         return;
     }
     r->pause = PAUSE_MARKED; /* whoever pauses it from now on, it was not us */
-    go_on(r, no_mark(r, &next), &next);
+    rig_proceed(r, no_mark(r, &next), &next);
 }
 
 static void on_pause_looked_up(struct calls *c, const struct failure *f)
@@ -246,8 +244,8 @@ int rig_go_on(struct seq *s, struct failure *f)
     if (r->pause == PAUSE_MARKED)
         return no_mark(r, f);
     rig_drop_answers(r);
-    calls_add(&r->calls, "query-status", NULL, QMP_NO_FD, 0, keep_answer);
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
+    calls_add(&r->calls, "query-status", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
     result = calls_wait(&r->calls, on_pause_looked_up, f);
     if (result == -ENOTCONN)
         result = f->err = -EAGAIN; /* it comes back within moments, and no other undo is as urgent */
@@ -289,7 +287,7 @@ static void on_thaw_looked_up(struct calls *c, const struct failure *f)
         return;
     }
     calls_add(&r->calls, "blockdev-reopen", args, QMP_NO_FD, 0, NULL);
-    go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+    rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_thaw(struct seq *s, struct failure *f)
@@ -297,7 +295,7 @@ int rig_thaw(struct seq *s, struct failure *f)
     struct rig *r = rig_of_seq(s);
 
     rig_drop_answers(r);
-    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, rig_keep_answer);
     return calls_wait(&r->calls, on_thaw_looked_up, f);
 }
 
@@ -335,7 +333,7 @@ static void on_detach_looked_up(struct calls *c, const struct failure *f)
         }
         calls_add(&r->calls, "qom-set", qmp_args_qom_set_drive(path, below), QMP_NO_FD, 0, NULL);
     }
-    go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+    rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_detach(struct seq *s, struct failure *f)
@@ -437,7 +435,7 @@ static void on_exports_listed(struct calls *c, const struct failure *f)
 static int query_exports(struct rig *r, struct failure *f)
 {
     r->event_seen = false;
-    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_exports_listed, f);
 }
 
@@ -477,14 +475,14 @@ static void on_fdsets(struct calls *c, const struct failure *f)
     if (f)
         step_done(r, f);
     else
-        go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+        rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_no_fds(struct seq *s, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
 
-    calls_add(&r->calls, "query-fdsets", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-fdsets", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_fdsets, f);
 }
 
@@ -511,14 +509,14 @@ static void on_bitmaps(struct calls *c, const struct failure *f)
     if (f)
         step_done(r, f);
     else
-        go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+        rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_no_bitmaps(struct seq *s, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
 
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
     return calls_wait(&r->calls, on_bitmaps, f);
 }
 
@@ -626,7 +624,7 @@ static void on_jobs_listed(struct calls *c, const struct failure *f)
 static int query_jobs(struct rig *r, struct failure *f)
 {
     r->event_seen = false;
-    calls_add(&r->calls, "query-jobs", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-jobs", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_jobs_listed, f);
 }
 

@@ -109,6 +109,10 @@ void rig_drop_answers(struct rig *r);
 int rig_wait(struct rig *r, struct failure *f);
 /* A calls_done_cb that ends the step. */
 void rig_step_done(struct calls *c, const struct failure *f);
+/* Goes on from a callback with what calls_wait() or the like said: only a wait that began may be left alone. */
+void rig_proceed(struct rig *r, int result, const struct failure *f);
+/* A calls_ret_cb that keeps an answer for the function that comes when all are in; index says which of answers. */
+int rig_keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f);
 
 /* Deletes the nodes of these kinds (static), parents before children. */
 int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f);

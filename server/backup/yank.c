@@ -11,15 +11,6 @@
 #define INSTANCES 0    /* r->answers: of query-yank */
 #define GRAPH 2        /* and of x-debug-query-block-graph */
 
-static int keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
-{
-    struct rig *r = rig_of_calls(c);
-
-    json_object_put(r->answers[index]);
-    r->answers[index] = json_object_get(ret);
-    return 0;
-}
-
 struct parts {
     int64_t ids[NODES_MAX];
     const char *names[NODES_MAX]; /* borrowed from the graph */
@@ -124,7 +115,7 @@ int rig_cut_scratch(struct seq *s, struct failure *f)
     struct rig *r = rig_of_seq(s);
 
     rig_drop_answers(r);
-    calls_add(&r->calls, "query-yank", NULL, QMP_NO_FD, INSTANCES, keep_answer);
-    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, GRAPH, keep_answer);
+    calls_add(&r->calls, "query-yank", NULL, QMP_NO_FD, INSTANCES, rig_keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, GRAPH, rig_keep_answer);
     return calls_wait(&r->calls, on_looked_up, f);
 }

@@ -97,18 +97,6 @@ class Leftovers(harness.Case):
         lines += [f'object {o["name"]} {o["type"]}' for o in self.look('qom-list', {'path': '/objects'})]
         return sorted(lines)
 
-    def pull_a_little(self, daemon):
-        """A session from its beginning to its good end; the first error ends it."""
-        try:
-            raw = rawnbd.Raw(daemon.socket)
-            try:
-                raw.go('vm/virtio-disk0@new', contexts=[f'qemu:dirty-bitmap:{RECORD}'])
-                raw.request(rawnbd.CMD_DISC)
-            finally:
-                raw.close()
-        except (OSError, EOFError, rawnbd.Refused):
-            pass
-
     def settle(self, daemon):
         """The successor is ready, and what its predecessor may have kept is gone."""
         daemon.start()
@@ -133,7 +121,7 @@ class Leftovers(harness.Case):
 
     def count_commands(self, daemon):
         self.proxy.at(COMMANDS_MAX)
-        self.pull_a_little(daemon)
+        rawnbd.pull_a_little(daemon.socket, 'vm/virtio-disk0@new', f'qemu:dirty-bitmap:{RECORD}')
         daemon.wait_idle()
         count = len(self.proxy.commands)
         self.proxy.off()
@@ -148,7 +136,7 @@ class Leftovers(harness.Case):
             struck.set()
             return False
         self.proxy.at(number, **{'before' if number % 2 else 'after': strike})
-        self.pull_a_little(daemon)
+        rawnbd.pull_a_little(daemon.socket, 'vm/virtio-disk0@new', f'qemu:dirty-bitmap:{RECORD}')
         if not struck.is_set():
             try:
                 daemon.wait_idle()

@@ -154,6 +154,13 @@ class Places(harness.Case):
         server.wait()
         self.assertGoesOnWithout(guest, daemon, raw, before)
 
+    def assertGuestWentOn(self, guest, load):
+        result = load.stop()
+        self.assertEqual((result['errors'], result['bad']), (0, 0))
+        self.assertLess(result['slowest-us'], SLOWEST_US)
+        print(f'the slowest of {result["ops"]} operations took {result["slowest-us"] / 1e6:.2f} s', flush=True)
+        guest.check()
+
     def assertGoesOnWithout(self, guest, daemon, raw, before, bound=SLOWEST_US):
         load = guest.load('vda', ('write', 'read', 'flush'))
         harness.wait_until(lambda: load.status()['ops'] > 20, 30, 'a guest that writes')
@@ -199,12 +206,8 @@ class Places(harness.Case):
         server.send_signal(signal.SIGSTOP)
         raw.disc()
         daemon.wait_idle(timeout=60)
-        result = load.stop()
-        self.assertEqual((result['errors'], result['bad']), (0, 0))
-        self.assertLess(result['slowest-us'], SLOWEST_US)
-        print(f'the slowest of {result["ops"]} operations took {result["slowest-us"] / 1e6:.2f} s', flush=True)
+        self.assertGuestWentOn(guest, load)
         self.assertNothingLeft(guest, daemon, before)
-        guest.check()
 
     def test_a_killed_daemons_stalled_scratch_is_swept_without_stopping_the_guest(self):
         guest, before = self.ready(Disk('vda', 16 * MIB))
@@ -269,12 +272,8 @@ class Places(harness.Case):
         harness.wait_until(lambda: load.status()['ops'] > ops + 10, 30, 'a guest that goes on')
         thaw()
         daemon.wait_idle(timeout=60)
-        result = load.stop()
-        self.assertEqual((result['errors'], result['bad']), (0, 0))
-        self.assertLess(result['slowest-us'], SLOWEST_US)
-        print(f'the slowest of {result["ops"]} operations took {result["slowest-us"] / 1e6:.2f} s', flush=True)
+        self.assertGuestWentOn(guest, load)
         self.assertNothingLeft(guest, daemon, before)
-        guest.check()
 
 
 if __name__ == '__main__':
