@@ -79,6 +79,11 @@
 #define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
 #define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
 
+/* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
+#define FAIR_REQUESTS 16u   /* that one client's turn takes, while there are others */
+#define FAIR_READS 32u      /* of sources in flight, of all clients, while several read; QEMU works on 16 of a connection */
+#define FAIR_READS_LEAST 2u /* … that each may have at least */
+
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
 /* Each connection may have CONN_PIECE_SHORT besides, so that none starves. A hundred that are stuck hold a piece each,
  * and a quarter is left for the others. */

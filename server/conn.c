@@ -136,6 +136,7 @@ static void on_closed(uv_handle_t *handle)
     assert(!c->queue && !c->batch && c->stay_state == STAY_NONE);
     if (c->pulling)
         pull_done(&c->pull);
+    fair_leave(&c->fair);
     conn_ask_done(c);
     *(c->prev ? &c->prev->next : &s->first) = c->next;
     *(c->next ? &c->next->prev : &s->last) = c->prev;
@@ -261,10 +262,17 @@ bool conn_is_full(const struct conn *c)
     return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
 }
 
-/* Gives nbd what is in the input buffer, as far as it may have it. */
+/* Gives nbd what is in the input buffer, as far as it may have it, and as far as this client's turn goes. */
 static void conn_input(struct conn *c)
 {
+    unsigned left_of_turn = FAIR_REQUESTS;
+    bool alone = fair_is_alone(&c->set->fair);
+
     while (c->input_at < c->input_len && may_feed(c)) {
+        if (!alone && (!c->has_turn || left_of_turn-- == 0)) {
+            fair_queue(&c->fair);
+            break;
+        }
         size_t left = c->input_len - c->input_at;
         size_t taken =
             nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
@@ -272,8 +280,26 @@ static void conn_input(struct conn *c)
         if (taken == 0)
             break;
     }
+    c->has_turn = false;
     if (c->input_at == c->input_len)
         c->input_at = c->input_len = 0;
+}
+
+static void on_turn(struct fair_member *m)
+{
+    struct conn *c = container_of(m, struct conn, fair);
+
+    c->has_turn = true;
+    conn_settle(c);
+    c->has_turn = false;
+}
+
+static void on_may_read(struct fair_member *m)
+{
+    struct conn *c = container_of(m, struct conn, fair);
+
+    if (c->pulling)
+        pull_go_on(&c->pull);
 }
 
 static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
@@ -443,7 +469,7 @@ static int identify(struct conn *c, char *from, size_t size)
             (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size_wanted, sizeof size_wanted);
         (void)snprintf(c->identity, sizeof c->identity, "uid:%u", (unsigned)peer.uid);
         (void)snprintf(from, size, "%s (pid %d)", c->identity, (int)peer.pid);
-        return 0;
+        return fair_join(&c->set->fair, &c->fair, from); /* a client is a process */
     }
     if (getpeername(fd, (struct sockaddr *)&a, &len) < 0)
         return -errno;
@@ -463,7 +489,7 @@ static int identify(struct conn *c, char *from, size_t size)
     (void)uv_tcp_nodelay(&c->sock.tcp, 1);
     (void)snprintf(c->identity, sizeof c->identity, "ip:%s", text);
     (void)snprintf(from, size, "%s port %u", c->identity, port);
-    return 0;
+    return fair_join(&c->set->fair, &c->fair, c->identity);
 }
 
 /* True: there is a place for one more. */
@@ -508,6 +534,8 @@ static struct conn *conn_new(struct conn_set *s, uv_handle_type type)
         return NULL;
     }
     c->sock.handle.data = c;
+    c->fair.on_requests = on_turn;
+    c->fair.on_read = on_may_read;
     c->prev = s->last;
     *(s->last ? &s->last->next : &s->first) = c;
     s->last = c;
@@ -561,14 +589,22 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
     *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
     s->tick.data = s;
+    (void)fair_init(&s->fair, loop); /* an idle handle: never fails */
     return uv_timer_init(loop, &s->tick);
+}
+
+static void on_fair_closed(uv_handle_t *handle)
+{
+    struct conn_set *s = container_of((uv_idle_t *)handle, struct conn_set, fair.idle);
+
+    s->on_closed(s->arg);
 }
 
 static void on_set_closed(uv_handle_t *handle)
 {
     struct conn_set *s = handle->data;
 
-    s->on_closed(s->arg);
+    fair_close(&s->fair, on_fair_closed);
 }
 
 void conn_set_close(struct conn_set *s, void (*cb)(void *arg))

@@ -14,6 +14,7 @@
 #include "budget.h"
 #include "catalog.h"
 #include "config.h"
+#include "fair.h"
 
 #include <uv.h>
 
@@ -24,6 +25,7 @@ struct conn_set {
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
     struct budget budget;
+    struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */
     struct conn *first, *last; /* owned: in the order in which they came */
     size_t nconns;             /* those that talk */

@@ -178,6 +178,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         .contexts = maps,
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
+        .fair = &c->fair,
         .counters = vm_stay_counters(&c->stay),
         .give_back_read = c->set->config->give_back == GIVE_BACK_READ,
         .on_read = on_pull_read,

@@ -40,6 +40,8 @@ struct conn {
     } sock;
     char identity[80]; /* "uid:0", "ip:192.0.2.7" */
     struct nbd *nbd;   /* owned until CONN_SHUT */
+    struct fair_member fair;
+    bool has_turn; /* requests may be taken although there are other clients */
 
     /* input */
     bool reading, input_eof;

@@ -213,6 +213,7 @@ static void on_source_read(struct source_read *read, int err)
     struct piece *piece = container_of(read, struct piece, read);
     struct pull *p = piece->pull;
 
+    fair_read_done(p->c.fair);
     p->nreading--;
     piece->job->nreading--;
     p->lost = p->lost || err == -ESTALE;
@@ -282,6 +283,8 @@ static bool start_piece(struct pull *p)
     length = MIN(job->end - job->at, most - job->at % most);
     if (p->window > 0 && p->window + length > p->allowed)
         return false;
+    if (zeros == 0 && !fair_may_read(p->c.fair))
+        return false;
     buffer = budget_take(p->c.budget, &p->user, length);
     if (!buffer && p->user.held > 0)
         return false;
@@ -308,6 +311,7 @@ static bool start_piece(struct pull *p)
         piece_arrived(piece, r);
         return true;
     }
+    fair_read_begun(p->c.fair);
     p->nreading++;
     job->nreading++;
     return true;
@@ -327,6 +331,11 @@ static void pump(struct pull *p)
             ;
     } while (p->again);
     p->pumping = false;
+}
+
+void pull_go_on(struct pull *p)
+{
+    pump(p);
 }
 
 /*

@@ -14,6 +14,7 @@
 #define QPULL_PULL_H
 
 #include "budget.h"
+#include "fair.h"
 #include "nbd/nbd.h"
 #include "source/map.h"
 #include "source/source.h"
@@ -29,6 +30,7 @@ struct pull_config {
                                           contexts, in their order */
     size_t ncontexts;
     struct budget *budget;        /* borrowed */
+    struct fair_member *fair;     /* borrowed: who reads */
     struct vm_counters *counters; /* borrowed: bytes sent and read are added here */
     void (*on_read)(void *arg);   /* a read of the source was answered; comes last in its callback. May be NULL */
     bool give_back_read;          /* what a client has been sent need not be kept */
@@ -72,6 +74,8 @@ static inline bool pull_reply_is_open(const struct pull *p)
     return p->open != NULL;
 }
 
+/* Reads may begin that could not before. */
+void pull_go_on(struct pull *p);
 /* Sets the window; what has been read beyond it and is not on its way to the client is given up, the last first. */
 void pull_allow(struct pull *p, size_t bytes);
 
