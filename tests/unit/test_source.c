@@ -4,8 +4,10 @@
 #include "lib/test.h"
 #include "nbd_servers.h"
 #include "qmp/base.h"
+#include "qmp/unix.h"
 #include "source/memory.h"
 #include "source/nbd.h"
+#include "source/vhost.h"
 
 #include <time.h>
 
@@ -120,6 +122,18 @@ static void nbd_lose(struct rig *rig)
     server_kill(&rig->server);
 }
 
+/* Connected before the server has its socket: the connection waits in the backlog. */
+static void vhost_open(struct rig *rig)
+{
+    struct source_vhost_config config = {.cluster = rig->kind->cluster};
+
+    assert_int_equal(unix_connect(rig->server.path, &config.fd), 0);
+    server_start(&rig->server, rig->kind->command);
+    assert_int_equal(source_vhost_open(&rig->loop, &config, on_lost, on_open, rig, NULL), 0);
+    assert_null(rig->source);
+    loop_until(&rig->loop, rig->source);
+}
+
 static struct kind memory_kind = {.open = memory_open, .stall = memory_stall, .lose = memory_lose};
 static struct kind qemu_kind = {
     .program = "qemu-nbd",
@@ -152,6 +166,24 @@ static struct kind nbdkit_kind = {
     .command = "exec nbdkit -f -r file disk",
     .export_name = "",
     .open = nbd_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+
+static struct kind vhost_kind = {
+    .program = "qemu-storage-daemon",
+    .command = "exec qemu-storage-daemon --blockdev file,node-name=d,filename=disk,read-only=on "
+               "--export vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=3",
+    .open = vhost_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+static struct kind narrow_vhost_kind = {
+    .program = "qemu-storage-daemon",
+    .command = "exec qemu-storage-daemon --blockdev file,node-name=d,filename=disk,read-only=on "
+               "--export vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=3",
+    .cluster = 65536,
+    .open = vhost_open,
     .stall = nbd_stall,
     .lose = nbd_lose,
 };
@@ -506,6 +538,8 @@ int main(void)
         CONTRACT(&daemon_kind, "nbd, qemu-storage-daemon"),
         CONTRACT(&narrow_kind, "nbd, qemu-nbd, narrow reads"),
         CONTRACT(&nbdkit_kind, "nbd, nbdkit"),
+        CONTRACT(&vhost_kind, "vhost, qemu-storage-daemon"),
+        CONTRACT(&narrow_vhost_kind, "vhost, qemu-storage-daemon, narrow reads"),
     };
     const char *replay = getenv("QPULL_TEST_SEED");
 
