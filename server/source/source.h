@@ -31,6 +31,8 @@ struct source_read {
     size_t issued;     /* bytes asked for upstream so far */
     unsigned npending; /* pieces asked for and not answered */
     int err;
+    source_read_cb own_cb; /* source/paired: whom to tell in the end */
+    void *own_arg;
 };
 
 typedef void (*source_close_cb)(void *arg);
