@@ -62,14 +62,20 @@ static struct json_object *new_node(const char *driver, const char *node, const 
     return o;
 }
 
-struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id)
+static void put_fdset(struct json_object *file, int64_t fdset_id)
 {
-    struct json_object *o = new_node("file", node, NULL);
     char path[64];
 
     (void)snprintf(path, sizeof(path), "/dev/fdset/%lld", (long long)fdset_id);
-    put_string(o, "filename", path);
-    put_string(o, "locking", "off"); /* an unlinked file of our own: nobody else can open it */
+    put_string(file, "filename", path);
+    put_string(file, "locking", "off"); /* an unlinked file of our own: nobody else can open it */
+}
+
+struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_id)
+{
+    struct json_object *o = new_node("file", node, NULL);
+
+    put_fdset(o, fdset_id);
     put_string(o, "discard", "unmap");
     return o;
 }
@@ -111,6 +117,23 @@ struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file
     return o;
 }
 
+struct json_object *qmp_args_blockdev_add_null(const char *node)
+{
+    return new_node("null-co", node, NULL);
+}
+
+struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
+                                                const char *backing)
+{
+    struct json_object *o = new_node(format, node, NULL), *file = new_args("driver", "file");
+
+    put_fdset(file, fdset_id);
+    put(o, "file", file);
+    put_string(o, "backing", backing);
+    put(o, "read-only", json_object_new_boolean(true));
+    return o;
+}
+
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file)
 {
     struct json_object *o = new_node("raw", node, file);
@@ -121,7 +144,10 @@ struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file
 
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file)
 {
-    return new_node("snapshot-access", node, file);
+    struct json_object *o = new_node("snapshot-access", node, file);
+
+    put_string(o, "discard", "unmap"); /* what is given back, through an export that is writable for it */
+    return o;
 }
 
 struct json_object *qmp_args_reopen(void)
@@ -219,6 +245,17 @@ void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b)
 }
 
 /* -- jobs ---------------------------------------------------------------------------------------------------------- */
+
+void qmp_action_backup(struct json_object *args, const char *job, const char *device, const char *target,
+                       const char *filter, bool break_snapshot)
+{
+    struct json_object *data = qmp_args_strings("job-id", job, "device", device, "target", target, "sync", "none",
+                                                "filter-node-name", filter, NULL);
+
+    if (break_snapshot)
+        put_string(data, "on-cbw-error", "break-snapshot");
+    put_action(args, "blockdev-backup", data);
+}
 
 struct json_object *qmp_args_block_commit(const char *job, const char *device, const char *top, const char *base,
                                           bool auto_finalize, uint64_t speed)

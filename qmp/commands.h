@@ -29,8 +29,13 @@ struct json_object *qmp_args_blockdev_add_image(const char *node, const char *dr
                                                 const char *path);
 struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
                                               unsigned timeout_s);
+/* A node that is nothing but its name. */
+struct json_object *qmp_args_blockdev_add_null(const char *node);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
 struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
+/* An image of an fdset, read-only, over another node. */
+struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
+                                                const char *backing);
 /* {"options": []}; entries are added by qmp_args_reopen_raw(). */
 struct json_object *qmp_args_reopen(void);
 void qmp_args_reopen_raw(struct json_object *args, const char *node, const char *file);
@@ -47,6 +52,12 @@ void qmp_action_bitmap_merge(struct json_object *args, struct qmp_bitmap target,
                              size_t nsources);
 void qmp_action_bitmap_clear(struct json_object *args, struct qmp_bitmap b);
 void qmp_action_bitmap_remove(struct json_object *args, struct qmp_bitmap b);
+/*
+ * A backup job that copies nothing but what is about to be overwritten, and goes when it has ended. break_snapshot: its
+ * on-cbw-error, which not every QEMU has.
+ */
+void qmp_action_backup(struct json_object *args, const char *job, const char *device, const char *target,
+                       const char *filter, bool break_snapshot);
 struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularity, bool persistent, bool disabled);
 struct json_object *qmp_args_bitmap_merge(struct qmp_bitmap target, const struct qmp_bitmap *sources, size_t nsources);
 

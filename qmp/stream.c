@@ -31,6 +31,13 @@ int qmp_stream_init(struct qmp_stream *s, size_t max_document)
     return 0;
 }
 
+void qmp_stream_reset(struct qmp_stream *s)
+{
+    json_tokener_reset(s->tokener);
+    s->used = 0;
+    s->err = 0;
+}
+
 void qmp_stream_done(struct qmp_stream *s)
 {
     if (s->tokener)

@@ -31,6 +31,8 @@ typedef int (*qmp_stream_cb)(void *arg, struct json_object *doc);
 
 /* max_document in bytes, 0: QMP_STREAM_MAX_DOCUMENT. */
 int qmp_stream_init(struct qmp_stream *s, size_t max_document);
+/* As new: for a peer that says where a document begins. After a good init; not from within the callback. */
+void qmp_stream_reset(struct qmp_stream *s);
 void qmp_stream_done(struct qmp_stream *s); /* also after a failed init, or twice; not from within the callback */
 
 /*

@@ -54,6 +54,11 @@ void budget_forget(struct budget *b, struct budget_user *u)
     unlink_user(b, u);
 }
 
+bool budget_is_short(const struct budget *b)
+{
+    return b->used + b->piece > b->limit;
+}
+
 void *budget_take(struct budget *b, struct budget_user *u, size_t size)
 {
     bool others_wait = b->first && b->first != u && b->turn != u;
@@ -86,7 +91,7 @@ void budget_give(struct budget *b, struct budget_user *u, void *buffer, size_t s
 {
     u->held -= size;
     b->used -= size;
-    if (size == b->piece && b->nspare < b->max_spare) {
+    if (size == b->piece && b->nspare < b->max_spare && b->used + (b->nspare + 1) * b->piece <= b->limit) {
         struct budget_spare *s = buffer;
         s->next = b->spare;
         b->spare = s;

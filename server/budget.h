@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * budget: the memory for payload of all connections together. Each user may always hold one buffer, so that none
- * starves; past that all share BUDGET_TOTAL, and users who had to wait are called in turn when memory returns.
+ * starves; past that all share BUDGET_TOTAL, and users who had to wait are called in turn when memory returns. Free
+ * buffers that are kept count, too.
  *
  * Loop thread only. The budget is the server's, a user is embedded in whoever reads (server/pull).
  */
@@ -47,6 +48,8 @@ size_t budget_spare_bytes(const struct budget *b);
  * room: for it NULL means -ENOMEM.
  */
 void *budget_take(struct budget *b, struct budget_user *u, size_t size);
+/* No room for a piece: who holds nothing should take less than one. */
+bool budget_is_short(const struct budget *b);
 void budget_give(struct budget *b, struct budget_user *u, void *buffer, size_t size);
 /* No on_room any more. */
 void budget_forget(struct budget *b, struct budget_user *u);

@@ -9,111 +9,10 @@
 #include <unistd.h>
 
 /* Where a word was said, for its error sentence. */
-struct place {
+struct spot {
     const char *file; /* NULL: a flag */
     unsigned line;
 };
-
-/* -- small values -------------------------------------------------------------------------------------------------- */
-static int set_string(char **to, const char *value, struct failure *f)
-{
-    char *copy = strdup(value);
-
-    if (!copy)
-        return failure_set(f, -ENOMEM, "out of memory");
-    free(*to);
-    *to = copy;
-    return 0;
-}
-
-int config_set_path(char **to, const char *value, struct failure *f)
-{
-    if (!*value)
-        return failure_set(f, -EINVAL, "the path is empty");
-    return set_string(to, value, f);
-}
-
-/* "10", "0.5": seconds with at most three decimals. */
-static int set_seconds(unsigned *to_ms, const char *value, struct failure *f)
-{
-    uint64_t ms = 0;
-    const char *s = value;
-    unsigned unit = 100;
-
-    if (!isdigit((unsigned char)*s))
-        goto bad;
-    for (; isdigit((unsigned char)*s); s++) {
-        ms = ms * 10 + (uint64_t)(*s - '0') * 1000;
-        if (ms > CONFIG_SECONDS_MAX * 1000ull)
-            return failure_set(f, -EINVAL, "\"%s\" is more than %u seconds", value, CONFIG_SECONDS_MAX);
-    }
-    if (*s == '.') {
-        for (s++; isdigit((unsigned char)*s) && unit > 0; s++, unit /= 10)
-            ms += (uint64_t)(*s - '0') * unit;
-    }
-    if (*s)
-        goto bad;
-    *to_ms = (unsigned)ms;
-    return 0;
-bad:
-    return failure_set(f, -EINVAL, "\"%s\" is not a number of seconds", value);
-}
-
-static int set_count(unsigned *to, const char *value, unsigned max, struct failure *f)
-{
-    char *end;
-    unsigned long n;
-
-    errno = 0;
-    n = strtoul(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || errno || n < 1 || n > max)
-        return failure_set(f, -EINVAL, "\"%s\" is not a number from 1 to %u", value, max);
-    *to = (unsigned)n;
-    return 0;
-}
-
-/* "4096", "10G": bytes, or units of a power of 1024. */
-static int set_size(uint64_t *to, const char *value, struct failure *f)
-{
-    static const char units[] = "KMGT";
-    unsigned shift = 0;
-    char *end;
-    unsigned long long n;
-
-    errno = 0;
-    n = strtoull(value, &end, 10);
-    if (isdigit((unsigned char)*value) && *end) {
-        const char *unit = strchr(units, toupper((unsigned char)*end));
-
-        if (unit) {
-            shift = 10 * (unsigned)(unit - units + 1);
-            end++;
-        }
-    }
-    if (!isdigit((unsigned char)*value) || *end)
-        return failure_set(f, -EINVAL, "\"%s\" is not a size: a number of bytes, or with K, M, G or T", value);
-    if (errno || n > CONFIG_SIZE_MAX >> shift)
-        return failure_set(f, -EINVAL, "\"%s\" is more than %lluT", value, CONFIG_SIZE_MAX >> 40);
-    *to = (uint64_t)n << shift;
-    return 0;
-}
-
-static int set_bool(bool *to, const char *value, struct failure *f)
-{
-    static const char *const yes[] = {"yes", "true", "on", "1"}, *const no[] = {"no", "false", "off", "0"};
-
-    for (size_t i = 0; i < ARRAY_SIZE(yes); i++) {
-        if (strcmp(value, yes[i]) == 0) {
-            *to = true;
-            return 0;
-        }
-        if (strcmp(value, no[i]) == 0) {
-            *to = false;
-            return 0;
-        }
-    }
-    return failure_set(f, -EINVAL, "\"%s\" is neither yes nor no", value);
-}
 
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 static void listener_done(struct config_listener *l)
@@ -217,16 +116,24 @@ enum row {
     ROW_SCRATCH_LIMIT,
     ROW_SCRATCH_TOTAL_LIMIT,
     ROW_SCRATCH_RESERVE,
+    ROW_CBW_TIMEOUT,
+    ROW_GIVE_BACK,
     ROW_STATE,
+    ROW_MAX_PAUSE,
     ROW_LINGER,
+    ROW_HOLD_SHUTDOWN,
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_SESSION_TIMEOUT,
     ROW_KEEP_CHECKPOINTS,
+    ROW_ENGINE,
     ROW_PIDFILE,
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
     ROW_STORAGE_DAEMON,
+    ROW_QGA,
+    ROW_QUIESCE,
     ROW_VERSION,
     ROW_HELP,
     ROW_NOT_YET, /* from here on: names of the contract that this version refuses */
@@ -250,33 +157,45 @@ static const struct {
     [ROW_LISTEN] = {"listen", REPEATABLE, "ADDR",
                     "unix:PATH, tcp:HOST:PORT or fd; repeatable (default " CONFIG_LISTEN ")"},
     [ROW_CONTROL] = {"control", 0, "PATH", "control socket (default " CONFIG_CONTROL ")"},
-    [ROW_SCRATCH] = {"scratch", 0, "DIR", "where copy-before-write data goes (default " CONFIG_SCRATCH ")"},
+    [ROW_SCRATCH] = {"scratch", 0, "DIR|JSON",
+                     "where copy-before-write data goes (default " CONFIG_SCRATCH "), or a blockdev-add object"},
     [ROW_SCRATCH_LIMIT] = {"scratch-limit", 0, "SIZE",
                            "of one session; past it the session is given up (default 0: none)"},
     [ROW_SCRATCH_TOTAL_LIMIT] = {"scratch-total-limit", 0, "SIZE",
                                  "of all sessions; past it the largest is given up (default 0: none)"},
     [ROW_SCRATCH_RESERVE] = {"scratch-reserve", 0, "SIZE",
                              "left free on DIR's file system, likewise (default 256M; 0: none)"},
+    [ROW_CBW_TIMEOUT] = {"cbw-timeout", 0, "SECONDS",
+                         "a guest's write waits so long for its copy to scratch, once (default 10)"},
+    [ROW_GIVE_BACK] = {"give-back", 0, "WHEN",
+                       "free what was copied when a client says trim, or has read it: off, trim, read (default off)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
+    [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
+    [ROW_HOLD_SHUTDOWN] = {"hold-shutdown", 0, "SECONDS",
+                           "a QEMU whose guest shuts down waits so long for a session's end (default 0: off)"},
     [ROW_HANDSHAKE_TIMEOUT] = {"handshake-timeout", 0, "SECONDS", "for a client's whole negotiation (default 30)"},
     [ROW_IDLE_TIMEOUT] = {"idle-timeout", 0, "SECONDS",
                           "close a client that asks nothing for so long (default 0: never)"},
+    [ROW_SESSION_TIMEOUT] = {"session-timeout", 0, "SECONDS",
+                             "give a session up that has been up for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
+    [ROW_ENGINE] = {"engine", 0, "NAME", "auto, copy-before-write or backup-job: how disks are frozen (default auto)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
     [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
                             "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},
+    [ROW_QGA] = {"qga", REPEATABLE, "NAME=SOCKET", "the guest agent of a VM; repeatable"},
+    [ROW_QUIESCE] = {"quiesce", 0, "off|try|require",
+                     "freeze the guest's file systems for the cut (default off; try: go on where it fails)"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
-    [ROW_NOT_YET] = {"qga", REPEATABLE, NULL, NULL},
-    {"tls", 0, NULL, NULL},
+    [ROW_NOT_YET] = {"tls", 0, NULL, NULL},
     {"tls-certs", 0, NULL, NULL},
     {"tls-psk", 0, NULL, NULL},
     {"allow", REPEATABLE, NULL, NULL},
-    {"quiesce", 0, NULL, NULL},
     {"threads", 0, NULL, NULL},
 };
 static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
@@ -297,29 +216,45 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_CONTROL:
         return config_set_path(&c->control, value, f);
     case ROW_SCRATCH:
-        return config_set_path(&c->scratch, value, f);
+        return config_set_scratch(&c->scratch, &c->place, value, f);
     case ROW_SCRATCH_LIMIT:
-        return set_size(&c->scratch_limit, value, f);
+        return config_set_size(&c->scratch_limit, value, f);
     case ROW_SCRATCH_TOTAL_LIMIT:
-        return set_size(&c->scratch_total_limit, value, f);
+        return config_set_size(&c->scratch_total_limit, value, f);
     case ROW_SCRATCH_RESERVE:
-        return set_size(&c->scratch_reserve, value, f);
+        return config_set_size(&c->scratch_reserve, value, f);
+    case ROW_CBW_TIMEOUT: /* 0 would be QEMU's word for ever */
+        return config_set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
+    case ROW_GIVE_BACK:
+        return config_set_give_back(&c->give_back, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
+    case ROW_MAX_PAUSE:
+        if (config_set_seconds(&c->max_pause_ms, value, f) < 0)
+            return f->err;
+        if (c->max_pause_ms == 0)
+            return failure_set(f, -EINVAL, "no freeze takes no time at all");
+        return 0;
     case ROW_LINGER:
-        return set_seconds(&c->linger_ms, value, f);
+        return config_set_seconds(&c->linger_ms, value, f);
+    case ROW_HOLD_SHUTDOWN:
+        return config_set_seconds(&c->hold_shutdown_ms, value, f);
     case ROW_HANDSHAKE_TIMEOUT:
-        if (set_seconds(&c->handshake_timeout_ms, value, f) < 0)
+        if (config_set_seconds(&c->handshake_timeout_ms, value, f) < 0)
             return f->err;
         if (c->handshake_timeout_ms == 0)
             return failure_set(f, -EINVAL, "0 would let silent clients hold connections for ever");
         return 0;
     case ROW_IDLE_TIMEOUT:
-        return set_seconds(&c->idle_timeout_ms, value, f);
+        return config_set_seconds(&c->idle_timeout_ms, value, f);
+    case ROW_SESSION_TIMEOUT:
+        return config_set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
-        return set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+        return config_set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
     case ROW_KEEP_CHECKPOINTS:
-        return set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
+        return config_set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
+    case ROW_ENGINE:
+        return config_set_engine(&c->engine, value, f);
     case ROW_PIDFILE:
         return config_set_path(&c->pidfile, value, f);
     case ROW_LOG:
@@ -328,9 +263,13 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return 0;
     case ROW_ALLOW_PLAINTEXT:
         c->allow_plaintext = true;
-        return value ? set_bool(&c->allow_plaintext, value, f) : 0;
+        return value ? config_set_bool(&c->allow_plaintext, value, f) : 0;
     case ROW_STORAGE_DAEMON:
         return config_set_path(&c->storage_daemon, value, f);
+    case ROW_QGA:
+        return config_set_qga(c, value, by_flag, f);
+    case ROW_QUIESCE:
+        return config_set_quiesce(&c->quiesce, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -347,12 +286,15 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
 struct reader {
     struct server_config *c;
     FILE *file;
-    struct place place;
+    struct spot spot;
     bool goes_on;   /* the line continues the value of the one before */
     bool in_server; /* else in a VM's section, or in none */
     bool server_said;
     size_t vm;              /* index + 1 of the VM whose section this is, or 0 */
-    struct failure failure; /* without the place */
+    struct failure failure; /* without the spot */
+    char *scratch;          /* owned: the text of the last scratch=, which may go on */
+    struct failure unfinished;
+    unsigned unfinished_line; /* where that text, so far, has no end */
 };
 
 /* inih tells of a section only with its first key, and cuts names: so section lines are read here. */
@@ -385,9 +327,18 @@ static int begin_section(struct reader *r, const char *line)
     vm = config_add_vm(r->c, name, &r->failure);
     if (!vm)
         return r->failure.err;
-    vm->line = r->place.line;
+    vm->line = r->spot.line;
     r->vm = r->c->nvms;
     return 0;
+}
+
+static bool is_unfinished(struct reader *r)
+{
+    if (!r->unfinished.err || r->failure.err)
+        return false;
+    r->failure = r->unfinished;
+    r->spot.line = r->unfinished_line;
+    return true;
 }
 
 #define UTF8_BOM "\xef\xbb\xbf" /* inih skips it, too */
@@ -400,23 +351,70 @@ static char *read_line(char *line, int size, void *arg)
 
     if (r->failure.err || !fgets(line, size, r->file))
         return NULL;
-    r->place.line++;
+    r->spot.line++;
     len = strlen(line);
     if (len + 1 == (size_t)size && line[len - 1] != '\n') {
         (void)failure_set(&r->failure, -EINVAL,
                           "the line is longer than %d bytes; a value can go on in an indented line", size - 2);
         return NULL;
     }
-    s = line + (r->place.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
+    s = line + (r->spot.line == 1 && strncmp(line, UTF8_BOM, 3) == 0 ? 3 : 0);
     r->goes_on = isblank((unsigned char)*s);
     s += strspn(s, " \t");
+    if (!r->goes_on && !strchr("\r\n;#", *s) && is_unfinished(r)) /* "" is in there, too */
+        return NULL;
     if (*s == '[' && begin_section(r, s) < 0)
         return NULL;
     return line;
 }
 
+static int name_key(struct reader *r, const char *key)
+{
+    struct failure why = r->failure;
+
+    r->failure.err = 0;
+    return failure_set(&r->failure, why.err, "\"%s\": %s", key, why.text);
+}
+
+/* A JSON object may be too long for one line. */
+static int set_scratch(struct reader *r, const char *value)
+{
+    struct config_vm *vm = r->vm ? &r->c->vms[r->vm - 1] : NULL;
+    char *text = NULL;
+    int result;
+
+    if (!r->goes_on && (vm ? vm->scratch_said : r->c->said_in_file[ROW_SCRATCH]))
+        return failure_set(&r->failure, -EINVAL, "\"scratch\" is there twice");
+    if (vm)
+        vm->scratch_said = true;
+    else
+        r->c->said_in_file[ROW_SCRATCH] = 1;
+    if (asprintf(&text, "%s%s%s", r->goes_on ? r->scratch : "", r->goes_on ? " " : "", value) < 0)
+        return failure_set(&r->failure, -ENOMEM, "out of memory");
+    if (r->goes_on && !place_is_meant(text)) {
+        free(text);
+        return failure_set(&r->failure, -EINVAL, "the value of \"scratch\" may not go on in a second line");
+    }
+    free(r->scratch);
+    r->scratch = text;
+    memset(&r->unfinished, 0, sizeof(r->unfinished));
+    result = vm ? config_set_scratch(/* dir= */ NULL, &vm->place, text, &r->failure)
+                : config_set_scratch(&r->c->scratch, &r->c->place, text, &r->failure);
+    if (result == 0)
+        return 0;
+    (void)name_key(r, "scratch");
+    if (result != -EAGAIN)
+        return r->failure.err;
+    r->unfinished = r->failure;
+    r->unfinished_line = r->spot.line;
+    memset(&r->failure, 0, sizeof(r->failure));
+    return 0;
+}
+
 static int set_key(struct reader *r, const char *key, const char *value)
 {
+    if (r->in_server && strcmp(key, rows[ROW_SCRATCH].name) == 0)
+        return set_scratch(r, value);
     if (r->in_server) {
         for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
             if (strcmp(rows[i].name, key) != 0 || (rows[i].flags & FLAG_ONLY))
@@ -424,11 +422,8 @@ static int set_key(struct reader *r, const char *key, const char *value)
             if (++r->c->said_in_file[i] > 1 && !(rows[i].flags & REPEATABLE))
                 return failure_set(&r->failure, -EINVAL, "\"%s\" is there twice", key);
             r->c->said_in_file[i] = 1;
-            if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0) {
-                struct failure why = r->failure;
-                r->failure.err = 0;
-                return failure_set(&r->failure, why.err, "\"%s\": %s", key, why.text);
-            }
+            if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0)
+                return name_key(r, key);
             return 0;
         }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [server]", key);
@@ -440,12 +435,23 @@ static int set_key(struct reader *r, const char *key, const char *value)
                            : config_set_path(&vm->qmp, value, &r->failure);
         if (strcmp(key, "disks") == 0)
             return config_set_disks(vm, value, r->goes_on, &r->failure);
+        if (strcmp(key, "engine") == 0)
+            return config_set_vm_engine(vm, value, &r->failure);
         if (strncmp(key, "disk.", 5) == 0)
             return config_set_rename(vm, key + 5, value, &r->failure);
         if (strncmp(key, "image.", 6) == 0)
             return config_set_image(vm, key + 6, value, /* by_flag= */ false, &r->failure);
+        if (strcmp(key, "scratch") == 0)
+            return set_scratch(r, value);
         if (strcmp(key, "qga") == 0)
-            return failure_set(&r->failure, -EINVAL, "\"qga\": not supported by this version");
+            return vm->qga ? failure_set(&r->failure, -EINVAL, "\"qga\" is there twice")
+                           : config_set_path(&vm->qga, value, &r->failure);
+        if (strcmp(key, "quiesce") == 0 && vm->quiesce_said)
+            return failure_set(&r->failure, -EINVAL, "\"quiesce\" is there twice");
+        if (strcmp(key, "quiesce") == 0) {
+            vm->quiesce_said = true;
+            return config_set_quiesce(&vm->quiesce, value, &r->failure);
+        }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [vm \"%s\"]", key, vm->name);
     }
     return failure_set(&r->failure, -EINVAL, "\"%s\" stands before any section", key);
@@ -462,14 +468,14 @@ static int on_key(void *arg, const char *section, const char *key, const char *v
         return 0;
     if (strlen(key) >= INI_NAME_MAX)
         return failure_set(&r->failure, -EINVAL, "the key \"%s…\" is too long", key) == 0;
-    if (r->goes_on && strcmp(key, "disks") != 0)
+    if (r->goes_on && strcmp(key, "disks") != 0 && strcmp(key, "scratch") != 0)
         return failure_set(&r->failure, -EINVAL, "the value of \"%s\" may not go on in a second line", key) == 0;
     return set_key(r, key, value) == 0;
 }
 
 static int read_file(struct server_config *c, const char *path, struct failure *f)
 {
-    struct reader r = {.c = c, .place = {.file = path}};
+    struct reader r = {.c = c, .spot = {.file = path}};
     int line;
 
     r.file = fopen(path, "re");
@@ -479,13 +485,15 @@ static int read_file(struct server_config *c, const char *path, struct failure *
     if (!r.failure.err && ferror(r.file))
         (void)failure_set(&r.failure, -EINVAL, "cannot be read: %s", strerror(errno));
     (void)fclose(r.file);
+    (void)is_unfinished(&r);
+    free(r.scratch);
     if (!r.failure.err && line != 0) {
-        r.place.line = (unsigned)MAX(line, 1);
+        r.spot.line = (unsigned)MAX(line, 1);
         (void)failure_set(&r.failure, -EINVAL, "this is neither a section nor KEY=VALUE");
     }
     if (r.failure.err)
-        return failure_set(f, -EINVAL, "%s:%u: %s", path, r.place.line, r.failure.text);
-    return set_string(&c->file, path, f);
+        return failure_set(f, -EINVAL, "%s:%u: %s", path, r.spot.line, r.failure.text);
+    return config_set_string(&c->file, path, f);
 }
 
 /* -- flags --------------------------------------------------------------------------------------------------------- */
@@ -544,8 +552,11 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .linger_ms = CONFIG_LINGER_MS,
         .handshake_timeout_ms = CONFIG_HANDSHAKE_TIMEOUT_MS,
         .idle_timeout_ms = CONFIG_IDLE_TIMEOUT_MS,
+        .max_pause_ms = CONFIG_MAX_PAUSE_MS,
+        .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
+        .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
         .log_level = LOG_LEVEL_INFO,
     };
     r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
@@ -566,7 +577,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
     if (r == 0 && c->nlisteners == 0)
         r = add_listener(c, CONFIG_LISTEN, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        if (!c->vms[i].qmp && c->vms[i].nimages == 0)
+        if (!c->vms[i].qmp && c->vms[i].nimages == 0 && c->vms[i].qga_by_flag && !c->vms[i].line)
+            r = failure_set(f, -EINVAL, "--qga: there is no VM \"%s\"", c->vms[i].name);
+        else if (!c->vms[i].qmp && c->vms[i].nimages == 0)
             r = failure_set(f, -EINVAL, "%s:%u: the VM \"%s\" has neither \"qmp\" nor an \"image.DISK\"", c->file,
                             c->vms[i].line, c->vms[i].name);
     if (r < 0) {
@@ -587,6 +600,7 @@ void config_free(struct server_config *c)
     drop_listeners(c);
     free(c->control);
     free(c->scratch);
+    place_free(c->place);
     free(c->state);
     free(c->storage_daemon);
     free(c->pidfile);
@@ -606,6 +620,7 @@ void config_print_help(FILE *out)
         }
     (void)fprintf(
         out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
-             "qmp=, disks=, disk.NAME= and image.DISK=. SIZE: bytes, or with K, M, G or T (powers of 1024) behind.\n"
+             "qmp=, qga=, quiesce=, disks=, disk.NAME= and image.DISK=. SIZE: bytes, or with K, M, G or T (powers of "
+             "1024) behind.\n"
              "Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

@@ -9,6 +9,9 @@
 #ifndef QPULL_CONFIG_H
 #define QPULL_CONFIG_H
 
+#include "backup/engine.h"
+#include "backup/place.h"
+#include "backup/quiesce.h"
 #include "log.h"
 #include "qmp/base.h"
 
@@ -24,10 +27,17 @@
 #define CONFIG_SCRATCH "/var/tmp"
 #define CONFIG_STATE "/var/lib/qpull"
 #define CONFIG_SCRATCH_RESERVE (256ull << 20) /* bytes; more than SCRATCH_RATE in SCRATCH_LOOK_MIN_MS */
+/*
+ * A guest's write waits so long for its copy to scratch, then the snapshot is given up. A third of what guests give
+ * their disks (30 s: Linux for SCSI, ATA and NVMe), more than a disk that retries takes for one sector (7 s, ERC/TLER).
+ */
+#define CONFIG_CBW_TIMEOUT_S 10u
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
 #define CONFIG_IDLE_TIMEOUT_MS 0u /* never */
+#define CONFIG_MAX_PAUSE_MS 1000u
+#define CONFIG_SESSION_TIMEOUT_MS 0u /* never */
 #define CONFIG_MAX_CONNECTIONS 256u
 
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
@@ -36,6 +46,7 @@
 #define CONFIG_DISKS_MAX 1024u     /* names in one VM's disks=, and disk.NAME= lines */
 #define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
+#define CONFIG_CBW_TIMEOUT_MAX_S 3600u
 #define CONFIG_CONNECTIONS_MAX 65536u
 #define CONFIG_SIZE_MAX (1ull << 60)  /* of any SIZE: no file system holds more, and sums of them stay numbers */
 #define CONFIG_CHECKPOINTS_MAX 10000u /* of --keep-checkpoints; backup/notes.h keeps no more notes of a VM */
@@ -58,17 +69,35 @@
 #define CONN_BLOCK_PREFERRED 4096u /* likewise */
 #define CONN_BLOCK_MAX (32u << 20) /* likewise; what qemu-img and nbdcopy never pass */
 
+/* -- what slow and stuck clients may cost (docs/decisions/0015-clients.md) ------------------------------------------
+ */
+#define CONN_PIECE_SHORT (64u << 10)   /* CONN_PIECE where the budget is used up: a cluster; a divisor of it */
+#define CONN_UNSENT_TOTAL (4u << 20)   /* CONN_MAX_UNSENT of all connections together; past it each has … */
+#define CONN_LEAST_UNSENT (16u << 10)  /* … this much, and past half of it answers about a disk's status have … */
+#define CONN_EXTENTS_SHORT 512u        /* … so many extents: 8 KiB */
+#define CONN_CHUNK_COST 48u            /* bytes: what the smallest reply head takes besides its own */
+#define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
+#define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
+
+/* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
+#define FAIR_REQUESTS 16u   /* that one client's turn takes, while there are others */
+#define FAIR_READS 32u      /* of sources in flight, of all clients, while several read; QEMU works on 16 of a connection */
+#define FAIR_READS_LEAST 2u /* … that each may have at least */
+
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
-#define BUDGET_TOTAL (64u << 20) /* bytes; each connection has one piece besides, so that none starves */
+/* Each connection may have CONN_PIECE_SHORT besides, so that none starves. A hundred that are stuck hold a piece each,
+ * and a quarter is left for the others. */
+#define BUDGET_TOTAL (32u << 20) /* bytes */
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
 #define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
+#define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
+#define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
-#define VM_CBW_TIMEOUT_S                                                                                           \
-    20u                    /* a guest's write waits so long for its copy to scratch, then the snapshot is given up \
-                            */
+#define VM_LINGER_STEP_MS \
+    250u /* a session lingers on in such steps, VM_CALL_TIMEOUT_MS in all, while QEMU is being asked */
 #define VM_STAYS_MAX 4096u /* connections that wait for or take part in one VM's session */
 #define VM_SINCE_MAX 64u   /* dirty maps of one session */
 
@@ -86,6 +115,9 @@
           */
 #define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
 #define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
+
+/* -- qpull doctor (server/doctor) ---------------------------------------------------------------------------------- */
+#define DOCTOR_TIMEOUT_MS 20000u /* what has not answered by then is called wrong */
 
 /* -- control socket ------------------------------------------------------------------------------------------------ */
 #define CONTROL_CLIENTS_MAX 32u
@@ -113,16 +145,21 @@ struct config_image {
 };
 
 struct config_vm {
-    char *name;   /* owned */
-    char *qmp;    /* owned: path of QEMU's QMP socket; NULL: there are only images */
-    char **disks; /* owned: disks=, none: all */
+    char *name; /* owned */
+    char *qmp;  /* owned: path of QEMU's QMP socket; NULL: there are only images */
+    char *qga;  /* owned: path of its guest agent's socket, or NULL */
+    enum quiesce_mode quiesce;
+    bool quiesce_said; /* else [server]'s */
+    char **disks;      /* owned: disks=, none: all */
     size_t ndisks;
     struct config_rename *renames; /* owned: disk.NAME= */
     size_t nrenames;
     struct config_image *images; /* owned: image.DISK= */
     size_t nimages;
+    enum engine engine;  /* engine=; where it was not said, that of the server */
+    struct place *place; /* owned: scratch=, a place of its own; NULL: as all others */
     /* private to the parser: where it was said */
-    bool by_flag, disks_said;
+    bool by_flag, qga_by_flag, disks_said, engine_said, scratch_said;
     unsigned line;
 };
 
@@ -137,6 +174,10 @@ struct config_listener {
     char *port;                      /* owned: TCP, digits */
 };
 
+/* When what was copied for a session is freed before its end: never, when a client says TRIM, or besides when it has
+ * been sent to one. */
+enum config_give_back { GIVE_BACK_OFF, GIVE_BACK_TRIM, GIVE_BACK_READ };
+
 enum config_wish { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION };
 
 #define CONFIG_ROWS_MAX 48 /* rows of the option table */
@@ -147,17 +188,24 @@ struct server_config {
     size_t nvms;
     struct config_listener *listeners; /* owned */
     size_t nlisteners;
-    char *control, *scratch, *state; /* owned: paths */
+    char *control, *scratch, *state; /* owned: paths; scratch may be a JSON object: then it is no path, but … */
+    struct place *place;             /* … owned: what it says */
     char *storage_daemon;            /* owned: qemu-storage-daemon, by path or by name */
     char *pidfile;                   /* owned, or NULL */
     char *file;                      /* owned: the file that was read, or NULL */
-    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms;
+    unsigned hold_shutdown_ms;       /* 0: off */
+    unsigned max_pause_ms;           /* never 0 */
+    unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms, session_timeout_ms;
     unsigned max_connections;
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
+    enum engine engine;                          /* of VMs that do not say their own */
+    unsigned cbw_timeout_s;
+    enum config_give_back give_back;
     enum log_level log_level;
     bool allow_plaintext;
+    enum quiesce_mode quiesce;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
 };

@@ -88,8 +88,9 @@ static int check_listener(const struct server_config *c, struct config_listener 
     return 0;
 }
 
-static int check_vm(const struct config_vm *vm, struct failure *f)
+static int check_vm(const struct server_config *c, const struct config_vm *vm, struct failure *f)
 {
+    enum quiesce_mode quiesce = vm->quiesce_said ? vm->quiesce : c->quiesce;
     struct failure why = {0};
     struct stat st;
 
@@ -97,9 +98,57 @@ static int check_vm(const struct config_vm *vm, struct failure *f)
         return 0; /* the images are looked at when somebody wants them: they may come later */
     if (check_socket_path(vm->qmp, &why) < 0)
         return failure_set(f, -EINVAL, "VM \"%s\": %s", vm->name, why.text);
+    if (vm->qga && check_socket_path(vm->qga, &why) < 0)
+        return failure_set(f, -EINVAL, "VM \"%s\", guest agent: %s", vm->name, why.text);
+    if (quiesce == QUIESCE_REQUIRE && !vm->qga)
+        return failure_set(
+            f, -EINVAL,
+            "VM \"%s\": quiesce=require needs its guest agent (--qga NAME=SOCKET, or qga= in its section); "
+            "or say quiesce=try or quiesce=off there",
+            vm->name);
     /* QEMU may start later than we do, so that the socket need not be there; what is there must be one. */
     if (stat(vm->qmp, &st) == 0 && !S_ISSOCK(st.st_mode))
         return failure_set(f, -EINVAL, "VM \"%s\": %s is not a socket", vm->name, vm->qmp);
+    return 0;
+}
+
+/* A place that all VMs share. */
+static int check_places(const struct server_config *c, struct failure *f)
+{
+    unsigned nsharing = 0;
+
+    if (c->scratch_limit || c->scratch_total_limit)
+        return failure_set(f, -EINVAL,
+                           "--scratch-limit and --scratch-total-limit need a directory for --scratch: what another "
+                           "place holds cannot be seen from here");
+    for (size_t i = 0; i < c->nvms; i++)
+        nsharing += c->vms[i].qmp && !c->vms[i].place;
+    if (nsharing > 1 && !place_tells_vms(c->place))
+        return failure_set(f, -EINVAL,
+                           "--scratch: %u VMs would write to one scratch place: put %%v into its JSON where the VM's "
+                           "name belongs, or %%s for the session's id",
+                           nsharing);
+    return 0;
+}
+
+static int check_vm_places(const struct server_config *c, struct failure *f)
+{
+    for (size_t i = 0; i < c->nvms; i++) {
+        const struct config_vm *a = &c->vms[i];
+
+        if (!a->place || place_tells_vms(a->place))
+            continue;
+        if (c->place && strcmp(place_text(a->place), place_text(c->place)) == 0)
+            return failure_set(f, -EINVAL, "VM \"%s\" and --scratch of all others would write to one scratch place",
+                               a->name);
+        for (size_t k = 0; k < i; k++) {
+            const struct config_vm *b = &c->vms[k];
+
+            if (b->place && strcmp(place_text(a->place), place_text(b->place)) == 0)
+                return failure_set(f, -EINVAL, "VM \"%s\" and VM \"%s\" would write to one scratch place", b->name,
+                                   a->name);
+        }
+    }
     return 0;
 }
 
@@ -121,7 +170,9 @@ int config_check(struct server_config *c, struct failure *f)
     if (r == 0)
         r = check_parent("directory of the control socket", c->control, f);
     if (r == 0)
-        r = check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
+        r = c->place ? check_places(c, f) : check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
+    if (r == 0)
+        r = check_vm_places(c, f);
     if (r == 0 && strcmp(c->state, CONFIG_STATE) == 0)
         r = make_default_dir(CONFIG_STATE, 0700, f);
     if (r == 0)
@@ -129,6 +180,6 @@ int config_check(struct server_config *c, struct failure *f)
     if (r == 0 && c->pidfile)
         r = check_parent("directory of the pidfile", c->pidfile, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        r = check_vm(&c->vms[i], f);
+        r = check_vm(c, &c->vms[i], f);
     return r;
 }

@@ -50,26 +50,52 @@ struct config_vm *config_add_vm(struct server_config *c, const char *name, struc
     return &vms[c->nvms++];
 }
 
-int config_set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f)
+/* "NAME=" and what follows it: the VM, which another flag may name later. NULL: the sentence is in f. */
+static struct config_vm *vm_of(struct server_config *c, const char *value, const char *follows, const char **ret_rest,
+                               struct failure *f)
 {
     _cleanup_free_ char *name = NULL;
     const char *equals = strchr(value, '=');
     struct config_vm *vm;
 
-    if (!equals)
-        return failure_set(f, -EINVAL, "\"%s\" is not NAME=QMP_SOCKET", value);
+    if (!equals) {
+        (void)failure_set(f, -EINVAL, "\"%s\" is not NAME=%s", value, follows);
+        return NULL;
+    }
     name = strndup(value, (size_t)(equals - value));
-    if (!name)
-        return failure_set(f, -ENOMEM, "out of memory");
+    if (!name) {
+        (void)failure_set(f, -ENOMEM, "out of memory");
+        return NULL;
+    }
     vm = config_find_vm(c, name);
-    if (vm && vm->qmp && (!by_flag || vm->by_flag))
-        return failure_set(f, -EINVAL, "the VM \"%s\" is there twice", name);
-    if (!vm)
-        vm = config_add_vm(c, name, f);
+    *ret_rest = equals + 1;
+    return vm ? vm : config_add_vm(c, name, f);
+}
+
+int config_set_vm(struct server_config *c, const char *value, bool by_flag, struct failure *f)
+{
+    const char *path;
+    struct config_vm *vm = vm_of(c, value, "QMP_SOCKET", &path, f);
+
     if (!vm)
         return f->err;
+    if (vm->qmp && (!by_flag || vm->by_flag))
+        return failure_set(f, -EINVAL, "the VM \"%s\" is there twice", vm->name);
     vm->by_flag = by_flag;
-    return config_set_path(&vm->qmp, equals + 1, f);
+    return config_set_path(&vm->qmp, path, f);
+}
+
+int config_set_qga(struct server_config *c, const char *value, bool by_flag, struct failure *f)
+{
+    const char *path;
+    struct config_vm *vm = vm_of(c, value, "SOCKET", &path, f);
+
+    if (!vm)
+        return f->err;
+    if (vm->qga && (!by_flag || vm->qga_by_flag))
+        return failure_set(f, -EINVAL, "the guest agent of VM \"%s\" is there twice", vm->name);
+    vm->qga_by_flag = by_flag;
+    return config_set_path(&vm->qga, path, f);
 }
 
 /* disks= of a VM: names, with commas or blanks between them. */
@@ -100,6 +126,14 @@ int config_set_disks(struct config_vm *vm, const char *value, bool goes_on, stru
     if (vm->ndisks == 0)
         return failure_set(f, -EINVAL, "\"disks\" names no disk; leave it out for all disks");
     return 0;
+}
+
+int config_set_vm_engine(struct config_vm *vm, const char *value, struct failure *f)
+{
+    if (vm->engine_said)
+        return failure_set(f, -EINVAL, "\"engine\" is there twice");
+    vm->engine_said = true;
+    return config_set_engine(&vm->engine, value, f);
 }
 
 int config_set_rename(struct config_vm *vm, const char *name, const char *target, struct failure *f)
@@ -226,6 +260,8 @@ void config_vm_done(struct config_vm *vm)
     free(vm->disks);
     free(vm->renames);
     free(vm->images);
+    place_free(vm->place);
     free(vm->name);
     free(vm->qmp);
+    free(vm->qga);
 }

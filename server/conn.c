@@ -7,6 +7,7 @@
 #include <json-c/json.h>
 #include <malloc.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdio.h>
 #include <sys/socket.h>
 
@@ -33,9 +34,15 @@ static void set_state(struct conn *c, enum conn_state state)
 }
 
 /* -- the end ------------------------------------------------------------------------------------------------------- */
+static size_t chunk_cost(const struct conn_chunk *chunk)
+{
+    return chunk->len + CONN_CHUNK_COST;
+}
+
 static void chunk_free(struct conn *c, struct conn_chunk *chunk)
 {
-    c->head_bytes -= chunk->len;
+    c->head_bytes -= chunk_cost(chunk);
+    c->set->head_bytes -= chunk_cost(chunk);
     if (chunk->payload && chunk->payload->release)
         chunk->payload->release(chunk->payload);
     free(chunk);
@@ -49,11 +56,6 @@ static void drop_queue(struct conn *c)
         chunk_free(c, chunk);
     }
     c->queue_last = NULL;
-}
-
-static bool is_sending(const struct conn *c)
-{
-    return c->queue || c->batch;
 }
 
 static void log_end(struct conn *c)
@@ -100,10 +102,7 @@ static void shut(struct conn *c, bool await_eof)
     drop_queue(c);
 }
 
-/* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
-static void kill_conn(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
-
-static void kill_conn(struct conn *c, int err, const char *fmt, ...)
+void conn_kill(struct conn *c, int err, const char *fmt, ...)
 {
     struct failure why = {0};
     char text[sizeof why.text];
@@ -137,6 +136,7 @@ static void on_closed(uv_handle_t *handle)
     assert(!c->queue && !c->batch && c->stay_state == STAY_NONE);
     if (c->pulling)
         pull_done(&c->pull);
+    fair_leave(&c->fair);
     conn_ask_done(c);
     *(c->prev ? &c->prev->next : &s->first) = c->next;
     *(c->next ? &c->next->prev : &s->last) = c->prev;
@@ -167,7 +167,7 @@ static void on_written(uv_write_t *req, int status)
     struct conn_chunk *done = TAKE_PTR(c->batch), *next;
 
     if (status < 0 && status != UV_ECANCELED) /* else we are closing */
-        kill_conn(c, status, "sending failed: %s", uv_strerror(status));
+        conn_kill(c, status, "sending failed: %s", uv_strerror(status));
     /* A release may bring new data, and with it the next batch. */
     for (; done; done = next) {
         next = done->next;
@@ -239,7 +239,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
     else
         c->queue = chunk;
     c->queue_last = chunk;
-    c->head_bytes += len;
+    c->head_bytes += chunk_cost(chunk);
+    c->set->head_bytes += chunk_cost(chunk);
     conn_output(c);
 }
 
@@ -252,14 +253,26 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && c->head_bytes < CONN_MAX_UNSENT && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
+    return c->state == CONN_TALKING && !conn_is_full(c) && !c->parked && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
            !(c->pulling && pull_reply_is_open(&c->pull));
 }
 
-/* Gives nbd what is in the input buffer, as far as it may have it. */
+bool conn_is_full(const struct conn *c)
+{
+    return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
+}
+
+/* Gives nbd what is in the input buffer, as far as it may have it, and as far as this client's turn goes. */
 static void conn_input(struct conn *c)
 {
+    unsigned left_of_turn = FAIR_REQUESTS;
+    bool alone = fair_is_alone(&c->set->fair);
+
     while (c->input_at < c->input_len && may_feed(c)) {
+        if (!alone && (!c->has_turn || left_of_turn-- == 0)) {
+            fair_queue(&c->fair);
+            break;
+        }
         size_t left = c->input_len - c->input_at;
         size_t taken =
             nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
@@ -267,8 +280,26 @@ static void conn_input(struct conn *c)
         if (taken == 0)
             break;
     }
+    c->has_turn = false;
     if (c->input_at == c->input_len)
         c->input_at = c->input_len = 0;
+}
+
+static void on_turn(struct fair_member *m)
+{
+    struct conn *c = container_of(m, struct conn, fair);
+
+    c->has_turn = true;
+    conn_settle(c);
+    c->has_turn = false;
+}
+
+static void on_may_read(struct fair_member *m)
+{
+    struct conn *c = container_of(m, struct conn, fair);
+
+    if (c->pulling)
+        pull_go_on(&c->pull);
 }
 
 static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
@@ -290,11 +321,11 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
         c->input_eof = true;
         c->await_eof = false;
         if (nread != UV_EOF)
-            kill_conn(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
+            conn_kill(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
         else if (c->state == CONN_TALKING)
             nbd_feed_eof(c->nbd);
     } else if (c->state == CONN_TALKING) {
-        c->active_ms = now_ms(c);
+        /* A request counts when it is whole: a client that sends one byte now and then asks for nothing. */
         c->input_at = 0;
         c->input_len = (size_t)nread;
         conn_input(c);
@@ -324,6 +355,8 @@ static void on_nbd_request(void *arg, struct nbd_request *r)
     struct conn *c = arg;
 
     c->active_ms = now_ms(c);
+    /* What is asked for when the memory of all is short is answered in small parts. */
+    c->pull.max_extents = c->set->head_bytes < CONN_UNSENT_TOTAL / 2 ? SIZE_MAX : CONN_EXTENTS_SHORT;
     pull_request(&c->pull, r);
 }
 
@@ -346,11 +379,13 @@ static const struct nbd_ops nbd_ops = {
 void conn_settle(struct conn *c)
 {
     if (c->broken)
-        kill_conn(c, -ENOMEM, "out of memory");
+        conn_kill(c, -ENOMEM, "out of memory");
     if (c->state == CONN_TALKING) {
+        if (c->parked && !conn_is_full(c))
+            conn_ask_parked(c);
         conn_input(c);
         if (c->broken)
-            kill_conn(c, -ENOMEM, "out of memory");
+            conn_kill(c, -ENOMEM, "out of memory");
     }
     if (c->state == CONN_TALKING) {
         set_reading(c, c->input_len == 0 && may_feed(c));
@@ -360,7 +395,7 @@ void conn_settle(struct conn *c)
         conn_ask_forget(c);
     if (!conn_try_leave(c) && c->state > CONN_FLUSHING)
         return;
-    if (c->state == CONN_FLUSHING && !is_sending(c)) {
+    if (c->state == CONN_FLUSHING && !conn_is_sending(c)) {
         /* A client that we hang up on may still be sending: closing now would take our last words from it (RST). */
         bool await_eof = c->end != NBD_END_DISC && c->end != NBD_END_EOF;
 
@@ -376,57 +411,15 @@ void conn_settle(struct conn *c)
     }
 }
 
-/* -- deadlines ----------------------------------------------------------------------------------------------------- */
-static void check_output(struct conn *c)
-{
-    uint64_t written = c->submitted - uv_stream_get_write_queue_size(&c->sock.stream);
-    unsigned bound = c->set->config->idle_timeout_ms > 0 ? c->set->config->idle_timeout_ms : CONN_STUCK_MS;
-
-    if (written != c->written || !is_sending(c)) {
-        c->written = written;
-        c->progress_ms = now_ms(c);
-        return;
-    }
-    if (now_ms(c) - c->progress_ms > bound)
-        kill_conn(c, -ETIMEDOUT, "the client took no byte of its replies for %g seconds", bound / 1000.0);
-}
-
-static void check_deadlines(struct conn *c)
-{
-    const struct server_config *config = c->set->config;
-    uint64_t now = now_ms(c);
-    struct failure why = {0};
-
-    if (c->state >= CONN_FLUSHING) {
-        if (c->state == CONN_SHUT && now - c->shut_ms > CONN_FAREWELL_MS)
-            c->await_eof = false;
-        if (c->state == CONN_FLUSHING && now - c->end_ms > CONN_FLUSH_MS)
-            kill_conn(c, -ETIMEDOUT, "the client did not take our last bytes within %u seconds", CONN_FLUSH_MS / 1000);
-        return;
-    }
-    check_output(c);
-    if (c->state != CONN_TALKING || c->asking)
-        return;
-    if (!nbd_in_transmission(c->nbd)) {
-        if (!nbd_is_ending(c->nbd) && now - c->since_ms > config->handshake_timeout_ms)
-            (void)failure_set(&why, -ETIMEDOUT, "the client did not finish negotiating within %g seconds",
-                              config->handshake_timeout_ms / 1000.0);
-    } else if (config->idle_timeout_ms > 0 && nbd_inflight(c->nbd) == 0 && !is_sending(c) &&
-               now - c->active_ms > config->idle_timeout_ms) {
-        (void)failure_set(&why, -ETIMEDOUT, "the client asked for nothing for %g seconds",
-                          config->idle_timeout_ms / 1000.0);
-    }
-    if (why.err)
-        nbd_fail(c->nbd, &why);
-}
-
+/* -- every CONN_TICK_MS ----------------------------------------------------------------------------------------------
+ */
 static void on_tick(uv_timer_t *timer)
 {
     struct conn_set *s = timer->data;
 
     /* Connections are freed by close callbacks only, so the list stands still here. */
     for (struct conn *c = s->first; c; c = c->next) {
-        check_deadlines(c);
+        conn_care(c);
         conn_settle(c);
     }
     if (s->nsilent > 0 && uv_now(s->loop) - s->complained_ms >= LISTEN_COMPLAIN_MS) {
@@ -438,6 +431,22 @@ static void on_tick(uv_timer_t *timer)
 }
 
 /* -- the beginning ------------------------------------------------------------------------------------------------- */
+/*
+ * A peer that is gone without a word (power, network) is one that answers nothing for CONN_VANISHED_S, whether it owes
+ * us an acknowledgement or the connection is idle. Best effort: the deadlines for unsent bytes and idle clients stand.
+ */
+static void notice_vanishing(int fd)
+{
+    int on = 1, idle = CONN_VANISHED_S / 2, interval = MAX(CONN_VANISHED_S / 12, 1), count = 6;
+    unsigned vanished_ms = CONN_VANISHED_S * 1000;
+
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &vanished_ms, sizeof vanished_ms);
+}
+
 /* Who is it, and from where. */
 static int identify(struct conn *c, char *from, size_t size)
 {
@@ -448,7 +457,7 @@ static int identify(struct conn *c, char *from, size_t size)
     char text[INET6_ADDRSTRLEN] = "?";
     uint16_t port = 0;
     uv_os_fd_t fd;
-    int on = 1, size_wanted = CONN_SOCKET_BUFFER;
+    int size_wanted = (int)MIN((size_t)CONN_SOCKET_BUFFER, CONN_SOCKET_TOTAL / MAX(c->set->nconns, (size_t)1));
 
     if (uv_fileno(&c->sock.handle, &fd) < 0)
         return -EBADF;
@@ -460,7 +469,7 @@ static int identify(struct conn *c, char *from, size_t size)
             (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size_wanted, sizeof size_wanted);
         (void)snprintf(c->identity, sizeof c->identity, "uid:%u", (unsigned)peer.uid);
         (void)snprintf(from, size, "%s (pid %d)", c->identity, (int)peer.pid);
-        return 0;
+        return fair_join(&c->set->fair, &c->fair, from); /* a client is a process */
     }
     if (getpeername(fd, (struct sockaddr *)&a, &len) < 0)
         return -errno;
@@ -476,11 +485,11 @@ static int identify(struct conn *c, char *from, size_t size)
             (void)inet_ntop(AF_INET6, &in6->sin6_addr, text, sizeof text);
         port = ntohs(in6->sin6_port);
     }
-    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    notice_vanishing(fd);
     (void)uv_tcp_nodelay(&c->sock.tcp, 1);
     (void)snprintf(c->identity, sizeof c->identity, "ip:%s", text);
     (void)snprintf(from, size, "%s port %u", c->identity, port);
-    return 0;
+    return fair_join(&c->set->fair, &c->fair, c->identity);
 }
 
 /* True: there is a place for one more. */
@@ -491,7 +500,7 @@ static bool make_room(struct conn_set *s)
     for (struct conn *c = s->first; c; c = c->next)
         if (c->state == CONN_TALKING && !c->opened) {
             s->nevicted++;
-            kill_conn(c, -EUSERS, "it was negotiating while another client needed its place");
+            conn_kill(c, -EUSERS, "it was negotiating while another client needed its place");
             conn_settle(c);
             return true;
         }
@@ -525,6 +534,8 @@ static struct conn *conn_new(struct conn_set *s, uv_handle_type type)
         return NULL;
     }
     c->sock.handle.data = c;
+    c->fair.on_requests = on_turn;
+    c->fair.on_read = on_may_read;
     c->prev = s->last;
     *(s->last ? &s->last->next : &s->first) = c;
     s->last = c;
@@ -545,7 +556,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
         return -ENOMEM;
     r = uv_accept(listener, &c->sock.stream);
     if (r < 0) {
-        kill_conn(c, r, "accepting failed: %s", uv_strerror(r));
+        conn_kill(c, r, "accepting failed: %s", uv_strerror(r));
         conn_settle(c);
         return 0;
     }
@@ -553,7 +564,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
     if (!room) {
         complain(s);
         c->quiet = true;
-        kill_conn(c, -EUSERS, "all connections are taken");
+        conn_kill(c, -EUSERS, "all connections are taken");
         conn_settle(c);
         return 0;
     }
@@ -561,7 +572,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
     if (r == 0)
         r = nbd_new(&nbd_ops, c, &c->nbd);
     if (r < 0) {
-        kill_conn(c, r, "nobody knows who it is: %s", strerror(-r));
+        conn_kill(c, r, "nobody knows who it is: %s", strerror(-r));
         conn_settle(c);
         return 0;
     }
@@ -578,14 +589,22 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
     *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
     s->tick.data = s;
+    (void)fair_init(&s->fair, loop); /* an idle handle: never fails */
     return uv_timer_init(loop, &s->tick);
+}
+
+static void on_fair_closed(uv_handle_t *handle)
+{
+    struct conn_set *s = container_of((uv_idle_t *)handle, struct conn_set, fair.idle);
+
+    s->on_closed(s->arg);
 }
 
 static void on_set_closed(uv_handle_t *handle)
 {
     struct conn_set *s = handle->data;
 
-    s->on_closed(s->arg);
+    fair_close(&s->fair, on_fair_closed);
 }
 
 void conn_set_close(struct conn_set *s, void (*cb)(void *arg))
@@ -611,7 +630,7 @@ void conn_set_fail(struct conn_set *s, const struct failure *why)
 void conn_set_kill(struct conn_set *s, const struct failure *why)
 {
     for (struct conn *c = s->first; c; c = c->next) {
-        kill_conn(c, why->err, "%s", why->text);
+        conn_kill(c, why->err, "%s", why->text);
         conn_settle(c);
     }
 }

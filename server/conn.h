@@ -14,6 +14,7 @@
 #include "budget.h"
 #include "catalog.h"
 #include "config.h"
+#include "fair.h"
 
 #include <uv.h>
 
@@ -24,10 +25,12 @@ struct conn_set {
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
     struct budget budget;
+    struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */
     struct conn *first, *last; /* owned: in the order in which they came */
     size_t nconns;             /* those that talk */
     size_t nopen;              /* sockets: those that talk, and those that are closing */
+    size_t head_bytes;         /* of all: unsent, but for payload */
     uint64_t next_id;
     uint64_t ntotal, nrefused, nevicted; /* ever */
     uint64_t complained_ms;              /* loop time of the last log line about a refusal */

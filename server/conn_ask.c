@@ -60,7 +60,7 @@ static char *canonical_name(const struct catalog_hit *hit)
     return name;
 }
 
-static struct nbd_export export_of(const char *name, const char *description, uint64_t size)
+static struct nbd_export export_of(const struct conn *c, const char *name, const char *description, uint64_t size)
 {
     return (struct nbd_export){
         .name = name,
@@ -70,6 +70,7 @@ static struct nbd_export export_of(const char *name, const char *description, ui
         .preferred_block = CONN_BLOCK_PREFERRED,
         .max_block = CONN_BLOCK_MAX,
         .multi_conn = true,
+        .trim = c->set->config->give_back != GIVE_BACK_OFF,
     };
 }
 
@@ -85,7 +86,7 @@ static void answer_export(struct conn *c, const struct catalog_hit *hit)
     }
     (void)snprintf(description, sizeof description, "%s, %s disk of VM \"%s\"; a GO freezes it",
                    catalog_size(size, sizeof size, hit->disk->size), hit->disk->format, vm_name(hit->vm));
-    e = export_of(name, description, hit->disk->size);
+    e = export_of(c, name, description, hit->disk->size);
     answered(c);
     nbd_answer_export(c->nbd, &e);
 }
@@ -177,6 +178,9 @@ static int begin_pull(struct conn *c, struct failure *f)
         .contexts = maps,
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
+        .fair = &c->fair,
+        .counters = vm_stay_counters(&c->stay),
+        .give_back_read = c->set->config->give_back == GIVE_BACK_READ,
         .on_read = on_pull_read,
         .arg = c,
     };
@@ -221,7 +225,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
              vm_stay_session(&c->stay), c->ncontexts, c->ncontexts == 1 ? "" : "s");
     answered(c);
     c->active_ms = uv_now(c->set->loop);
-    e = export_of(c->export_name, NULL, c->size);
+    e = export_of(c, c->export_name, NULL, c->size);
     nbd_answer_export(c->nbd, &e);
     conn_settle(c);
 }
@@ -292,11 +296,24 @@ static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const 
     conn_settle(c);
 }
 
+void conn_ask_parked(struct conn *c)
+{
+    struct nbd_ask ask = c->parked_ask;
+
+    c->parked = false;
+    conn_ask(c, &ask);
+}
+
 void conn_ask(struct conn *c, const struct nbd_ask *ask)
 {
     struct failure why = {0};
     int r = 0;
 
+    if (conn_is_full(c)) { /* options that wait in nbd come here one by one; a list may be long */
+        c->parked = true;
+        c->parked_ask = *ask;
+        return;
+    }
     c->asking = true;
     c->asked_ms = uv_now(c->set->loop);
     c->ask_type = ask->type;
@@ -329,7 +346,7 @@ void conn_ask_forget(struct conn *c)
         vm_leave(&c->stay, /* said_disc= */ false, /* read_failed= */ false);
         c->stay_state = STAY_NONE;
     }
-    c->asking = false;
+    c->asking = c->parked = false;
 }
 
 bool conn_try_leave(struct conn *c)
@@ -339,6 +356,8 @@ bool conn_try_leave(struct conn *c)
     if (c->stay_state == STAY_ENTERED) {
         vm_leave(&c->stay, c->end == NBD_END_DISC, c->pulling && c->pull.read_failed);
         c->stay_state = STAY_NONE;
+        if (c->pulling)
+            pull_let_go(&c->pull);
     }
     return true;
 }

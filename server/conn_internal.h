@@ -40,6 +40,8 @@ struct conn {
     } sock;
     char identity[80]; /* "uid:0", "ip:192.0.2.7" */
     struct nbd *nbd;   /* owned until CONN_SHUT */
+    struct fair_member fair;
+    bool has_turn; /* requests may be taken although there are other clients */
 
     /* input */
     bool reading, input_eof;
@@ -48,7 +50,7 @@ struct conn {
 
     /* output: chunks wait in queue; those in batch are with libuv */
     struct conn_chunk *queue, *queue_last, *batch; /* owned */
-    size_t head_bytes;                             /* of heads in queue and batch */
+    size_t head_bytes;                             /* of heads in queue and batch, with CONN_CHUNK_COST each */
     uint64_t submitted;                            /* bytes given to libuv, ever */
     uint64_t written;                              /* of them: taken by the client's socket when we last looked */
     uv_write_t write;
@@ -63,6 +65,8 @@ struct conn {
     struct catalog_ask ask;
     enum nbd_ask_type ask_type;
     bool asking; /* an ask of nbd is with us */
+    bool parked; /* likewise, and nothing is done about it until the client has read more of its answers */
+    struct nbd_ask parked_ask;
     bool opened; /* an export was named by GO: not the first to make way any more */
 
     /* the session */
@@ -76,7 +80,8 @@ struct conn {
     char *export_name; /* owned: canonical; NULL: none is open */
     uint64_t size;     /* bytes */
     struct pull pull;
-    bool pulling; /* pull is initialised */
+    bool pulling;        /* pull is initialised */
+    uint64_t taken_seen; /* pull.ntaken at the last tick */
 
     /* deadlines, in loop time */
     uint64_t since_ms;    /* connected, moved on by the time that we took for answers */
@@ -95,9 +100,22 @@ struct conn {
 /* Called last by every callback that enters a connection: moves it on as far as it can. The connection may be closing
  * then, but is not freed. */
 void conn_settle(struct conn *c);
+static inline bool conn_is_sending(const struct conn *c)
+{
+    return c->queue || c->batch;
+}
+/* It has not taken what we have answered: nothing more is made for it. */
+bool conn_is_full(const struct conn *c);
+
+/* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
+void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
+
+/* -- conn_care.c --------------------------------------------------------------------------------------------------- */
+void conn_care(struct conn *c); /* every CONN_TICK_MS; conn_settle() comes after it */
 
 /* -- conn_ask.c ---------------------------------------------------------------------------------------------------- */
 void conn_ask(struct conn *c, const struct nbd_ask *ask);
+void conn_ask_parked(struct conn *c); /* goes on with it */
 /* Gives up what waits for an answer. */
 void conn_ask_forget(struct conn *c);
 /* Ends the stay, unless a read of the source is in flight or there is none; true: there is none now. */

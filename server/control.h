@@ -4,10 +4,21 @@
  * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves
  * are in control_commands.c.
  *
+ * "doctor" ("vm": one, else all) answers with a list of checks, the daemon's own first: {"vm", "disk": null or a name,
+ * "check": "daemon" | "scratch" | "state" | "qmp" | "engine" | "last session" | "disks" | "checkpoints" | "leftovers" |
+ * "nbd server" | "self-test" | "iothreads" | "answers", "verdict": "ok" | "note" | "wrong", "text": what is found,
+ * "advice": what to do, or null}. It takes DOCTOR_TIMEOUT_MS (server/config.h) at most.
+ *
  * Events, to every client that has negotiated; "data" has the VM as "vm", and
  *   CHECKPOINT_CREATED  "name", "disks"                     on these disks: at once, or when a pull has ended well
  *   CHECKPOINT_DELETED  "name", "disks"                     from these disks
  *   CHECKPOINT_BROKEN   "name", "disk", "reason", "text"    a look has found that it cannot be used any more
+ *   SESSION_UP          "session", "checkpoint", "setup-ms"
+ *   SESSION_LOST        "session", "disk", "reason", "text", "step"   it is given up, or its set-up failed; "disk": whose
+ *                       frozen view is lost, or null; "reason": as in SESSION_DOWN; SESSION_DOWN follows
+ *   SESSION_DOWN        "session", "reason", "checkpoint", "kept", "dropped", "problems"   all is undone, but for the
+ *                       problems (text or null); on which disks the checkpoint was kept; "reason": done, client (left
+ *                       too early), setup, broken, scratch, timeout, qemu, shutdown, other
  *   JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded" ("error": why)
  *
  * Loop thread only. Owned by the server until control_close().

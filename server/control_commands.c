@@ -2,6 +2,7 @@
 /* control_commands: what the control socket can be asked about VMs and disks (control_checkpoints: about checkpoints).
  */
 #include "control_internal.h"
+#include "doctor.h"
 #include "vm.h"
 
 #include "qmp/commands.h"
@@ -185,12 +186,42 @@ static void query_checkpoints(struct control_call *call, struct json_object *arg
     ask_start(call, args, on_checkpoints);
 }
 
+/* -- the doctor ---------------------------------------------------------------------------------------------------- */
+struct consult {
+    struct control_call call;
+    struct doctor *doctor;
+};
+
+static void on_consulted(void *arg, struct json_object *checks)
+{
+    struct consult *c = arg;
+
+    control_return(&c->call, checks);
+}
+
+static void consult(struct control_call *call, struct json_object *args)
+{
+    struct consult *c = container_of(call, struct consult, call);
+    struct vm *vm = control_string(args, "vm") ? control_vm(call, args) : NULL;
+
+    if (control_string(args, "vm") && !vm)
+        return;
+    if (doctor_start(call->server, vm, on_consulted, c, &c->doctor) < 0)
+        control_error(call, CONTROL_GENERIC, "out of memory");
+}
+
+static void consult_forget(struct control_call *call)
+{
+    doctor_forget(container_of(call, struct consult, call)->doctor);
+}
+
 static const struct control_command commands[] = {
     {.name = "query-version", .run = query_version},
     {.name = "query-commands", .run = query_commands},
     {.name = "query-status", .run = query_status},
     {.name = "query-vms", .run = query_vms},
     {.name = "query-sessions", .run = query_sessions},
+    {.name = "doctor", .params = {{"vm"}}, .size = sizeof(struct consult), .run = consult, .forget = consult_forget},
     {.name = "query-disks",
      .params = {{"vm", REQUIRED}},
      .size = sizeof(struct ask),
@@ -209,4 +240,5 @@ static const struct control_command commands[] = {
 };
 const struct control_table control_general = {commands, ARRAY_SIZE(commands)};
 
-const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints, &control_jobs};
+const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints,
+                                                                    &control_jobs, &control_metrics};

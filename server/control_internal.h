@@ -57,8 +57,8 @@ struct control_table {
     const struct control_command *commands;
     size_t ncommands;
 };
-#define CONTROL_TABLES 3
-extern const struct control_table control_general, control_checkpoints, control_jobs;
+#define CONTROL_TABLES 4
+extern const struct control_table control_general, control_checkpoints, control_jobs, control_metrics;
 /* All of them. */
 extern const struct control_table *const control_tables[CONTROL_TABLES];
 

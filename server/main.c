@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* qpulld: argv and signals around the server. Exit status: 0 ended well, 1 failed, 2 wrong usage or configuration. */
+#include "backup/watchdog.h"
 #include "child.h"
 #include "config.h"
 #include "server.h"
@@ -154,6 +155,8 @@ int main(int argc, char **argv)
 
     if (child_is_one(argc, argv))
         return child_main(argc, argv);
+    if (watchdog_is_one(argc, argv))
+        return watchdog_main(argc, argv);
     log_init(LOG_LEVEL_INFO);
     (void)signal(SIGPIPE, SIG_IGN); /* a client that leaves is told by write(2) */
     (void)signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of that file, not the end of the daemon */

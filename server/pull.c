@@ -29,6 +29,7 @@ struct piece {
 };
 
 static void pump(struct pull *p);
+static void flush(struct pull *p);
 
 static void piece_free(struct piece *piece)
 {
@@ -46,7 +47,12 @@ static void piece_release(struct nbd_payload *payload)
     struct piece *piece = container_of(payload, struct piece, payload);
     struct pull *p = piece->pull;
 
+    p->unsent -= payload->len;
+    p->ntaken += payload->len;
+    if (p->c.give_back_read && p->c.source && !p->stopped)
+        source_give_back(p->c.source, piece->read.offset, piece->read.length);
     piece_free(piece);
+    flush(p);
     pump(p);
 }
 
@@ -119,6 +125,8 @@ static void piece_send(struct piece *piece)
     job->left -= piece->read.length;
     job->send_at += piece->read.length;
     p->nbytes += piece->read.length;
+    p->unsent += piece->read.length;
+    p->c.counters->client_bytes += piece->read.length;
     if (job->ordered)
         p->open = job->left > 0 ? job : NULL;
     if (job->left == 0) {
@@ -129,25 +137,51 @@ static void piece_send(struct piece *piece)
     nbd_reply_data(r, piece->read.offset, &piece->payload);
 }
 
-/* Sends what has its turn; false: nothing has. */
+/* What is with nbd cannot be had back: it is little. */
+static bool may_send(const struct pull *p, const struct piece *piece)
+{
+    return p->unsent == 0 || p->unsent + piece->read.length <= CONN_PIECE;
+}
+
+/* Sends what has its turn; false: nothing has. Errors go at once, data waits for data that came before. */
 static bool flush_one(struct pull *p)
 {
+    bool full = false;
+
     for (struct pull_job *job = p->first; job; job = job->next) {
         struct piece *piece = job->arrived;
 
         if (!job->request || (!job->err && !piece) || !has_turn(job))
             continue;
         if (job->err) {
-            job_fail(job, job->err, "reading the frozen disk failed");
+            job_fail(job, job->err == -ENODATA ? -EIO : job->err,
+                     job->err == -ENODATA ? "these bytes were given back by a client of this session, and are not kept "
+                                            "for a second read (--give-back)"
+                                          : "reading the frozen disk failed");
             return true;
         }
-        if (job->ordered && piece->read.offset != job->send_at)
+        if (full || (job->ordered && piece->read.offset != job->send_at))
             continue;
+        if (!may_send(p, piece)) {
+            full = true;
+            continue;
+        }
         job->arrived = piece->next;
         piece_send(piece);
         return true;
     }
     return false;
+}
+
+/* Sending may bring releases, which come here again: the outermost call does the work. */
+static void flush(struct pull *p)
+{
+    if (p->flushing)
+        return;
+    p->flushing = true;
+    while (flush_one(p))
+        ;
+    p->flushing = false;
 }
 
 static void piece_arrived(struct piece *piece, int err)
@@ -158,7 +192,7 @@ static void piece_arrived(struct piece *piece, int err)
 
     if (!job->request || err) {
         if (err && !job->err) { /* the rest need not be read any more */
-            job->err = err == -ENOMEM ? err : -EIO;
+            job->err = err == -ENOMEM || err == -ENODATA ? err : -EIO;
             job->at = job->end;
             if (p->unstarted == job)
                 p->unstarted = job->next;
@@ -171,8 +205,7 @@ static void piece_arrived(struct piece *piece, int err)
         piece->next = *at;
         *at = piece;
     }
-    while (flush_one(p))
-        ;
+    flush(p);
 }
 
 static void on_source_read(struct source_read *read, int err)
@@ -180,9 +213,12 @@ static void on_source_read(struct source_read *read, int err)
     struct piece *piece = container_of(read, struct piece, read);
     struct pull *p = piece->pull;
 
+    fair_read_done(p->c.fair);
     p->nreading--;
     piece->job->nreading--;
     p->lost = p->lost || err == -ESTALE;
+    if (!err)
+        p->c.counters->qemu_bytes += read->length;
     p->pumping = true; /* what comes back from nbd now must not free the job at hand */
     piece_arrived(piece, err);
     p->pumping = false;
@@ -223,12 +259,16 @@ static void send_hole(struct pull_job *job, uint64_t length)
 /* Starts the next piece; false: nothing to do, or nothing possible now. */
 static bool start_piece(struct pull *p)
 {
-    struct pull_job *job = p->unstarted;
+    struct pull_job *job;
     uint64_t zeros, length;
     struct piece *piece;
+    size_t most;
     void *buffer;
     int r;
 
+    while (p->unstarted && p->unstarted->at == p->unstarted->end) /* behind one that begins again: give_up_one() */
+        p->unstarted = p->unstarted->next;
+    job = p->unstarted;
     if (!job)
         return false;
     zeros = zeros_at(job);
@@ -238,9 +278,12 @@ static bool start_piece(struct pull *p)
         send_hole(job, zeros); /* at most a request's length, which fits 32 bits */
         return true;
     }
-    /* Pieces end where multiples of CONN_PIECE are, so that neighbours do not share clusters. */
-    length = MIN(job->end - job->at, CONN_PIECE - job->at % CONN_PIECE);
-    if (p->window > 0 && p->window + length > CONN_WINDOW)
+    /* Pieces end where multiples of their size are, so that neighbours do not share clusters. */
+    most = budget_is_short(p->c.budget) ? CONN_PIECE_SHORT : CONN_PIECE;
+    length = MIN(job->end - job->at, most - job->at % most);
+    if (p->window > 0 && p->window + length > p->allowed)
+        return false;
+    if (zeros == 0 && !fair_may_read(p->c.fair))
         return false;
     buffer = budget_take(p->c.budget, &p->user, length);
     if (!buffer && p->user.held > 0)
@@ -265,9 +308,10 @@ static bool start_piece(struct pull *p)
     }
     r = source_read(p->c.source, &piece->read);
     if (r < 0) {
-        piece_arrived(piece, r == -ENOMEM ? r : -EIO);
+        piece_arrived(piece, r);
         return true;
     }
+    fair_read_begun(p->c.fair);
     p->nreading++;
     job->nreading++;
     return true;
@@ -289,6 +333,45 @@ static void pump(struct pull *p)
     p->pumping = false;
 }
 
+void pull_go_on(struct pull *p)
+{
+    pump(p);
+}
+
+/*
+ * The last piece that was begun, if it is here and nowhere else: its memory goes, and it is read again in its turn.
+ * Always the last one, so that what is here is what comes first, and no reply waits for memory that a later one holds.
+ */
+static bool give_up_one(struct pull *p)
+{
+    for (struct pull_job *job = p->unstarted ? p->unstarted : p->last; job; job = job->prev) {
+        struct piece **at;
+
+        if (!job->request || job->err || job->at == job->request->offset)
+            continue;
+        for (at = &job->arrived; *at && (*at)->next; at = &(*at)->next)
+            ;
+        if (!*at || (*at)->read.offset + (*at)->read.length != job->at)
+            return false;
+        job->at = (*at)->read.offset;
+        p->unstarted = job;
+        piece_free(TAKE_PTR(*at));
+        return true;
+    }
+    return false;
+}
+
+void pull_allow(struct pull *p, size_t bytes)
+{
+    bool more = bytes > p->allowed;
+
+    p->allowed = bytes;
+    while (p->window > p->allowed && give_up_one(p))
+        ;
+    if (more)
+        pump(p);
+}
+
 static void on_room(struct budget_user *u)
 {
     pump(container_of(u, struct pull, user));
@@ -296,7 +379,7 @@ static void on_room(struct budget_user *u)
 
 int pull_init(struct pull *p, const struct pull_config *config)
 {
-    *p = (struct pull){.c = *config, .user.on_room = on_room};
+    *p = (struct pull){.c = *config, .user.on_room = on_room, .allowed = CONN_WINDOW, .max_extents = SIZE_MAX};
     p->c.contexts = NULL;
     p->maps = calloc(config->ncontexts + 1, sizeof(struct map *));
     if (!p->maps)
@@ -344,7 +427,8 @@ static void read_start(struct pull *p, struct nbd_request *r)
 
 static void status_answer(struct pull *p, struct nbd_request *r)
 {
-    size_t max = MAX(nbd_status_max_extents(r), (size_t)1);
+    size_t most = p->max_extents / MAX(p->c.ncontexts, (size_t)1);
+    size_t max = MAX(MIN(nbd_status_max_extents(r), most), (size_t)1);
     _cleanup_free_ struct nbd_extent *extents = NULL;
     _cleanup_free_ struct nbd_status *status = NULL;
 
@@ -380,6 +464,10 @@ void pull_request(struct pull *p, struct nbd_request *r)
         return;
     case NBD_COMMAND_STATUS:
         status_answer(p, r);
+        return;
+    case NBD_COMMAND_TRIM:
+        source_give_back(p->c.source, r->offset, r->length);
+        nbd_reply_done(r);
         return;
     case NBD_COMMAND_CACHE: /* a hint; the source reads when it is asked */
         nbd_reply_done(r);

@@ -63,9 +63,18 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .renames = renames,
         .nrenames = from->nrenames,
         .scratch = s->scratch,
+        .cbw_timeout_s = s->config->cbw_timeout_s,
+        .give_back = s->config->give_back != GIVE_BACK_OFF,
+        .place = from->place ? from->place : s->config->place,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
+        .max_pause_ms = s->config->max_pause_ms,
+        .hold_shutdown_ms = s->config->hold_shutdown_ms,
         .keep_checkpoints = s->config->keep_checkpoints,
+        .engine = from->engine_said ? from->engine : s->config->engine,
+        .qga_path = from->qga,
+        .quiesce = from->quiesce_said ? from->quiesce : s->config->quiesce,
+        .session_timeout_ms = s->config->session_timeout_ms,
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
@@ -109,7 +118,8 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? scratch_new(loop, config->scratch, &limits, &s->scratch) : -ENOMEM;
+    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch)
+                               : -ENOMEM;
     if (r == 0)
         r = conn_set_init(&s->conns, loop, config, &s->catalog);
     if (r < 0) {
@@ -344,9 +354,34 @@ struct vm *server_vm_at(const struct server *s, size_t i)
     return s->catalog.vms[i];
 }
 
+struct scratch_place *server_scratch(const struct server *s)
+{
+    return s->scratch;
+}
+
+const struct server_config *server_config(const struct server *s)
+{
+    return s->config;
+}
+
 uv_loop_t *server_loop(const struct server *s)
 {
     return s->loop;
+}
+
+const struct conn_set *server_conns(const struct server *s)
+{
+    return &s->conns;
+}
+
+uint64_t server_scratch_used(const struct server *s)
+{
+    return scratch_used_by_all(s->scratch);
+}
+
+uint64_t server_uptime_ms(const struct server *s)
+{
+    return uv_now(s->loop) - s->started_ms;
 }
 
 size_t server_nlisteners(const struct server *s)
@@ -364,7 +399,8 @@ static struct json_object *scratch_to_json(const struct server *s)
     struct json_object *o = json_object_new_object();
     const struct scratch_limits *limits = scratch_limits(s->scratch);
 
-    json_object_object_add(o, "directory", json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "directory", s->config->place ? NULL : json_object_new_string(scratch_dir(s->scratch)));
+    json_object_object_add(o, "place", s->config->place ? json_object_new_string(s->config->scratch) : NULL);
     json_object_object_add(o, "used", json_object_new_uint64(scratch_used_by_all(s->scratch)));
     json_object_object_add(o, "limit", json_object_new_uint64(limits->session));
     json_object_object_add(o, "total-limit", json_object_new_uint64(limits->all));
@@ -376,6 +412,7 @@ struct json_object *server_status_to_json(struct server *s)
 {
     struct json_object *o = json_object_new_object(), *listeners = json_object_new_array();
     struct json_object *memory = json_object_new_object(), *counts = json_object_new_object();
+    struct json_object *vms = json_object_new_array();
 
     for (size_t i = 0; i < s->nlisteners; i++)
         json_object_array_add(listeners, json_object_new_string(server_address(s, i)));
@@ -391,11 +428,14 @@ struct json_object *server_status_to_json(struct server *s)
 
     json_object_object_add(o, "version", json_object_new_string(QPULL_VERSION));
     json_object_object_add(o, "pid", json_object_new_int64(getpid()));
-    json_object_object_add(o, "uptime", json_object_new_uint64((uv_now(s->loop) - s->started_ms) / 1000));
+    json_object_object_add(o, "uptime", json_object_new_uint64(server_uptime_ms(s) / 1000));
     json_object_object_add(o, "stopping", json_object_new_boolean(server_is_stopping(s)));
     json_object_object_add(o, "listeners", listeners);
     json_object_object_add(o, "buffers", memory);
     json_object_object_add(o, "scratch", scratch_to_json(s));
+    for (size_t i = 0; i < s->nvms; i++)
+        json_object_array_add(vms, vm_brief_to_json(s->vms[i]));
+    json_object_object_add(o, "vms", vms);
     json_object_object_add(o, "connection-counts", counts);
     json_object_object_add(o, "connections", conn_set_to_json(&s->conns));
     return o;

@@ -15,6 +15,7 @@
 
 struct server;
 struct conn_set;
+struct scratch_place;
 struct vm;
 
 /* config is borrowed for life. Nothing is running when this fails. */
@@ -37,8 +38,14 @@ bool server_is_stopping(const struct server *s);
 struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NULL: no such VM */
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
+struct scratch_place *server_scratch(const struct server *s);
+const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);
 struct json_object *server_status_to_json(struct server *s); /* the caller owns it */
+
+const struct conn_set *server_conns(const struct server *s); /* borrowed */
+uint64_t server_scratch_used(const struct server *s);        /* bytes of all sessions */
+uint64_t server_uptime_ms(const struct server *s);
 
 size_t server_nlisteners(const struct server *s);
 const char *server_address(const struct server *s, size_t i); /* with the real port */

@@ -3,12 +3,15 @@
  * vm: one QEMU process: its QMP connection, its disks, at most one live session, and who takes part in it. This is
  * where the rules about joining, lingering, and ending well live. It does not know NBD.
  *
- * Loop thread only. Counted: vm_get()/vm_put(); the server holds one count, a session going down another.
+ * Loop thread only. Owned by the server until vm_stop(); a session that goes down is waited for.
  */
 #ifndef QPULL_VM_H
 #define QPULL_VM_H
 
+#include "backup/quiesce.h"
 #include "backup/session.h"
+
+#include "vm_counters.h"
 
 struct vm;
 struct server_config;
@@ -25,9 +28,18 @@ struct vm_config {
     } * renames;
     size_t nrenames;
     struct scratch_place *scratch; /* borrowed for life */
+    const struct place *place;     /* likewise: scratch goes there instead; NULL: does not */
+    unsigned cbw_timeout_s;        /* > 0: 0 would let a hung scratch hold the guest for ever */
+    bool give_back;                /* parts of a frozen disk may be given back */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
+    unsigned max_pause_ms;     /* as struct session_config */
+    unsigned hold_shutdown_ms; /* 0: a QEMU whose guest shuts down is not held for a session */
     unsigned keep_checkpoints; /* 0: all */
+    enum engine engine;        /* the wish */
+    const char *qga_path;      /* its guest agent's socket, or NULL */
+    enum quiesce_mode quiesce;
+    unsigned session_timeout_ms; /* a session that has been up for so long is given up; 0: never */
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
      * none, all questions, sessions and changes go to them. Borrowed for life.
@@ -165,9 +177,35 @@ struct source *vm_stay_source(struct vm_stay *stay);
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context);
 const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the log */
 
+/* Whoever moves bytes for it counts them here. */
+struct vm_counters *vm_stay_counters(struct vm_stay *stay);
+const struct vm_counters *vm_counters(const struct vm *vm);
+/* Now, of the session that stands: bytes on the scratch file system, connections inside. */
+bool vm_is_connected(struct vm *vm);
+uint64_t vm_scratch_used(const struct vm *vm);
+size_t vm_nconnections(const struct vm *vm);
+/*
+ * All that the doctor (server/doctor) can say of a VM. The caller sets cb and checks, an array that gets the rows, and
+ * keeps all until the end. True: it is done already, and cb does not come; else it comes once, later.
+ */
+struct vm_checkup {
+    void (*cb)(struct vm_checkup *c);
+    struct json_object *checks;
+    /* private */
+    struct vm *vm;
+    struct vm_query query;
+    struct qmp_call call;
+    bool nbd_busy;
+    struct vm_checkup *next;
+};
+bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
+
 /* For the control socket; the caller owns the answer. */
-struct json_object *
-vm_to_json(struct vm *vm); /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null} */
+/* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */
+struct json_object *vm_to_json(struct vm *vm);
+/* {"wish", "name", "why", "risk", "failure", "capabilities": {NAME: bool} or null}; null: not known (yet). */
+struct json_object *vm_engine_to_json(const struct vm *vm);
+struct json_object *vm_brief_to_json(const struct vm *vm); /* {"name", "qemu", "engine": {…}} for query-status */
 struct json_object *vm_session_to_json(struct vm *vm); /* NULL: no session. {"id", "vm", "status", "step", "checkpoint",
                                                           "identity", "frozen-at", "disks": [...], …} */
 struct json_object *checkpoint_to_json(const struct disk *d, const struct checkpoint *c);

@@ -20,7 +20,7 @@ enum vm_state {
     VM_CONNECTING, /* images: closed, or being opened or closed. Else: the first attempt is under way: a client that
                       comes with the daemon's start waits for it */
     VM_LOST,       /* no QMP connection; everything that waits is refused */
-    VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone */
+    VM_SWEEPING,   /* connected; leftovers of a dead daemon are being undone, then QEMU is asked what it can do */
     VM_READY,      /* -> TESTING at the first session */
     VM_TESTING,    /* the self-test for the snapshot-access bug runs */
 };
@@ -39,18 +39,35 @@ struct vm_note_wait {
     struct vm_note_wait *next;
 };
 
+/* What QEMU announces of its guest and of itself (vm_life.c). */
+struct vm_life {
+    struct qmp_watch shutdown, panicked, resumed, reset, woken, stop, unplugged, jobs;
+    struct qmp_call status;
+    bool asking, ask_again; /* for it */
+    uv_timer_t hold;        /* runs while QEMU waits, with its guest off, for the session's end */
+    char words[128];        /* why it is about to end; "": it has not said so */
+    bool held;              /* the guest is off, and QEMU waits */
+    bool leftovers;         /* something of a session could not be undone, and QEMU still runs */
+    bool sweep_due;         /* so, and somebody wants a session: one more try before that */
+};
+
 struct vm {
     uv_loop_t *loop;
     char *name, *qmp_path;         /* owned */
     struct scratch_place *scratch; /* borrowed */
-    char *server_socket;           /* owned: "nbd-NAME.sock" */
-    int state_dir;                 /* O_PATH */
-    char **only;                   /* owned */
+    const struct place *place;     /* borrowed, or NULL */
+    unsigned cbw_timeout_s;
+    bool give_back;
+    char *server_socket; /* owned: "nbd-NAME.sock" */
+    int state_dir;       /* O_PATH */
+    char **only;         /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
-    unsigned linger_ms;
+    unsigned linger_ms, max_pause_ms, hold_shutdown_ms;
     unsigned keep_checkpoints;
+    unsigned session_timeout_ms;
+    struct vm_counters counters; /* of the keeper; a twin's are not used */
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;
 
@@ -69,13 +86,26 @@ struct vm {
     struct calls calls;
     bool asking;
     unsigned nasks;
+    unsigned nrounds;               /* of questions that count against VM_ROUNDS_BURST … */
+    uint64_t rested_ms;             /* … one less for every VM_ROUND_REST_MS since then */
     struct json_object *answers[3]; /* owned */
 
     struct vm_watch watch; /* what others do to the disks */
+    struct vm_life life;
+
+    /* what QEMU can do, valid for this connection (vm_capabilities.c) */
+    enum engine engine_wish;
+    bool capable; /* the next two are known */
+    struct capabilities capabilities;
+    struct engine_choice engine;   /* unless … */
+    struct failure engine_failure; /* … sessions are refused with this, or nothing is known */
 
     /* what the self-test found, valid for this connection */
     bool tested, narrow;
+    struct vm_checkup *checkups; /* that wait for it */
     bool has_iothreads;
+
+    struct quiesce *quiesce; /* owned; NULL: images only */
 
     /* the session */
     struct session *session;
@@ -85,10 +115,12 @@ struct vm {
     bool starting;  /* disks are being asked for it */
     struct vm_query start_query;
     bool ending;                    /* session_stop() was said */
+    bool was_up;                    /* it came up */
     struct failure session_failure; /* why it failed */
     struct vm_pull *pulls;          /* owned */
     size_t npulls;
     uv_timer_t linger, kick;
+    unsigned lingered_ms; /* past the linger, for QEMU's answers */
     bool lingering;
     struct json_object *last; /* owned: the session before this one, for status */
 
@@ -166,8 +198,9 @@ int vm_hold_start(struct vm *vm, struct vm_write *w, struct vm_query *q, struct 
 int vm_write_end(struct vm_write *w, void (*cb)(struct vm_write *w, const struct failure *f));
 
 /* vm_session.c */
-void vm_pump(struct vm *vm);                                      /* whatever can go on, goes on */
-void vm_pump_later(struct vm *vm);                                /* from the loop */
+void vm_pump(struct vm *vm);       /* whatever can go on, goes on */
+void vm_pump_later(struct vm *vm); /* from the loop */
+void vm_pump_after(struct vm *vm, unsigned ms);
 void vm_move_waiting(struct vm *vm, struct vm *to);               /* stays, that is */
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
@@ -189,6 +222,13 @@ void vm_tell(struct vm *vm, const char *event, struct json_object *data);
 void vm_tell_checkpoint(struct vm *vm, const char *event, const char *name, struct json_object *disks);
 void vm_tell_broken(struct vm *vm, const struct disk_list *was, const struct disk_list *now);
 
+/* Reason, step and disk of a session's failure. */
+void vm_add_failure(struct vm *vm, struct json_object *o);
+void vm_tell_up(struct vm *vm);
+void vm_tell_lost(struct vm *vm);
+/* The session is down: counts how it ended, tells, and adds that to the status of the last session. */
+void vm_tell_down(struct vm *vm, struct json_object *last, const struct failure *problems);
+
 /* vm_checkpoint.c */
 void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are more than keep_checkpoints */
 
@@ -199,11 +239,32 @@ bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; sa
 void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
 void vm_commit_done(struct vm *vm);          /* frees what is left of it */
 
-/* vm.c */
-void vm_sweep(struct vm *vm);
-void vm_test(struct vm *vm); /* ends in vm_pump() */
-void vm_stop_if_idle(struct vm *vm);
+/* vm_capabilities.c */
+void vm_ask_capabilities(struct vm *vm); /* ends in vm_settle() */
+bool vm_engine_refuses(struct vm *vm);   /* those who wait for a session */
+/* vm_quiesce.c */
+int vm_quiesce_new(struct vm *vm, const struct vm_config *config);
+void vm_quiesce_tell_up(const struct vm *vm, char *buf, size_t size); /* for the log: ", quiesced for 12 ms" */
+void vm_quiesce_to_json(const struct vm *vm, struct json_object *o);
+/* vm_life.c */
+void vm_life_watch(struct vm *vm);
+void vm_life_connected(struct vm *vm); /* to a QEMU, perhaps another one */
+void vm_life_session_down(struct vm *vm);
+/* The connection is lost, as why says: the sentence for those whose session ends with it. Returns why->err. */
+int vm_life_last_words(const struct vm *vm, const struct failure *why, struct failure *f);
+
+/* vm_doctor.c */
+void vm_tell_tested(struct vm *vm, const struct failure *f /* NULL: well */);
+
+/* vm_ask.c */
 void vm_ask_if_waiting(struct vm *vm);
+
+/* vm.c */
+void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
+void vm_sweep(struct vm *vm);
+void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
+void vm_test(struct vm *vm);            /* ends in vm_pump() */
+void vm_stop_if_idle(struct vm *vm);
 void vm_refuse_questions(struct vm *vm, const struct failure *f);
 
 #endif

@@ -128,7 +128,7 @@ void vm_session_done(struct vm *vm)
     vm->npulls = 0;
     free(TAKE_PTR(vm->identity));
     vm->session = NULL;
-    vm->starting = vm->ending = vm->lingering = false;
+    vm->starting = vm->ending = vm->lingering = vm->was_up = false;
     memset(&vm->session_failure, 0, sizeof(vm->session_failure));
 }
 
@@ -153,15 +153,53 @@ static bool wants_session(const struct vm *vm, const struct vm_stay *stay)
            (!checkpoint || strcmp(stay->checkpoint, checkpoint) == 0);
 }
 
+static void log_up(const struct vm *vm)
+{
+    const struct session *s = vm->session;
+    const char *checkpoint = session_checkpoint(s);
+    double pause_ms = (double)session_pause_us(s) / 1000;
+    size_t n = session_disks(s)->ndisks;
+    char how[96], quiesced[64];
+
+    switch (session_way(s)) {
+    case SESSION_AS_IT_IS:
+        (void)snprintf(how, sizeof(how), "nobody writes to %s", n == 1 ? "it" : "them");
+        break;
+    case SESSION_REOPENED:
+    case SESSION_BY_JOBS:
+        (void)snprintf(how, sizeof(how), "the guest's I/O stood still for %.1f ms at most", pause_ms);
+        break;
+    case SESSION_STOPPED:
+        (void)snprintf(how, sizeof(how), "the guest's CPUs stood still for %.1f ms at most", pause_ms);
+        log_warning("VM %s: session %s stopped the guest for its freeze: %s", vm->name, session_id(s),
+                    session_way_why(s));
+        break;
+    case SESSION_WAS_STOPPED:
+        (void)snprintf(how, sizeof(how), "the guest was stopped by others");
+        break;
+    }
+    vm_quiesce_tell_up(vm, quiesced, sizeof(quiesced));
+    log_info("VM %s: session %s is up, %zu disk%s frozen, %s, set up in %u ms%s%s%s", vm->name, session_id(s), n,
+             n == 1 ? "" : "s", how, session_setup_ms(s), checkpoint ? ", provisional checkpoint " : "",
+             checkpoint ? checkpoint : "", quiesced);
+}
+
 static void on_up(void *arg)
 {
     struct vm *vm = arg;
 
-    log_info("VM %s: session %s is up, %zu disk%s frozen, set up in %u ms%s%s", vm->name, session_id(vm->session),
-             session_disks(vm->session)->ndisks, session_disks(vm->session)->ndisks == 1 ? "" : "s",
-             session_setup_ms(vm->session), session_checkpoint(vm->session) ? ", provisional checkpoint " : "",
-             session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "");
+    log_up(vm);
+    if (session_hold_refused(vm->session))
+        log_warning("VM %s: --hold-shutdown does not hold it: %s", vm->name, session_hold_refused(vm->session));
+    vm->was_up = true;
+    vm_tell_up(vm);
     vm_pump(vm);
+}
+
+/* A session that fails for want of a connection, to the monitor or to the export: QEMU ends, or has ended. */
+static bool is_gone(const struct vm *vm, const struct failure *why)
+{
+    return !vm->images && why->err == -ENOTCONN && (*vm->life.words || !qmp_client_is_ready(vm->qmp));
 }
 
 /* Who has to hear of the session's end. */
@@ -178,9 +216,16 @@ static void on_failed(void *arg, const struct failure *why)
 {
     struct vm *vm = arg;
     struct vm_stay *stay;
+    struct failure gone = {0};
 
-    log_error("VM %s: session %s is given up, its set-up is undone: %s", vm->name, session_id(vm->session), why->text);
+    if (is_gone(vm, why)) {
+        (void)vm_life_last_words(vm, why, &gone);
+        why = &gone;
+    }
+    log_error("VM %s: session %s is given up%s: %s", vm->name, session_id(vm->session),
+              why == &gone ? "" : ", its set-up is undone", why->text);
     (void)failure_copy(&vm->session_failure, why);
+    vm_tell_lost(vm);
     while ((stay = next_affected(vm))) {
         if (stay->state == STAY_IN) {
             stay->state = STAY_LOST; /* it leaves by itself */
@@ -193,35 +238,53 @@ static void on_failed(void *arg, const struct failure *why)
     vm_end_session(vm);
 }
 
-static struct json_object *kept_to_json(const struct vm *vm)
+/* Somebody believes to have a checkpoint of this disk: its pull ended well, and then QEMU ended before the session. */
+static const char *disk_not_kept(const struct vm *vm)
 {
-    struct json_object *list = json_object_new_array();
-
-    for (size_t i = 0; i < vm->npulls; i++) {
+    for (size_t i = 0; session_checkpoint(vm->session) && i < vm->npulls; i++) {
         const struct vm_pull *p = &vm->pulls[i];
-        struct json_object *o = qmp_args_strings("disk", p->disk, NULL);
+        const struct disk *d = disk_list_find(session_disks(vm->session), p->disk);
 
-        (void)json_object_object_add(o, "connections", json_object_new_int64(p->nopen));
-        (void)json_object_object_add(o, "ended-well",
-                                     json_object_new_boolean(p->nopen == 0 && p->well && !p->read_failed));
-        (void)json_object_array_add(list, o);
+        if (p->nopen == 0 && p->well && !p->read_failed && d && d->tracked && !session_kept(vm->session, p->disk))
+            return p->disk;
     }
-    return list;
+    return NULL;
+}
+
+/* What could not be undone went with QEMU. A monitor alone that is lost comes back, and then the sweep undoes it. */
+static void check_problems(const struct vm *vm, const struct failure *problems, struct failure *mine)
+{
+    bool lost = problems->err == -ENOTCONN || problems->err == -ECONNRESET;
+    const char *disk = disk_not_kept(vm);
+
+    if (vm->images || qmp_client_is_ready(vm->qmp) || (problems->err && !lost))
+        (void)failure_copy(mine, problems);
+    else if (disk)
+        (void)failure_set(mine, -EIO, "checkpoint '%s' of disk '%s' is not kept: QEMU ended before the session did",
+                          session_checkpoint(vm->session), disk);
 }
 
 static void on_down(void *arg, const struct failure *problems)
 {
     struct vm *vm = arg;
     struct json_object *last = vm_session_to_json(vm);
+    struct failure mine = {0};
 
-    if (problems->err)
-        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), problems->text);
+    check_problems(vm, problems, &mine);
+    if (mine.err)
+        log_error("VM %s: session %s ended with problems: %s", vm->name, session_id(vm->session), mine.text);
+    else if (problems->err)
+        log_info("VM %s: session %s ended with its QEMU, and so did what it had made there", vm->name,
+                 session_id(vm->session));
     else
         log_info("VM %s: session %s is down, nothing is left behind", vm->name, session_id(vm->session));
+    problems = &mine;
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
+    vm_tell_down(vm, last, problems);
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
+    vm_life_session_down(vm);
     if (session_checkpoint(vm->session))
         vm_watch_wake(vm);
     vm_session_done(vm);
@@ -327,18 +390,30 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .since = since,
             .nsince = collect_since(vm, stay, since),
             .scratch = vm->scratch,
+            .place = vm->place,
             .state_dir = vm->state_dir,
             .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
+            .engine = vm->engine.engine,
+            .job_breaks = vm->capabilities.has[CAPABILITY_JOB_ON_ERROR],
             .narrow_reads = vm->narrow,
-            .cbw_timeout_s = VM_CBW_TIMEOUT_S,
+            .max_pause_ms = vm->max_pause_ms,
+            .cbw_timeout_s = vm->cbw_timeout_s,
+            .give_back = vm->give_back,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
+            .quiesce = vm->quiesce,
+            .hold_shutdown = vm->hold_shutdown_ms > 0,
+            .timeout_s = vm->session_timeout_ms / 1000,
         };
 
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
             if (stay->checkpoint)
                 vm_watch_forget(vm, stay->checkpoint);
+            vm->keeper->counters.started++;
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
+            if (!vm->images && vm->engine.risk)
+                log_warning("VM %s: session %s: engine %s: %s", vm->name, session_id(vm->session),
+                            engine_name(vm->engine.engine), vm->engine.risk);
             return;
         }
         free(TAKE_PTR(vm->identity));
@@ -397,6 +472,7 @@ static void admit(struct vm_stay *stay)
         log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
                     stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
     p->nopen++;
+    vm->keeper->counters.connections++;
     stay->state = STAY_IN;
     stay->on_entered(stay, NULL);
 }
@@ -488,6 +564,16 @@ void vm_pump(struct vm *vm)
     if (!first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm) || vm->starting || vm->asking ||
         (vm->images && vm->nwrites))
         return;
+    if (!vm->images && !vm->capable) { /* the question at the connection was not answered */
+        vm_ask_capabilities(vm);
+        return;
+    }
+    if (vm_engine_refuses(vm))
+        return;
+    if (vm->life.sweep_due) {
+        vm->life.sweep_due = false;
+        vm_sweep(vm);
+    }
     if (!vm->tested) {
         vm_test(vm);
         return;
@@ -505,7 +591,12 @@ static void on_kick(uv_timer_t *t)
 /* Callbacks come from the loop, never from inside vm_enter() or vm_leave(). */
 void vm_pump_later(struct vm *vm)
 {
-    (void)uv_timer_start(&vm->kick, on_kick, 0, 0);
+    vm_pump_after(vm, 0);
+}
+
+void vm_pump_after(struct vm *vm, unsigned ms)
+{
+    (void)uv_timer_start(&vm->kick, on_kick, ms, 0);
 }
 
 int vm_enter(struct vm *vm, struct vm_stay *stay)
@@ -518,16 +609,24 @@ int vm_enter(struct vm *vm, struct vm_stay *stay)
     if (vm->nstays >= VM_STAYS_MAX || stay->nsince > VM_SINCE_MAX)
         return -E2BIG;
     add_stay(vm, stay);
+    vm->life.sweep_due = vm->life.leftovers;
     vm_pump_later(vm);
     return 0;
 }
 
+/* Who comes back is first told what disks there are: while QEMU does not answer that, the way back stays open. */
 static void on_linger(uv_timer_t *t)
 {
     struct vm *vm = container_of(t, struct vm, linger);
 
-    if (vm->session)
-        vm_end_session(vm);
+    if (!vm->session)
+        return;
+    if ((vm->waiting || vm->answering) && vm->lingered_ms < VM_CALL_TIMEOUT_MS) {
+        vm->lingered_ms += VM_LINGER_STEP_MS;
+        (void)uv_timer_start(&vm->linger, on_linger, VM_LINGER_STEP_MS, 0);
+        return;
+    }
+    vm_end_session(vm);
 }
 
 static bool anybody_waits(const struct vm *vm)
@@ -562,6 +661,7 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
         return;
     if (session_status(vm->session) == SESSION_UP) {
         vm->lingering = true;
+        vm->lingered_ms = 0;
         (void)uv_timer_start(&vm->linger, on_linger, vm->linger_ms, 0);
         vm_pump_later(vm);
     } else if (!anybody_waits(vm)) {
@@ -575,7 +675,7 @@ void vm_stay_lost(struct vm_stay *stay)
     struct vm *vm = stay->vm;
 
     if (vm && vm->session && !vm->ending && stay->state == STAY_IN)
-        session_lost(vm->session, stay->disk, "the scratch space is full or too slow, and QEMU gave the snapshot up");
+        session_lost(vm->session, stay->disk, -ESTALE, SESSION_BROKEN);
 }
 
 struct source *vm_stay_source(struct vm_stay *stay)
@@ -588,30 +688,12 @@ const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
     return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
 }
 
+struct vm_counters *vm_stay_counters(struct vm_stay *stay)
+{
+    return &stay->vm->keeper->counters;
+}
+
 const char *vm_stay_session(const struct vm_stay *stay)
 {
     return stay->vm && stay->vm->session ? session_id(stay->vm->session) : "-";
-}
-
-struct json_object *vm_session_to_json(struct vm *vm)
-{
-    struct session *s = vm->session;
-    struct json_object *o;
-
-    if (!s && vm->twin)
-        return vm_session_to_json(vm->twin);
-    if (!s)
-        return NULL;
-    o = qmp_args_strings("id", session_id(s), "vm", vm->name, "status", session_status_name(session_status(s)), "step",
-                         session_step(s), "identity", vm->identity, NULL);
-    (void)json_object_object_add(o, "checkpoint",
-                                 session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
-    (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));
-    (void)json_object_object_add(o, "setup-ms", json_object_new_int64(session_setup_ms(s)));
-    (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
-    (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
-    (void)json_object_object_add(o, "failure",
-                                 vm->session_failure.err ? json_object_new_string(vm->session_failure.text) : NULL);
-    (void)json_object_object_add(o, "pulls", kept_to_json(vm));
-    return o;
 }

@@ -21,6 +21,16 @@ static const struct command commands[] = {
      .help = "With --watch it is shown anew every second, until interrupted.",
      .options = OPTION_JSON | OPTION_WATCH,
      .run = run_status},
+    {.name = "doctor",
+     .usage = "[VM]",
+     .summary = "look whether all is well, and say what to do where it is not",
+     .help =
+         "Checks the daemon, its directories, and each VM: monitor, engine, disks, checkpoints, QEMU's NBD server,\n"
+         "what earlier sessions left, and the self-test, which runs now if it has not run yet. It mends nothing.\n"
+         "Exit status 0: all is well, or nothing worse than a note; 1: something is wrong.",
+     .options = OPTION_JSON,
+     .max_words = 1,
+     .run = run_doctor},
     {.name = "checkpoint list",
      .usage = "VM [NAME]",
      .summary = "checkpoints, and which of them can carry an incremental pull",
@@ -121,6 +131,11 @@ static const struct command commands[] = {
      .min_words = 1,
      .max_words = 1,
      .run = run_commit},
+    {.name = "metrics",
+     .usage = "",
+     .summary = "the daemon's numbers, for Prometheus",
+     .help = "The text exposition format, version 0.0.4. docs/METRICS.md has the table.",
+     .run = run_metrics},
 };
 
 /* What a command may take besides its words. */

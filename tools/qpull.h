@@ -133,6 +133,8 @@ enum exit_status run_checkpoint_import(const struct args *args);
 enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
+enum exit_status run_metrics(const struct args *args);
 enum exit_status run_commit(const struct args *args);
+enum exit_status run_doctor(const struct args *args); /* qpull_doctor.c */
 
 #endif

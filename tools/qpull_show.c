@@ -142,10 +142,17 @@ static void print_summary(struct json_object *status)
 
 static void print_sessions(struct json_object *sessions)
 {
-    struct table t = {
-        .ncolumns = 8,
-        .columns = {
-            {"SESSION"}, {"VM"}, {"STATUS"}, {"STEP"}, {"CLIENT"}, {"CHECKPOINT"}, {"FROZEN"}, {"SCRATCH", true}}};
+    struct table t = {.ncolumns = 9,
+                      .columns = {{"SESSION"},
+                                  {"VM"},
+                                  {"STATUS"},
+                                  {"STEP"},
+                                  {"CLIENT"},
+                                  {"CHECKPOINT"},
+                                  {"FROZEN"},
+                                  {"QUIESCED"},
+                                  {"PAUSE", true},
+                                  {"SCRATCH", true}}};
     char text[32];
 
     if (json_object_array_length(sessions) == 0) {
@@ -167,14 +174,26 @@ static void print_sessions(struct json_object *sessions)
         table_add(&t, "%s", or_dash(answer_text(s, "identity")));
         table_add(&t, "%s", or_dash(answer_text(s, "checkpoint")));
         table_add(&t, "%s", date);
+        if (answer_bool(s, "quiesced"))
+            table_add(&t, "%" PRIu64 " ms", answer_number(s, "quiesced-ms"));
+        else
+            table_add(&t, "%s", answer_text(s, "not-quiesced") ? "NO" : "-");
+        if (frozen > 0)
+            table_add(&t, "%.1f ms", (double)answer_number(s, "pause-us") / 1000);
+        else
+            table_add(&t, "-");
         table_add(&t, "%s", size_text(text, answer_number(s, "scratch-bytes")));
     }
     printf("\n");
     table_print(&t);
     for (size_t i = 0; i < json_object_array_length(sessions); i++) {
-        const char *why = answer_text(json_object_array_get_idx(sessions, i), "failure");
+        struct json_object *s = json_object_array_get_idx(sessions, i);
+        const char *why = answer_text(s, "failure"), *not_quiesced = answer_text(s, "not-quiesced");
+
         if (why)
-            printf("%s: %s\n", or_dash(answer_text(json_object_array_get_idx(sessions, i), "id")), why);
+            printf("%s: %s\n", or_dash(answer_text(s, "id")), why);
+        if (not_quiesced)
+            printf("%s: not quiesced: %s\n", or_dash(answer_text(s, "id")), not_quiesced);
     }
     table_done(&t);
 }
@@ -218,7 +237,8 @@ static void print_past(struct json_object *vms)
             continue;
         why = answer_text(last, "failure") ? answer_text(last, "failure") : answer_text(last, "problems");
         if (why)
-            printf("\nlast session of VM %s, %s: %s\n", or_dash(answer_text(vm, "name")), or_dash(answer_text(last, "id")), why);
+            printf("\nlast session of VM %s, %s: %s\n", or_dash(answer_text(vm, "name")),
+                   or_dash(answer_text(last, "id")), why);
     }
 }
 

@@ -12,7 +12,7 @@ set -euo pipefail
 
 build=(build-essential cmake ninja-build pkg-config libuv1-dev libjson-c-dev libnbd-dev libinih-dev libsystemd-dev)
 demo=(qemu-system-x86 qemu-system-common qemu-utils libnbd-bin python3 python3-libnbd)
-tests=(libcmocka-dev nbdkit socat valgrind)
+tests=(libcmocka-dev nbdkit socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
 
 die()
 {

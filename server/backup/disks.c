@@ -307,7 +307,8 @@ static int add_checkpoint(struct disk *d, const char *name)
 }
 
 /* A format's own name may be a whole JSON document. */
-const char *graph_file(struct json_object *named, struct json_object *graph, const char *node)
+/* The node at the end of "file" below a node. */
+static struct json_object *bottom(struct json_object *named, struct json_object *graph, const char *node)
 {
     const char *below = graph_child(graph, node, "file");
 
@@ -315,7 +316,12 @@ const char *graph_file(struct json_object *named, struct json_object *graph, con
         node = below;
         below = graph_child(graph, node, "file");
     }
-    return qmp_get_string(qmp_get(graph_named(named, node), "image"), "filename") ?: "";
+    return graph_named(named, node);
+}
+
+const char *graph_file(struct json_object *named, struct json_object *graph, const char *node)
+{
+    return qmp_get_string(qmp_get(bottom(named, graph, node), "image"), "filename") ?: "";
 }
 
 static int find_images(struct json_object *named, struct json_object *graph, struct disk *d)
@@ -409,7 +415,7 @@ bool named_keeps_bitmaps(struct json_object *named_node)
 
 static int parse_disk(struct json_object *entry, struct json_object *named, struct json_object *graph, struct disk *d)
 {
-    struct json_object *inserted = qmp_get(entry, "inserted"), *top_node;
+    struct json_object *inserted = qmp_get(entry, "inserted"), *top_node, *cache;
     const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
     int r;
 
@@ -429,6 +435,8 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
     d->format = strdup(qmp_get_string(top_node, "drv") ?: "unknown");
     d->size = (uint64_t)qmp_get_int(qmp_get(graph_named(named, node), "image"), "virtual-size");
     d->tracked = named_keeps_bitmaps(top_node);
+    cache = qmp_get(bottom(named, graph, d->top), "cache");
+    d->host_cache = !qmp_get_bool(cache, "direct") && !qmp_get_bool(cache, "no-flush");
     if (!d->qdev || !d->qom_path || !d->node || !d->top || !d->format)
         return -ENOMEM;
     if ((r = find_images(named, graph, d)) < 0)

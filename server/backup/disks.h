@@ -73,8 +73,9 @@ struct disk {
     char *top;      /* owned: the first node below filters of others (throttle, …): its bitmaps are the checkpoints */
     char *format;   /* owned: driver of top, e.g. "qcow2" */
     uint64_t size;  /* bytes */
-    bool tracked;   /* can keep a checkpoint over a restart */
-    bool iothread;  /* its I/O runs in an iothread, as far as QEMU tells */
+    bool host_cache; /* what the guest writes may wait in the host's memory for a flush: a flush may take long */
+    bool tracked;    /* can keep a checkpoint over a restart */
+    bool iothread;   /* its I/O runs in an iothread, as far as QEMU tells */
     size_t nimages;
     struct image *images; /* owned: top first; images[0].node is top */
     size_t ncheckpoints;

@@ -192,14 +192,14 @@ static void on_graph(struct calls *c, const struct failure *f)
         if (!d->keep)
             continue;
         /* The top may be another node than at the freeze: somebody took an external snapshot under our filter. */
-        if (disk && disk->tracked && !disk_checkpoint(disk, s->checkpoint))
+        if (disk && disk->tracked && disk->size == d->disk->size && !disk_checkpoint(disk, s->checkpoint))
             d->keep_node = strdup(disk->top);
         if (d->keep_node)
             start_merge(s, i);
         else
             session_drop_keep(s, d,
                               f      ? f->text
-                              : disk ? "its image keeps no bitmaps, or has one of that name by now"
+                              : disk ? "its image keeps no bitmaps, has one of that name by now, or was resized"
                                      : "the device is gone");
     }
     disk_list_free(now);

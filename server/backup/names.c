@@ -11,7 +11,8 @@ static const char *const kinds[] = {
     [NAMES_SCRATCH] = "scratch", [NAMES_CBW] = "cbw",     [NAMES_PRE] = "pre",         [NAMES_CUT] = "cut",
     [NAMES_ACCESS] = "access",   [NAMES_BASE] = "base",   [NAMES_EXPORT] = "export",   [NAMES_LATE] = "late",
     [NAMES_LAYER] = "layer",     [NAMES_SINCE] = "since", [NAMES_WRITTEN] = "written", [NAMES_KEEP] = "keep",
-    [NAMES_SERVER] = "server",   [NAMES_JOB] = "job",
+    [NAMES_SERVER] = "server",   [NAMES_JOB] = "job",     [NAMES_LIVE] = "live",       [NAMES_PAUSED] = "paused",
+    [NAMES_QUIESCE] = "quiesce", [NAMES_LOCK] = "lock",   [NAMES_HOLD] = "hold",       [NAMES_DISCARD] = "discard",
 };
 static_assert(ARRAY_SIZE(kinds) == NAMES_NKINDS, "every kind has a name");
 

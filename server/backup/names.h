@@ -27,12 +27,18 @@ enum names_kind {
     NAMES_BASE,    /* self-test only: a small disk of our own */
     NAMES_EXPORT,  /* block export id, and its NBD name */
     NAMES_LAYER,   /* export of the live disk, for what its layers have allocated */
+    NAMES_LIVE,    /* export of the live disk, through which it is flushed before the freeze */
     NAMES_LATE,    /* export and bitmap of a map that is read while the session is up */
     NAMES_SINCE,   /* bitmap: what changed since one checkpoint */
     NAMES_WRITTEN, /* bitmap on the cbw node: what the guest wrote since the freeze */
     NAMES_KEEP,    /* bitmap on the disk, for the blink of an eye in which a checkpoint is made */
     NAMES_SERVER,  /* name of the NBD server's fd (getfd) */
     NAMES_JOB,     /* block job */
+    NAMES_QUIESCE, /* mark, a null-co node: the guest's file systems are being frozen through its agent */
+    NAMES_PAUSED,  /* null-co node, a mark for our successor: it was us who paused this VM */
+    NAMES_LOCK,    /* empty image over the cbw node (backup/lock), and the fd's "opaque" tag */
+    NAMES_HOLD,    /* null-co node: the mark of a changed action (backup/hold); n says of what */
+    NAMES_DISCARD, /* writable export of the frozen view, for what is given back */
     NAMES_NKINDS
 };
 

@@ -74,8 +74,7 @@ static bool is_mine(const struct rig *r, const char *name, enum names_kind *ret_
     return names_parse(name, id, ret_kind, &n) && strcmp(id, r->id) == 0;
 }
 
-/* Keeps an answer for the function that comes when all are in; index says which. */
-static int keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+int rig_keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
 {
     struct rig *r = rig_of_calls(c);
 
@@ -87,14 +86,13 @@ static int keep_answer(struct calls *c, unsigned index, struct json_object *ret,
 int rig_ask_graph(struct rig *r, calls_done_cb done, struct failure *f)
 {
     rig_drop_answers(r);
-    calls_add(&r->calls, "query-block", NULL, QMP_NO_FD, 0, keep_answer);
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
-    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    calls_add(&r->calls, "query-block", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, rig_keep_answer);
     return calls_wait(&r->calls, done, f);
 }
 
-/* Goes on from a callback with what calls_wait() or the like said: only a wait that began may be left alone. */
-static void go_on(struct rig *r, int result, const struct failure *f)
+void rig_proceed(struct rig *r, int result, const struct failure *f)
 {
     if (result != 0)
         step_done(r, result < 0 ? f : NULL);
@@ -136,12 +134,11 @@ static void on_nodes_deleted(struct calls *c, const struct failure *f)
         return;
     }
     r->first = *f;
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
-    go_on(r, calls_wait(&r->calls, on_nodes_looked_up, &next), &next);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
+    rig_proceed(r, calls_wait(&r->calls, on_nodes_looked_up, &next), &next);
 }
 
-/* Deletes the nodes of these kinds, parents before children. */
-static int no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f)
+int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
     char name[NAMES_SIZE];
@@ -161,28 +158,98 @@ int rig_no_access(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_ACCESS};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_passthroughs(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_CUT, NAMES_PRE};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_cbw(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_CBW};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+}
+
+int rig_no_marks(struct seq *s, struct failure *f)
+{
+    static const enum names_kind kinds[] = {NAMES_QUIESCE};
+
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
 }
 
 int rig_no_scratch_nodes(struct seq *s, struct failure *f)
 {
     static const enum names_kind kinds[] = {NAMES_SCRATCH, NAMES_BASE};
 
-    return no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+    return rig_no_nodes(s, kinds, ARRAY_SIZE(kinds), f);
+}
+
+/* -- a guest that we paused ---------------------------------------------------------------------------------------- */
+
+static int no_mark(struct rig *r, struct failure *f)
+{
+    static const enum names_kind kinds[] = {NAMES_PAUSED};
+    char name[NAMES_SIZE];
+
+    r->kinds = kinds;
+    r->nkinds = ARRAY_SIZE(kinds);
+    names_make(name, r->id, NAMES_PAUSED, 0);
+    calls_add(&r->calls, "blockdev-del", qmp_args_strings("node-name", name, NULL), QMP_NO_FD, 0, NULL);
+    return calls_wait(&r->calls, on_nodes_deleted, f);
+}
+
+static void on_went_on(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct failure next = {0};
+
+    if (f) {
+        step_done(r, f);
+        return;
+    }
+    r->pause = PAUSE_MARKED; /* whoever pauses it from now on, it was not us */
+    rig_proceed(r, no_mark(r, &next), &next);
+}
+
+static void on_pause_looked_up(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    const char *status = qmp_get_string(r->answers[0], "status");
+    struct failure next = {0};
+    char name[NAMES_SIZE];
+    bool marked = !f && graph_named(r->answers[1], names_make(name, r->id, NAMES_PAUSED, 0));
+
+    if (f || !marked || !status || strcmp(status, "paused") != 0) {
+        on_went_on(c, f);
+        return;
+    }
+    calls_add(&r->calls, "cont", NULL, QMP_NO_FD, 0, NULL);
+    if (calls_wait(&r->calls, on_went_on, &next) < 0)
+        on_went_on(c, &next);
+}
+
+/* The mark goes after the guest goes on: whoever dies in between leaves a mark too many, never one too few. */
+int rig_go_on(struct seq *s, struct failure *f)
+{
+    struct rig *r = rig_of_seq(s);
+    int result;
+
+    if (r->pause == PAUSE_NONE)
+        return SEQ_DONE;
+    if (r->pause == PAUSE_MARKED)
+        return no_mark(r, f);
+    rig_drop_answers(r);
+    calls_add(&r->calls, "query-status", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
+    result = calls_wait(&r->calls, on_pause_looked_up, f);
+    if (result == -ENOTCONN)
+        result = f->err = -EAGAIN; /* it comes back within moments, and no other undo is as urgent */
+    return result;
 }
 
 /* -- the freeze, undone -------------------------------------------------------------------------------------------- */
@@ -220,7 +287,7 @@ static void on_thaw_looked_up(struct calls *c, const struct failure *f)
         return;
     }
     calls_add(&r->calls, "blockdev-reopen", args, QMP_NO_FD, 0, NULL);
-    go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+    rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_thaw(struct seq *s, struct failure *f)
@@ -228,7 +295,7 @@ int rig_thaw(struct seq *s, struct failure *f)
     struct rig *r = rig_of_seq(s);
 
     rig_drop_answers(r);
-    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, rig_keep_answer);
     return calls_wait(&r->calls, on_thaw_looked_up, f);
 }
 
@@ -266,7 +333,7 @@ static void on_detach_looked_up(struct calls *c, const struct failure *f)
         }
         calls_add(&r->calls, "qom-set", qmp_args_qom_set_drive(path, below), QMP_NO_FD, 0, NULL);
     }
-    go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+    rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_detach(struct seq *s, struct failure *f)
@@ -368,7 +435,7 @@ static void on_exports_listed(struct calls *c, const struct failure *f)
 static int query_exports(struct rig *r, struct failure *f)
 {
     r->event_seen = false;
-    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_exports_listed, f);
 }
 
@@ -408,14 +475,14 @@ static void on_fdsets(struct calls *c, const struct failure *f)
     if (f)
         step_done(r, f);
     else
-        go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+        rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_no_fds(struct seq *s, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
 
-    calls_add(&r->calls, "query-fdsets", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-fdsets", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_fdsets, f);
 }
 
@@ -442,14 +509,14 @@ static void on_bitmaps(struct calls *c, const struct failure *f)
     if (f)
         step_done(r, f);
     else
-        go_on(r, calls_wait(&r->calls, rig_step_done, &next), &next);
+        rig_proceed(r, calls_wait(&r->calls, rig_step_done, &next), &next);
 }
 
 int rig_no_bitmaps(struct seq *s, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
 
-    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, keep_answer);
+    calls_add(&r->calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 1, rig_keep_answer);
     return calls_wait(&r->calls, on_bitmaps, f);
 }
 
@@ -499,6 +566,20 @@ static void on_job_event(struct qmp_watch *w, const char *event, struct json_obj
         jobs_gone(r, &next);
 }
 
+/* One refused what it was told although it is not about to end: no event will come of it. */
+static bool any_job_refuses(const struct rig *r)
+{
+    for (size_t i = 0; r->first.err && i < qmp_array_length(r->answers[0]); i++) {
+        struct json_object *job = json_object_array_get_idx(r->answers[0], i);
+        const char *status = qmp_get_string(job, "status");
+        enum names_kind kind;
+
+        if (is_mine(r, qmp_get_string(job, "id"), &kind) && !(status && strcmp(status, "aborting") == 0))
+            return true;
+    }
+    return false;
+}
+
 /* Cancels each once, then waits for "concluded", the only state in which a job that is kept may be dismissed. */
 static void on_jobs_listed(struct calls *c, const struct failure *f)
 {
@@ -506,8 +587,8 @@ static void on_jobs_listed(struct calls *c, const struct failure *f)
     struct failure next = {0};
     unsigned nleft = 0;
 
-    if (f) {
-        jobs_gone(r, f);
+    if (f || any_job_refuses(r)) {
+        jobs_gone(r, f ? f : &r->first);
         return;
     }
     for (size_t i = 0; i < qmp_array_length(r->answers[0]); i++) {
@@ -543,7 +624,7 @@ static void on_jobs_listed(struct calls *c, const struct failure *f)
 static int query_jobs(struct rig *r, struct failure *f)
 {
     r->event_seen = false;
-    calls_add(&r->calls, "query-jobs", NULL, QMP_NO_FD, 0, keep_answer);
+    calls_add(&r->calls, "query-jobs", NULL, QMP_NO_FD, 0, rig_keep_answer);
     return calls_wait(&r->calls, on_jobs_listed, f);
 }
 

@@ -16,6 +16,14 @@
 
 #include <json-c/json.h>
 
+/* Whether QEMU is kept from ending when its guest shuts down (backup/hold), and which mark says so: they are numbered
+ * from HOLD_SHUTDOWN. */
+enum hold {
+    HOLD_NONE,
+    HOLD_SHUTDOWN,           /* a guest that panics stays anyhow, as somebody wanted it (-action panic=pause) */
+    HOLD_SHUTDOWN_AND_PANIC, /* QEMU would have ended; "shutdown=pause" keeps it then, too */
+};
+
 struct rig {
     struct seq seq;
     struct calls calls;     /* of the step under way */
@@ -38,9 +46,22 @@ struct rig {
         SERVER_OURS
     } server;      /* PASSED: not started, but QEMU may hold our socket */
     int listen_fd; /* until QEMU has it */
+    /*
+     * Whether we have stopped the guest's CPUs. OURS: our mark stands in QEMU, or may stand; a VM that is "paused"
+     * while it does was paused by us. MARKED: the mark may stand, but the guest runs, or others have stopped it.
+     */
+    enum { PAUSE_NONE, PAUSE_MARKED, PAUSE_OURS } pause;
     /* Narrows rig_no_exports() to what one rig of several of the same id made; NAMES_NKINDS: all of the id. */
     enum names_kind only_export;
+    bool hold_wanted;            /* backup/hold: set by the owner */
+    enum hold hold;              /* the mark that stands, or may stand */
+    struct failure hold_refused; /* why not, although it was wanted */
     /* private: of the step function under way */
+    int64_t lock_fdset;
+    unsigned lock_format;
+    enum hold hold_found;
+    bool hold_over;
+    pid_t hold_pid;
     struct failure first;
     const enum names_kind *kinds;
     unsigned nkinds;
@@ -88,17 +109,27 @@ void rig_drop_answers(struct rig *r);
 int rig_wait(struct rig *r, struct failure *f);
 /* A calls_done_cb that ends the step. */
 void rig_step_done(struct calls *c, const struct failure *f);
+/* Goes on from a callback with what calls_wait() or the like said: only a wait that began may be left alone. */
+void rig_proceed(struct rig *r, int result, const struct failure *f);
+/* A calls_ret_cb that keeps an answer for the function that comes when all are in; index says which of answers. */
+int rig_keep_answer(struct calls *c, unsigned index, struct json_object *ret, struct failure *f);
+
+/* Deletes the nodes of these kinds (static), parents before children. */
+int rig_no_nodes(struct seq *s, const enum names_kind *kinds, unsigned nkinds, struct failure *f);
 
 /* -- undo functions (seq_step_fn) ---------------------------------------------------------------------------------- */
-int rig_no_exports(struct seq *s, struct failure *f);      /* waits until QEMU says they are gone */
-int rig_no_access(struct seq *s, struct failure *f);       /* snapshot-access nodes */
-int rig_thaw(struct seq *s, struct failure *f);            /* no cut node stands on a cbw node */
-int rig_detach(struct seq *s, struct failure *f);          /* no device has a node of ours as its root */
+int rig_no_exports(struct seq *s, struct failure *f); /* waits until QEMU says they are gone */
+int rig_no_access(struct seq *s, struct failure *f);  /* snapshot-access nodes */
+int rig_go_on(struct seq *s, struct failure *f);      /* a guest that we paused goes on, and no mark says it does not */
+int rig_thaw(struct seq *s, struct failure *f);       /* no cut node stands on a cbw node */
+int rig_detach(struct seq *s, struct failure *f);     /* no device has a node of ours as its root */
+int rig_cut_scratch(struct seq *s, struct failure *f);     /* network connections of scratch nodes are cut; yank.c */
 int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes */
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
 int rig_no_fds(struct seq *s, struct failure *f);
 int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours on nodes that are not */
+int rig_no_marks(struct seq *s, struct failure *f);   /* nodes that only say something to a successor */
 int rig_no_jobs(struct seq *s, struct failure *f);    /* cancelled unless they have ended, and dismissed */
 
 /* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into

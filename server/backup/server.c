@@ -94,8 +94,11 @@ static void after_listener(struct rig *r)
     calls_add(&r->calls, "getfd", qmp_args_strings("fdname", name, NULL), r->listen_fd, 0, NULL);
     calls_add(&r->calls, "nbd-server-start", qmp_args_nbd_server_start_fd(name), QMP_NO_FD, 0, on_started);
     result = calls_wait(&r->calls, on_start_done, &f);
-    if (result < 0)
+    if (result < 0) {
+        (void)close(r->listen_fd); /* nobody has got it: a knock must not find us there ourselves */
+        r->listen_fd = -1;
         seq_done(&r->seq, &f);
+    }
 }
 
 int rig_server_up(struct seq *s, struct failure *f)
@@ -152,6 +155,18 @@ static void on_knocked_last(void *arg, struct source *opened, const struct failu
         absent(r); /* it was not running any more */
 }
 
+static bool is_lost(const struct failure *f)
+{
+    return f->err == -ENOTCONN || f->err == -ECONNRESET;
+}
+
+/* The monitor is lost. If that is because QEMU is gone, nobody else comes to remove the socket's file. */
+static int knock_without_monitor(struct rig *r, const struct failure *why, struct failure *f)
+{
+    r->first = *why;
+    return knock(r, on_knocked_last, f);
+}
+
 static void on_stopped(struct calls *c, const struct failure *f)
 {
     struct rig *r = rig_of_calls(c);
@@ -162,7 +177,7 @@ static void on_stopped(struct calls *c, const struct failure *f)
         return;
     }
     r->first = *f;
-    if (f->err != -EREMOTEIO)
+    if (f->err != -EREMOTEIO && !is_lost(f))
         seq_done(&r->seq, f);
     else if (knock(r, on_knocked_last, &next) < 0)
         seq_done(&r->seq, &next);
@@ -170,8 +185,14 @@ static void on_stopped(struct calls *c, const struct failure *f)
 
 static int stop(struct rig *r, struct failure *f)
 {
+    struct failure mine = {0};
+    int ret;
+
     calls_add(&r->calls, "nbd-server-stop", NULL, QMP_NO_FD, 0, NULL);
-    return calls_wait(&r->calls, on_stopped, f);
+    ret = calls_wait(&r->calls, on_stopped, &mine);
+    if (ret < 0)
+        return is_lost(&mine) ? knock_without_monitor(r, &mine, f) : failure_copy(f, &mine);
+    return ret;
 }
 
 static void on_knocked(void *arg, struct source *opened, const struct failure *f)
@@ -196,6 +217,8 @@ static void on_fd_closed(struct calls *c, const struct failure *f)
     struct failure next = {0};
 
     /* A refusal of closefd says that QEMU has no such descriptor left, which is what we want. */
+    if (f && is_lost(f) && knock_without_monitor(r, f, &next) == 0)
+        return;
     if (f && f->err != -EREMOTEIO)
         seq_done(&r->seq, f);
     else if (!has_file(r))
@@ -207,7 +230,9 @@ static void on_fd_closed(struct calls *c, const struct failure *f)
 int rig_server_down(struct seq *s, struct failure *f)
 {
     struct rig *r = rig_of_seq(s);
+    struct failure mine = {0};
     char name[NAMES_SIZE];
+    int ret;
 
     if (r->server == SERVER_ABSENT)
         return SEQ_DONE;
@@ -215,5 +240,8 @@ int rig_server_down(struct seq *s, struct failure *f)
         return stop(r, f);
     calls_add(&r->calls, "closefd",
               qmp_args_strings("fdname", names_make(name, NAMES_ID_SERVER, NAMES_SERVER, 0), NULL), QMP_NO_FD, 0, NULL);
-    return calls_wait(&r->calls, on_fd_closed, f);
+    ret = calls_wait(&r->calls, on_fd_closed, &mine);
+    if (ret < 0)
+        return is_lost(&mine) ? knock_without_monitor(r, &mine, f) : failure_copy(f, &mine);
+    return ret;
 }

@@ -2,6 +2,7 @@
 #include "backup/session.h"
 
 #include "backup/steps.h"
+#include "qmp/commands.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -77,6 +78,7 @@ static void on_top(struct seq *q)
         return;
     s->up_ns = uv_hrtime();
     set_status(s, SESSION_UP);
+    session_look_start(s);
     s->ops->on_up(s->arg);
 }
 
@@ -84,17 +86,32 @@ static void on_tell(uv_timer_t *t)
 {
     struct session *s = container_of(t, struct session, tell);
 
+    s->failed = true;
     if (!s->stop_wanted)
         s->ops->on_failed(s->arg, &s->failure);
 }
 
-void session_fail(struct session *s, const struct failure *why)
+static void fail_within(struct session *s, const struct failure *why, unsigned ms)
 {
     if (s->failed || s->stop_wanted)
         return;
-    s->failed = true;
-    (void)failure_copy(&s->failure, why);
-    (void)uv_timer_start(&s->tell, on_tell, 0, 0);
+    s->failed = ms == 0;
+    if (!s->failed_step[0])
+        (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", s->status == SESSION_UP ? "up" : session_step(s));
+    s->failure = *why;
+    (void)uv_timer_start(&s->tell, on_tell, ms, 0);
+}
+
+void session_fail(struct session *s, const struct failure *why)
+{
+    fail_within(s, why, 0);
+}
+
+/* The way down begins, and the guest does not wait for it. */
+static void thaw_now(struct session *s, const char *why)
+{
+    if (s->quiesce)
+        quiesce_thaw_now(s->quiesce, why);
 }
 
 static void on_failed(struct seq *q, const struct failure *why)
@@ -106,6 +123,8 @@ static void on_failed(struct seq *q, const struct failure *why)
     seq_describe(q, step, sizeof(step));
     (void)failure_set(&f, why->err, "VM '%s' cannot be %s: step %s: %s", s->vm, s->still ? "read" : "frozen", step,
                       why->text);
+    thaw_now(s, f.text);
+    (void)snprintf(s->failed_step, sizeof(s->failed_step), "%s", step);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
     session_fail(s, &f);
@@ -122,17 +141,42 @@ static void on_tell_closed(uv_handle_t *h)
     session_free(s);
 }
 
+/* The frozen view goes with its job: QEMU then puts it on the disk itself, where reads of it are refused. */
+static void on_job_changed(struct qmp_watch *w, const char *event, struct json_object *data)
+{
+    struct session *s = container_of(w, struct session, jobs_watch);
+    const char *id = qmp_get_string(data, "id"), *status = qmp_get_string(data, "status");
+    char job[NAMES_SIZE];
+
+    if (!id || !status || s->status >= SESSION_GOING_DOWN ||
+        (strcmp(status, "aborting") != 0 && strcmp(status, "concluded") != 0))
+        return;
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (strcmp(id, names_make(job, s->rig.id, NAMES_JOB, i)) == 0)
+            session_lost(s, s->disks[i].disk->name, -ESTALE, "somebody else has ended the backup job that keeps it");
+    }
+}
+
+static void on_look_closed(uv_handle_t *h)
+{
+    struct session *s = container_of((uv_timer_t *)h, struct session, look);
+
+    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+}
+
 /* Down is told only once the owner has let go; a failed set-up may be undone before that. */
 static void finish(struct session *s)
 {
+    qmp_watch_remove(&s->jobs_watch);
     rig_done(&s->rig);
-    uv_close((uv_handle_t *)&s->tell, on_tell_closed);
+    uv_close((uv_handle_t *)&s->look, on_look_closed);
 }
 
 static void on_end(struct seq *q, const struct failure *problems)
 {
     struct session *s = session_of_seq(q);
 
+    s->walked = true;
     if (s->stop_wanted)
         finish(s);
 }
@@ -157,6 +201,11 @@ static int check(const struct session_config *c, struct failure *f)
 
     if (c->disks->ndisks == 0)
         return failure_set(f, -ENODEV, "VM '%s' has no writable disk", c->vm);
+    if (c->place && !c->still_socket && c->disks->ndisks > 1 && !place_tells_disks(c->place))
+        return failure_set(f, -EINVAL,
+                           "VM '%s' has %zu disks, and all would write to one scratch place: put %%d into its JSON "
+                           "where the disk's name belongs",
+                           c->vm, c->disks->ndisks);
     for (size_t i = 0; i < c->disks->ndisks; i++) {
         const struct disk *d = &c->disks->disks[i];
 
@@ -177,11 +226,18 @@ static int check(const struct session_config *c, struct failure *f)
 
 static int fill(struct session *s, const struct session_config *c)
 {
+    s->engine = c->engine == ENGINE_JOB ? ENGINE_JOB : ENGINE_CBW;
+    s->job_breaks = c->job_breaks;
     s->narrow_reads = c->narrow_reads;
+    s->quiesce = c->quiesce;
     s->cbw_timeout_s = c->cbw_timeout_s;
+    s->max_pause_ms = c->max_pause_ms;
+    s->timeout_s = c->timeout_s;
+    s->give_back = c->give_back && !c->still_socket;
     s->vm = strdup(c->vm);
-    s->scratch = c->scratch;
-    s->scratch_dir = strdup(c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
+    s->place = c->place;
+    s->scratch = c->place ? NULL : c->scratch;
+    s->scratch_dir = strdup(c->place ? "" : c->scratch ? scratch_dir(c->scratch) : c->scratch_dir);
     s->list = disk_list_copy(c->disks);
     s->still = c->still_socket;
     if (s->still)
@@ -238,9 +294,17 @@ int session_start(const struct session_config *config, const struct session_ops 
     s->began_ns = uv_hrtime();
     rig.server_socket = s->server_socket;
     /* timers only: these cannot fail */
-    (void)rig_init(&s->rig, &rig, s->still ? session_still_steps : session_steps,
-                   s->still ? session_nstill_steps : session_nsteps, &walk_ops);
+    if (s->still)
+        (void)rig_init(&s->rig, &rig, session_still_steps, session_nstill_steps, &walk_ops);
+    else if (s->engine == ENGINE_JOB)
+        (void)rig_init(&s->rig, &rig, session_job_steps, session_njob_steps, &walk_ops);
+    else
+        (void)rig_init(&s->rig, &rig, session_steps, session_nsteps, &walk_ops);
+    if (s->engine == ENGINE_JOB && !s->still)
+        qmp_watch_add(config->qmp, &s->jobs_watch, "JOB_STATUS_CHANGE", on_job_changed, s);
+    s->rig.hold_wanted = config->hold_shutdown && !s->still;
     (void)uv_timer_init(config->loop, &s->tell);
+    (void)uv_timer_init(config->loop, &s->look);
     seq_start(&s->rig.seq);
     *ret_session = s;
     return 0;
@@ -252,9 +316,9 @@ static void stop_walk(struct session *s)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         commit |= s->disks[i].keep;
-    if (s->rig.seq.phase == SEQ_END)
+    if (s->walked)
         finish(s);
-    else
+    else if (s->rig.seq.phase != SEQ_END) /* else its handle closes: on_end() comes */
         seq_stop(&s->rig.seq, commit);
 }
 
@@ -269,6 +333,8 @@ void session_stop(struct session *s)
     if (s->stop_wanted)
         return;
     s->stop_wanted = true;
+    thaw_now(s, "the session was stopped");
+    session_look_stop(s);
     scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
@@ -287,17 +353,29 @@ static struct session_disk *find_disk(const struct session *s, const char *name)
     return NULL;
 }
 
-void session_lost(struct session *s, const char *disk, const char *why)
+static void lose(struct session_disk *d, const char *why, int err, unsigned ms)
 {
-    struct session_disk *d = find_disk(s, disk);
     struct failure f = {0};
 
-    if (!d)
-        return;
     d->lost = true;
     d->keep = false;
-    (void)failure_set(&f, -EIO, "the frozen view of disk '%s' is lost: %s", disk, why);
-    session_fail(s, &f);
+    (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s%s", d->disk->name, d->session->vm,
+                      why, err == -ESTALE ? "; the guest goes on" : "");
+    fail_within(d->session, &f, ms);
+}
+
+void session_lost(struct session *s, const char *disk, int err, const char *why)
+{
+    struct session_disk *d = find_disk(s, disk);
+
+    if (d)
+        lose(d, why, err, 0);
+}
+
+/* A QEMU that ends closes its exports before its monitor, where it has said why. */
+void session_lost_export(struct session_disk *d, const char *why)
+{
+    lose(d, why, -ENOTCONN, SESSION_LAST_WORDS_MS);
 }
 
 void session_keep(struct session *s, const char *disk)
@@ -306,6 +384,11 @@ void session_keep(struct session *s, const char *disk)
 
     if (d && s->checkpoint && d->disk->tracked && !d->lost)
         d->keep = true;
+}
+
+bool session_may_ask(const struct session *s)
+{
+    return s->still || s->engine != ENGINE_JOB || s->status < SESSION_GOING_DOWN;
 }
 
 bool session_kept(const struct session *s, const char *disk)
@@ -376,6 +459,25 @@ void session_watch_scratch(struct session *s)
 
 /* -- questions ----------------------------------------------------------------------------------------------------- */
 
+enum engine session_engine(const struct session *s)
+{
+    return s->engine;
+}
+
+const char *session_failed_step(const struct session *s)
+{
+    return s->failed_step;
+}
+
+const char *session_lost_disk(const struct session *s)
+{
+    for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        if (s->disks[i].lost)
+            return s->disks[i].disk->name;
+    }
+    return NULL;
+}
+
 const char *session_id(const struct session *s)
 {
     return s->rig.id;
@@ -410,6 +512,62 @@ int64_t session_frozen_at_ms(const struct session *s)
 unsigned session_setup_ms(const struct session *s)
 {
     return s->up_ns ? (unsigned)((s->up_ns - s->began_ns) / 1000000) : 0;
+}
+
+const struct failure *session_not_quiesced(const struct session *s)
+{
+    return s->not_quiesced.err ? &s->not_quiesced : NULL;
+}
+
+bool session_quiesced(const struct session *s)
+{
+    return s->quiesced;
+}
+
+unsigned session_quiesced_ms(const struct session *s)
+{
+    return s->quiesced_ms;
+}
+
+static const char *const way_names[] = {
+    [SESSION_AS_IT_IS] = "nothing", [SESSION_REOPENED] = "blockdev-reopen",  [SESSION_BY_JOBS] = "backup jobs",
+    [SESSION_STOPPED] = "stop",     [SESSION_WAS_STOPPED] = "while stopped",
+};
+static_assert(ARRAY_SIZE(way_names) == SESSION_WAS_STOPPED + 1, "every way has a name");
+
+const char *session_way_name(enum session_way way)
+{
+    return way_names[way];
+}
+
+const char *session_way_why(const struct session *s)
+{
+    return s->cut.refusal.text;
+}
+
+enum session_way session_way(const struct session *s)
+{
+    return s->cut.way;
+}
+
+uint64_t session_pause_us(const struct session *s)
+{
+    return s->pause_us;
+}
+
+unsigned session_flush_ms(const struct session *s)
+{
+    return (unsigned)(s->flush.all_ns / 1000000);
+}
+
+bool session_holds(const struct session *s, bool panic)
+{
+    return s->rig.hold >= (panic ? HOLD_SHUTDOWN_AND_PANIC : HOLD_SHUTDOWN);
+}
+
+const char *session_hold_refused(const struct session *s)
+{
+    return s->rig.hold_refused.err ? s->rig.hold_refused.text : NULL;
 }
 
 uint64_t session_scratch_used(const struct session *s)

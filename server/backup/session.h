@@ -10,6 +10,9 @@
 #define QPULL_BACKUP_SESSION_H
 
 #include "backup/disks.h"
+#include "backup/engine.h"
+#include "backup/place.h"
+#include "backup/quiesce.h"
 #include "backup/scratch.h"
 #include "qmp/client.h"
 #include "source/map.h"
@@ -47,15 +50,23 @@ struct session_config {
     size_t nsince;
     const char *scratch_dir;       /* unused where still_socket is set, and where the next one is set */
     struct scratch_place *scratch; /* borrowed until on_down: the limits of the place; NULL: scratch_dir, without any */
+    const struct place *place;     /* borrowed until on_down: scratch is made of it, and the two above are unused */
     int state_dir; /* O_PATH descriptor, borrowed until on_down: the socket of QEMU's NBD server lives there */
     /*
      * Set: the disks are images that a qemu-storage-daemon of ours holds for reading, and its NBD server listens here
      * already (file name in state_dir). Nobody can write to them, so nothing is frozen and there is no scratch.
      */
     const char *still_socket;
-    bool narrow_reads; /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
+    enum engine engine; /* AUTO: CBW */
+    bool job_breaks;    /* QEMU's backup job has on-cbw-error: ENGINE_JOB sets it to break-snapshot */
+    bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
+    unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
+    bool give_back;        /* parts of the frozen disks may be given back (source/giveback.h) */
     unsigned call_timeout_ms;
+    struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
+    bool hold_shutdown;      /* QEMU is not to end before the session when its guest shuts down (backup/hold) */
+    unsigned timeout_s;      /* a session that has been up for so long is given up; 0: never */
 };
 
 /* config is borrowed for the call. -EEXIST: a disk has that checkpoint already; -ENOTSUP: see the sentence. */
@@ -66,14 +77,27 @@ int session_start(const struct session_config *config, const struct session_ops 
 void session_stop(struct session *s);
 /* QEMU's monitor is lost, or the owner gives the session up: on_failed comes, later, unless it has failed already. */
 void session_fail(struct session *s, const struct failure *why);
-/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. */
-void session_lost(struct session *s, const char *disk, const char *why);
+/* The frozen view of a disk is gone: session_fail() with a sentence, and no checkpoint for it. err: -ESTALE: the
+ * snapshot is broken; -ENOTCONN: QEMU does not serve it any more. */
+void session_lost(struct session *s, const char *disk, int err, const char *why);
+/* What to say where QEMU answers reads with EINVAL. */
+#define SESSION_BROKEN                                                                                              \
+    "QEMU answers its reads with EINVAL, so its scratch space was full, failed or was too slow, and QEMU gave the " \
+    "snapshot up"
 /* Before session_stop(): this disk's part of the checkpoint is to be kept (default: dropped). */
 void session_keep(struct session *s, const char *disk);
+
+/*
+ * Whether QEMU may be asked about its disks. Not while backup jobs go: QEMU up to 7.2 looks at the nodes one after the
+ * other and waits in between, and a job that ends just then takes its node away (docs/decisions/0009, "Asking can
+ * kill").
+ */
+bool session_may_ask(const struct session *s);
 
 /* When it is down: whether this disk's part of the checkpoint has been made. */
 bool session_kept(const struct session *s, const char *disk);
 
+enum engine session_engine(const struct session *s);
 const char *session_id(const struct session *s); /* e.g. "5f0c21ab" */
 enum session_status session_status(const struct session *s);
 const char *session_checkpoint(const struct session *s); /* or NULL */
@@ -83,7 +107,34 @@ const char *session_step(struct session *s);
 /* When the freeze was (unix time, ms), 0 before; and how long set-up took in ms. */
 int64_t session_frozen_at_ms(const struct session *s);
 unsigned session_setup_ms(const struct session *s);
+/* Whether the guest's file systems were frozen at the cut, and for how long at most. */
+bool session_quiesced(const struct session *s);
+unsigned session_quiesced_ms(const struct session *s);
+const struct failure *session_not_quiesced(const struct session *s); /* why not, or NULL: they are, or were not to be */
+/* How the disks were frozen: all at once, one after the other while we had stopped the guest, or while others had. */
+enum session_way {
+    SESSION_AS_IT_IS, /* nobody writes to them */
+    SESSION_REOPENED,
+    SESSION_BY_JOBS,
+    SESSION_STOPPED,
+    SESSION_WAS_STOPPED
+};
+enum session_way session_way(const struct session *s);
+const char *session_way_name(enum session_way way);
+const char *session_way_why(const struct session *s); /* why not without the CPUs; "" */
+/* How long the guest's I/O, or its CPUs, stood still for the freeze at most, and how long flushing before it took. */
+uint64_t session_pause_us(const struct session *s);
+unsigned session_flush_ms(const struct session *s);
+/* Whether QEMU would wait now; of a guest that panics, too? */
+bool session_holds(const struct session *s, bool panic);
+/* Why it does not, although it was wanted; NULL: it does, or nobody wanted it. */
+const char *session_hold_refused(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
+
+/* After a failure: the step it was at, as session_step() says it, or "up"; and the disk whose frozen view is lost, or
+ * NULL. Borrowed until on_down. */
+const char *session_failed_step(const struct session *s);
+const char *session_lost_disk(const struct session *s);
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */
 struct source *session_source(struct session *s, const char *disk);

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/steps.h"
 
+#include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
+#include "source/giveback.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -117,20 +120,24 @@ static void after_scratch(struct rig *r)
         seq_done(&r->seq, &f);
 }
 
-static int scratch_up(struct seq *q, struct failure *f)
+int step_scratch_up(struct seq *q, struct failure *f)
 {
     const struct session *s = session_of_seq(q);
 
+    if (s->place)
+        return SEQ_DONE;
     if (s->scratch && scratch_check_quota(s->scratch, f) < 0)
         return f->err;
     return rig_work(rig_of_seq(q), make_scratch, after_scratch, f);
 }
 
-static int scratch_nodes_up(struct seq *q, struct failure *f)
+int step_scratch_nodes_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
     char name[NAMES_SIZE];
 
+    if (s->place)
+        return step_places_up(q, f);
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         names_make(name, s->rig.id, NAMES_SCRATCH, i);
         calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_file(name, s->disks[i].fdset_id), QMP_NO_FD, i,
@@ -176,6 +183,21 @@ static uint64_t size_of_node(struct json_object *named, const char *node)
     return 0;
 }
 
+/* The filter's own bitmaps are the ones without a name (QEMU 7.2 to 10.0). 0: there are none. */
+static uint32_t copy_cluster(struct json_object *named, const char *cbw)
+{
+    struct json_object *bitmaps = qmp_get(graph_named(named, cbw), "dirty-bitmaps");
+    int64_t cluster = 0;
+
+    for (size_t i = 0; i < qmp_array_length(bitmaps); i++) {
+        struct json_object *b = json_object_array_get_idx(bitmaps, i);
+
+        if (!qmp_get_string(b, "name"))
+            cluster = MAX(cluster, qmp_get_int(b, "granularity"));
+    }
+    return cluster > 0 && cluster <= INT32_MAX ? (uint32_t)cluster : 0;
+}
+
 static const char *root_of_device(struct json_object *query_block, const char *qdev)
 {
     for (size_t i = 0; i < qmp_array_length(query_block); i++) {
@@ -196,6 +218,11 @@ static int on_roots(struct calls *c, unsigned index, struct json_object *ret, st
         const struct disk *d = s->disks[i].disk;
         const char *root = root_of_device(ret, d->qdev);
 
+        if (names_is_ours(root))
+            return failure_set(f, -EBUSY,
+                               "disk '%s' still stands on '%s', which an earlier session could not undo (a job of "
+                               "others may hold it); try again when that has ended",
+                               d->name, root);
         if (!root || strcmp(root, d->node) != 0)
             return failure_set(f, -ESTALE, "disk '%s' got another node just now ('%s', was '%s'); try again", d->name,
                                root ? root : "none", d->node);
@@ -213,6 +240,11 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
         uint64_t disk = size_of_node(ret, d->node),
                  scratch = size_of_node(ret, names_make(name, s->rig.id, NAMES_SCRATCH, i));
 
+        s->disks[i].cluster = copy_cluster(ret, names_make(name, s->rig.id, NAMES_CBW, i));
+        if (disk == d->size && s->place && scratch < disk)
+            return failure_set(f, -ENOSPC,
+                               "the scratch place of disk '%s' has %llu bytes and the disk %llu; it must be as large",
+                               d->name, (unsigned long long)scratch, (unsigned long long)disk);
         if (disk != d->size || scratch < disk)
             return failure_set(f, -ESTALE, "disk '%s' was resized just now (%llu bytes, scratch %llu); try again",
                                d->name, (unsigned long long)disk, (unsigned long long)scratch);
@@ -226,7 +258,7 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
  * a snapshot that somebody takes now goes in between our filter and the disk; one taken before that left our filter on
  * what is now a backing image.
  */
-static int check_up(struct seq *q, struct failure *f)
+int step_compare_disks(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
@@ -263,22 +295,11 @@ static int passthroughs_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
-static void set_drives(struct session *s, enum names_kind kind)
-{
-    char name[NAMES_SIZE];
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        names_make(name, s->rig.id, kind, i);
-        calls_add(&s->rig.calls, "qom-set", qmp_args_qom_set_drive(s->disks[i].disk->qom_path, name), QMP_NO_FD, i,
-                  NULL);
-    }
-}
-
 static int insert_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
-    set_drives(s, NAMES_CUT);
+    session_set_drives(s, NAMES_CUT, NULL);
     return rig_wait(&s->rig, f);
 }
 
@@ -302,14 +323,15 @@ static void on_layers(struct calls *c, const struct failure *f)
         (void)failure_copy(&mine, f);
     else
         (void)disk_list_parse(r->answers[0], r->answers[1], r->answers[2], &now, &mine);
-    rig_drop_answers(r);
     for (unsigned i = 0; now && i < r->ndisks; i++) {
         const struct disk *was = s->disks[i].disk, *is = same_device(now, was);
 
-        if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0)
+        if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0 ||
+            !names_is_ours(root_of_device(r->answers[0], was->qdev)))
             (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
                               was->name, is ? is->top : "none", was->top);
     }
+    rig_drop_answers(r);
     disk_list_free(now);
     seq_done(&r->seq, &mine);
 }
@@ -318,11 +340,14 @@ static void on_layers(struct calls *c, const struct failure *f)
  * From "insert" on every write goes through pre, which records it whatever layer it ends in. A snapshot that somebody
  * took before that has a layer whose record nobody asked for: writes that went there past pre would be missing.
  */
+int step_compare_layers(struct seq *q, struct failure *f)
+{
+    return rig_ask_graph(rig_of_seq(q), on_layers, f);
+}
+
 static int layers_up(struct seq *q, struct failure *f)
 {
-    struct session *s = session_of_seq(q);
-
-    return s->nsince ? rig_ask_graph(&s->rig, on_layers, f) : SEQ_DONE;
+    return session_of_seq(q)->nsince ? step_compare_layers(q, f) : SEQ_DONE;
 }
 
 /* The record of every layer of the image that has it, into the recording bitmap on pre. */
@@ -354,69 +379,44 @@ static int records_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
-/* -- the freeze ---------------------------------------------------------------------------------------------------- */
+/* -- after the freeze ---------------------------------------------------------------------------------------------- */
 
-static int on_frozen(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+void session_add_view(struct session *s, unsigned disk, enum names_kind holder)
 {
-    session_of_calls(c)->frozen_at_ms = unix_time_ms();
-    return 0;
-}
+    struct json_object *args = qmp_args_transaction();
+    char access[NAMES_SIZE], cbw[NAMES_SIZE], records[NAMES_SIZE], since[NAMES_SIZE];
 
-/* One blockdev-reopen over all disks: the instant of the session. */
-static int freeze_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_seq(q);
-    struct json_object *args = qmp_args_reopen();
-    char cut[NAMES_SIZE], cbw[NAMES_SIZE];
+    names_make(access, s->rig.id, NAMES_ACCESS, disk);
+    names_make(records, s->rig.id, holder, disk);
+    calls_add(&s->rig.calls, "blockdev-add",
+              qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, disk)), QMP_NO_FD,
+              disk, NULL);
+    for (unsigned k = 0; k < s->nsince; k++) {
+        const struct checkpoint *c = session_usable_since(s, disk, s->since[k]);
+        struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
+                          source = {records, target.name};
 
-    for (unsigned i = 0; i < s->rig.ndisks; i++)
-        qmp_args_reopen_raw(args, names_make(cut, s->rig.id, NAMES_CUT, i), names_make(cbw, s->rig.id, NAMES_CBW, i));
-    calls_add(&s->rig.calls, "blockdev-reopen", args, QMP_NO_FD, 0, on_frozen);
-    return rig_wait(&s->rig, f);
-}
-
-/* The devices go straight to the cbw nodes: one layer less in the guest's way. */
-static int settle_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_seq(q);
-    char cut[NAMES_SIZE];
-
-    set_drives(s, NAMES_CBW);
-    for (unsigned i = 0; i < s->rig.ndisks; i++)
-        calls_add(&s->rig.calls, "blockdev-del",
-                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
-    return rig_wait(&s->rig, f);
+        if (!c)
+            continue;
+        qmp_action_bitmap_add(args, target, c->granularity, false, true);
+        qmp_action_bitmap_merge(args, target, &source, 1);
+    }
+    if (qmp_array_length(qmp_get(args, "actions")))
+        calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, disk, NULL);
+    else
+        json_object_put(args);
 }
 
 /* The frozen view, with the temporary bitmaps on it; after this pre has done its work. */
 static int access_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
-    char access[NAMES_SIZE], cbw[NAMES_SIZE], pre[NAMES_SIZE], since[NAMES_SIZE];
+    char pre[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        struct json_object *args = qmp_args_transaction();
-
-        names_make(access, s->rig.id, NAMES_ACCESS, i);
-        names_make(pre, s->rig.id, NAMES_PRE, i);
-        calls_add(&s->rig.calls, "blockdev-add",
-                  qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, i)), QMP_NO_FD, i,
-                  NULL);
-        for (unsigned k = 0; k < s->nsince; k++) {
-            const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
-            struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
-                              source = {pre, target.name};
-
-            if (!c)
-                continue;
-            qmp_action_bitmap_add(args, target, c->granularity, false, true);
-            qmp_action_bitmap_merge(args, target, &source, 1);
-        }
-        if (qmp_array_length(qmp_get(args, "actions")))
-            calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, i, NULL);
-        else
-            json_object_put(args);
-        calls_add(&s->rig.calls, "blockdev-del", qmp_args_strings("node-name", pre, NULL), QMP_NO_FD, i, NULL);
+        session_add_view(s, i, NAMES_PRE);
+        calls_add(&s->rig.calls, "blockdev-del",
+                  qmp_args_strings("node-name", names_make(pre, s->rig.id, NAMES_PRE, i), NULL), QMP_NO_FD, i, NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -457,6 +457,11 @@ int step_exports_up(struct seq *q, struct failure *f)
         }
         calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, false, bitmaps, n),
                   QMP_NO_FD, i, NULL);
+        if (s->give_back) {
+            names_make(export, s->rig.id, NAMES_DISCARD, i);
+            calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, true, NULL, 0),
+                      QMP_NO_FD, i, NULL);
+        }
         if (!session_needs_allocation(s, i))
             continue;
         names_make(export, s->rig.id, NAMES_LAYER, i);
@@ -472,7 +477,20 @@ static void on_source_lost(void *arg, const struct failure *why)
 {
     struct session_disk *d = arg;
 
-    session_lost(d->session, d->disk->name, why->text);
+    session_lost_export(d, why->text);
+}
+
+static int allow_giving_back(struct session_disk *d)
+{
+    struct session *s = d->session;
+    char export[NAMES_SIZE];
+    struct source_nbd_config config = {
+        .socket_path = s->rig.server_address,
+        .export_name = names_make(export, s->rig.id, NAMES_DISCARD, (unsigned)(d - s->disks)),
+        .timeout_ms = s->rig.timeout_ms,
+    };
+
+    return giveback_new(s->rig.loop, &config, d->cluster, d->source, &d->source);
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
@@ -481,6 +499,8 @@ static void on_source_open(void *arg, struct source *source, const struct failur
 
     d->opening = NULL;
     d->source = source;
+    if (source && d->session->give_back && d->cluster)
+        (void)allow_giving_back(d); /* without it nothing is freed early, that is all */
     session_one_done(d->session, f);
 }
 
@@ -512,23 +532,39 @@ int step_sources_up(struct seq *q, struct failure *f)
 /*
  * Order: snapshot-access before the switch, or switching back while it stands, is a "Permission conflict on node" in
  * QEMU. Our own NBD connections close before anything else is taken down: a client that QEMU waits for while it drains
- * freezes the guest.
+ * freezes the guest. Copies that hang on stalled scratch do likewise: they are let go before anything drains, also
+ * where the way up ended between the freeze and the sources. The first flush comes before all that drains the disks,
+ * the second right before the freeze.
+ *
+ * A QEMU that is held because its guest has shut down ends with the undoing of the first row, when all else is undone.
  */
 const struct seq_step session_steps[] = {
-    {"pass scratch files", scratch_up, rig_no_fds, NULL},
-    {"add scratch nodes", scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"hold", rig_hold, rig_no_hold, NULL},
+    {"ask guest agent", step_agent_up, step_agent_down, NULL},
+    {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
+    {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"start NBD server", rig_server_up, rig_server_down, NULL},
+    {"export live disks", step_live_exports_up, rig_no_exports, NULL},
+    {"flush ahead", step_flush_up, NULL, NULL},
     {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
-    {"compare disks", check_up, NULL, NULL},
+    {"compare disks", step_compare_disks, NULL, NULL},
     {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
-    {"freeze", freeze_up, rig_thaw, NULL},
-    {"settle", settle_up, NULL, NULL},
+    {"flush again", step_flush_up, NULL, NULL},
+    {"mark guest", step_mark_up, step_mark_down, NULL},
+    {"quiesce guest", step_quiesce_up, step_quiesce_down, NULL},
+    {"before the freeze", NULL, rig_thaw, NULL},
+    {"freeze", step_freeze_up, rig_go_on, NULL},
+    {"thaw guest", step_thaw_up, NULL, NULL},
+    {"unmark guest", step_unmark_up, NULL, NULL},
+    {"settle", step_settle_up, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
-    {"start NBD server", rig_server_up, rig_server_down, NULL},
+    {"lock", rig_lock, rig_no_locks, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
+    {"let go of scratch", NULL, step_let_go, step_let_go},
     {"read maps", step_read_maps, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},

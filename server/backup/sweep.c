@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/sweep.h"
 
-#include "backup/rig.h"
+#include "backup/hold.h"
+#include "backup/lock.h"
 #include "qmp/commands.h"
 
 #include <errno.h>
@@ -18,23 +19,59 @@ struct sweep {
     struct {
         char id[NAMES_ID_SIZE];
         unsigned ndisks;
+        bool quiesced; /* a mark says that the guest's file systems may be frozen */
+        bool paused;
+        enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
+    char living[NAMES_ID_SIZE];
     struct failure problems;
 };
 
+static void on_guest_thawed(void *arg, const struct failure *f)
+{
+    struct sweep *s = arg;
+    struct failure mine = {0};
+
+    if (f) {
+        seq_done(&s->rig.seq, f);
+        return;
+    }
+    if (rig_no_marks(&s->rig.seq, &mine) != 0)
+        seq_done(&s->rig.seq, &mine);
+}
+
+/* Only what a daemon of ours has frozen, which the mark says; it goes when the agent says that all is thawed. */
+static int guest_thawed(struct seq *q, struct failure *f)
+{
+    struct sweep *s = container_of(rig_of_seq(q), struct sweep, rig);
+
+    if (s->next == s->nfound || !s->found[s->next].quiesced || !s->config.quiesce)
+        return SEQ_DONE;
+    return quiesce_rescue(s->config.quiesce, on_guest_thawed, s, f);
+}
+
+/*
+ * From the last row to the first. A backup job takes its filter away, so the frozen view on it goes before; a commit
+ * has no such view. Its bitmaps can only be removed when it has ended.
+ */
 static const struct seq_step steps[] = {
+    {"hold", NULL, rig_no_hold, NULL},
     {"fds", NULL, rig_no_fds, NULL},
     {"scratch nodes", NULL, rig_no_scratch_nodes, NULL},
     {"copy-before-write", NULL, rig_no_cbw, NULL},
     {"pass-throughs", NULL, rig_no_passthroughs, NULL},
     {"devices", NULL, rig_detach, NULL},
     {"freeze", NULL, rig_thaw, NULL},
-    {"snapshot-access", NULL, rig_no_access, NULL},
-    {"NBD server", NULL, rig_server_down, NULL},
-    {"exports", NULL, rig_no_exports, NULL},
     {"bitmaps", NULL, rig_no_bitmaps, NULL},
     {"block jobs", NULL, rig_no_jobs, NULL},
+    {"snapshot-access", NULL, rig_no_access, NULL},
+    {"locks", NULL, rig_no_locks, NULL},
+    {"NBD server", NULL, rig_server_down, NULL},
+    {"exports", NULL, rig_no_exports, NULL},
+    {"frozen file systems", NULL, guest_thawed, NULL}, /* an agent answers only while its guest runs */
+    {"scratch connections", NULL, rig_cut_scratch, NULL},
+    {"pause", NULL, rig_go_on, NULL},
 };
 
 static void found(struct sweep *s, const char *name)
@@ -43,7 +80,7 @@ static void found(struct sweep *s, const char *name)
     enum names_kind kind;
     unsigned n, i;
 
-    if (!names_parse(name, id, &kind, &n))
+    if (!names_parse(name, id, &kind, &n) || (s->living[0] && strcmp(id, s->living) == 0))
         return;
     for (i = 0; i < s->nfound && strcmp(s->found[i].id, id) != 0; i++)
         ;
@@ -52,6 +89,10 @@ static void found(struct sweep *s, const char *name)
     if (i == s->nfound)
         memcpy(s->found[s->nfound++].id, id, sizeof(id));
     s->found[i].ndisks = MAX(s->found[i].ndisks, n + 1);
+    s->found[i].quiesced |= kind == NAMES_QUIESCE;
+    s->found[i].paused |= kind == NAMES_PAUSED;
+    if (kind == NAMES_HOLD)
+        s->found[i].hold = MIN(HOLD_SHUTDOWN + n, HOLD_SHUTDOWN_AND_PANIC);
 }
 
 static int on_nodes(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
@@ -143,19 +184,35 @@ static void next_id(struct sweep *s)
     }
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
     s->rig.server = SERVER_UNKNOWN;
+    s->rig.pause = !last && s->found[s->next].paused ? PAUSE_OURS : PAUSE_NONE;
+    s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
+}
+
+/* A guest that was left paused goes on before anything else is done. */
+static void paused_first(struct sweep *s)
+{
+    for (unsigned i = 1; i < s->nfound; i++) {
+        typeof(s->found[0]) it = s->found[i];
+
+        if (!it.paused)
+            continue;
+        memmove(&s->found[1], &s->found[0], i * sizeof(it));
+        s->found[0] = it;
+    }
 }
 
 static void on_searched(struct calls *c, const struct failure *f)
 {
     struct sweep *s = container_of(c, struct sweep, calls);
 
-    if (f) {
-        s->cb(s->arg, 0, f);
+    if (f || s->config.only_look) {
+        s->cb(s->arg, f ? 0 : s->nfound, f);
         free(s);
         return;
     }
+    paused_first(s);
     next_id(s);
 }
 
@@ -167,6 +224,8 @@ int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struc
     if (!s)
         return failure_set(f, -ENOMEM, "out of memory");
     s->config = *config;
+    if (config->living)
+        (void)strncat(s->living, config->living, sizeof(s->living) - 1);
     s->cb = cb;
     s->arg = arg;
     calls_init(&s->calls, config->qmp, config->timeout_ms);

@@ -2,13 +2,15 @@
 /*
  * sweep: finds what a dead daemon left in a QEMU, by name, and undoes it: session by session, each by walking the same
  * undo functions down from the far end. What does not carry our prefix is not touched. Run it only while no session
- * of ours lives in that QEMU. Loop thread only.
+ * of ours lives in that QEMU, unless it is only to look. Loop thread only.
  */
 #ifndef QPULL_BACKUP_SWEEP_H
 #define QPULL_BACKUP_SWEEP_H
 
+#include "backup/quiesce.h"
 #include "qmp/client.h"
 
+#include <stdbool.h>
 #include <uv.h>
 
 struct sweep_config {
@@ -17,6 +19,11 @@ struct sweep_config {
     const char *server_socket; /* as struct rig_config */
     int server_dir;
     unsigned timeout_ms;
+    struct quiesce *quiesce; /* thaws what a dead daemon has frozen; NULL: nothing can have been */
+    /* Nothing is undone; nsessions of the callback is how many there are, but for the one with the id `living` (may be
+     * NULL). server_socket and server_dir are not used. */
+    bool only_look;
+    const char *living;
 };
 
 /* nsessions: whose leftovers were found. f NULL: all of them are gone. */

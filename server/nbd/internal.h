@@ -82,6 +82,7 @@ struct nbd {
     /* transmission */
     uint64_t size; /* bytes */
     uint32_t min_block, max_block;
+    bool trim;
     struct nbd_request *requests; /* owned: array of NBD_INFLIGHT_MAX */
     struct nbd_request *idle;     /* list of those not in flight */
     size_t ninflight;

@@ -68,10 +68,15 @@ struct nbd_export {
      */
     uint32_t min_block, preferred_block, max_block;
     bool multi_conn;
+    /*
+     * TRIM is taken, on what is read-only for all else: it gives data back that this client needs no more. The spec
+     * has TRIM for exports that can be written only, so it must be wanted (SHOULD: NBD_EPERM).
+     */
+    bool trim;
 };
 
 /* A validated request of the transmission phase. Borrowed from nbd; lives until its final reply. */
-enum nbd_command { NBD_COMMAND_READ, NBD_COMMAND_STATUS, NBD_COMMAND_CACHE };
+enum nbd_command { NBD_COMMAND_READ, NBD_COMMAND_STATUS, NBD_COMMAND_CACHE, NBD_COMMAND_TRIM };
 
 struct nbd_request {
     enum nbd_command command;
@@ -195,7 +200,7 @@ void nbd_reply_status(struct nbd_request *r, const struct nbd_status *status, si
 /* How many extents per context are worth collecting for r. */
 size_t nbd_status_max_extents(const struct nbd_request *r);
 
-void nbd_reply_done(struct nbd_request *r); /* CACHE: final */
+void nbd_reply_done(struct nbd_request *r); /* CACHE, TRIM: final */
 /*
  * Final, for every command, also half-way through a READ. A simple reply that has begun cannot tell the error any more:
  * the machine goes silent and hangs up (NBD_END_LOST) once no request is in flight. err: negative errno, mapped to the

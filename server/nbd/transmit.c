@@ -26,6 +26,7 @@ int transmit_init(struct nbd *n, const struct nbd_export *e)
     n->size = e->size;
     n->min_block = transmit_min_block(e);
     n->max_block = transmit_max_block(e);
+    n->trim = e->trim;
     return 0;
 }
 
@@ -37,6 +38,8 @@ uint16_t transmit_flags(const struct nbd *n, const struct nbd_export *e)
         flags |= NBD_FLAG_SEND_DF;
     if (e->multi_conn)
         flags |= NBD_FLAG_CAN_MULTI_CONN;
+    if (e->trim)
+        flags |= NBD_FLAG_SEND_TRIM;
     return flags;
 }
 
@@ -186,6 +189,15 @@ static struct verdict check_write(const struct nbd *n, const struct wire_request
     return (struct verdict){-EPERM, "This export is read-only"};
 }
 
+static struct verdict check_trim(const struct nbd *n, const struct wire_request *w)
+{
+    if (!n->trim)
+        return check_write(n, w);
+    if (w->flags)
+        return (struct verdict){-EINVAL, "The request has a flag that does not go with its command"};
+    return check_range(n, w);
+}
+
 static const struct command {
     uint16_t type;
     uint16_t flags; /* allowed */
@@ -195,9 +207,9 @@ static const struct command {
     {NBD_CMD_READ, NBD_CMD_FLAG_DF, NBD_COMMAND_READ, check_read},
     {NBD_CMD_CACHE, 0, NBD_COMMAND_CACHE, check_block},
     {NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE, NBD_COMMAND_STATUS, check_status},
+    {NBD_CMD_TRIM, UINT16_MAX, NBD_COMMAND_TRIM, check_trim},
     /* Never handed on, so the command does not matter; any flag is read-only's fault, too. */
     {NBD_CMD_WRITE, UINT16_MAX, NBD_COMMAND_READ, check_write},
-    {NBD_CMD_TRIM, UINT16_MAX, NBD_COMMAND_READ, check_write},
     {NBD_CMD_WRITE_ZEROES, UINT16_MAX, NBD_COMMAND_READ, check_write},
 };
 
@@ -459,7 +471,7 @@ void nbd_reply_status(struct nbd_request *r, const struct nbd_status *status, si
 
 void nbd_reply_done(struct nbd_request *r)
 {
-    assert(r->nbd && r->command == NBD_COMMAND_CACHE);
+    assert(r->nbd && (r->command == NBD_COMMAND_CACHE || r->command == NBD_COMMAND_TRIM));
     send_done(r->nbd, r->cookie, r->offset);
     request_done(r);
 }

@@ -60,6 +60,7 @@ enum {
 /* -- transmission -------------------------------------------------------------------------------------------------- */
 #define NBD_FLAG_HAS_FLAGS (1u << 0)
 #define NBD_FLAG_READ_ONLY (1u << 1)
+#define NBD_FLAG_SEND_TRIM (1u << 5)
 #define NBD_FLAG_SEND_DF (1u << 7)
 #define NBD_FLAG_CAN_MULTI_CONN (1u << 8)
 #define NBD_FLAG_SEND_CACHE (1u << 10)

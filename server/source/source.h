@@ -31,8 +31,15 @@ struct source_read {
     size_t issued;     /* bytes asked for upstream so far */
     unsigned npending; /* pieces asked for and not answered */
     int err;
+<<<<<<< HEAD
     source_read_cb own_cb; /* source/paired: whom to tell in the end */
     void *own_arg;
+=======
+    /* private to a source that stands on another one (source/giveback) */
+    struct source *via;
+    source_read_cb told;
+    unsigned generation;
+>>>>>>> main
 };
 
 typedef void (*source_close_cb)(void *arg);
@@ -43,6 +50,7 @@ typedef void (*source_lost_cb)(void *arg, const struct failure *why);
 struct source_ops {
     int (*read)(struct source *s, struct source_read *r);
     void (*close)(struct source *s, source_close_cb cb, void *arg);
+    void (*give_back)(struct source *s, uint64_t offset, uint64_t length); /* NULL: it cannot */
 };
 
 struct source {
@@ -51,12 +59,20 @@ struct source {
 };
 
 /* 0: r->cb comes exactly once, later, never from inside this call. Negative (-ENOTCONN: lost or closing, -ENOMEM,
- * -EINVAL: out of range): it never comes. */
+ * -EINVAL: out of range, -ENODATA: it was given back): it never comes. */
 static inline int source_read(struct source *s, struct source_read *r)
 {
     if (r->length == 0 || r->offset > s->size || r->length > s->size - r->offset)
         return -EINVAL;
     return s->ops->read(s, r);
+}
+
+/* Nobody reads these bytes any more: what holds them may be freed. Reads under way may still have them. A hint where
+ * the source cannot, or where it is not its granularity. */
+static inline void source_give_back(struct source *s, uint64_t offset, uint64_t length)
+{
+    if (s->ops->give_back && offset <= s->size && length <= s->size - offset)
+        s->ops->give_back(s, offset, length);
 }
 
 /* Answers what is in flight (-ECANCELED where it did not finish), then frees the source; cb (may be NULL) comes later,

@@ -13,11 +13,8 @@
 #include <stdio.h>
 #include <unistd.h>
 
-#define VM "faults"
-#define SERVER_SOCKET "nbd-" VM ".sock"
 #define DIRTY "qemu:dirty-bitmap:old"
 #define ALLOCATION "base:allocation"
-#define CBW_TIMEOUT_S 10
 
 /* -- what is read at the top --------------------------------------------------------------------------------------- */
 
@@ -64,6 +61,7 @@ static void finish_top(struct daemon *d)
 {
     if (d->stopped)
         return;
+    d->finished = !d->nbroken;
     if (d->config.at_top)
         d->config.at_top(d->config.arg);
     for (unsigned i = 0; i < d->list->ndisks; i++) {
@@ -79,6 +77,7 @@ static void on_asked(struct session_ask *a, const struct failure *f)
 {
     struct daemon *d = container_of(a, struct daemon, ask);
 
+    d->nbroken += f != NULL;
     if (!f && !d->stopped && d->model)
         check_maps(d, 0, "asked later", true);
     finish_top(d);
@@ -112,6 +111,7 @@ static void on_read(struct source_read *r, int err)
     if (d->stopped)
         return;
     if (err && d->config.impatient) {
+        d->nbroken++;
         finish_top(d);
         return;
     }
@@ -146,6 +146,7 @@ static void read_next(struct daemon *d)
                                    .arg = d};
     source = session_source(d->session, d->list->disks[d->disk].name);
     if (!source || source_read(source, &d->read) < 0) {
+        d->nbroken++;
         if (!d->config.impatient)
             (void)failure_set(&d->check, -EIO, "disk %u has no source that can be read", d->disk);
         finish_top(d);
@@ -208,15 +209,17 @@ static void start_session(struct daemon *d)
     struct session_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .vm = VM,
+        .vm = DAEMON_VM,
         .disks = d->list,
         .checkpoint = GUEST_CHECKPOINT,
         .since = since,
         .nsince = 1,
         .scratch_dir = d->guest->scratch,
         .state_dir = d->state_dir,
+        .engine = d->config.job ? ENGINE_JOB : ENGINE_CBW,
         .narrow_reads = d->config.narrow_reads,
-        .cbw_timeout_s = CBW_TIMEOUT_S,
+        .cbw_timeout_s = GUEST_CBW_TIMEOUT_S,
+        .give_back = true, /* one more export for each disk */
         .call_timeout_ms = d->config.timeout_ms,
     };
     struct failure f = {0};
@@ -281,7 +284,7 @@ static void start_selftest(struct daemon *d)
     struct selftest_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .server_socket = SERVER_SOCKET,
+        .server_socket = DAEMON_SERVER_SOCKET,
         .server_dir = d->state_dir,
         .timeout_ms = d->config.timeout_ms,
     };
@@ -305,7 +308,7 @@ static void start_sweep(struct daemon *d)
     struct sweep_config config = {
         .loop = d->loop,
         .qmp = d->qmp,
-        .server_socket = SERVER_SOCKET,
+        .server_socket = DAEMON_SERVER_SOCKET,
         .server_dir = d->state_dir,
         .timeout_ms = d->config.timeout_ms,
     };
@@ -365,6 +368,15 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
         qmp_client_open(d->qmp) < 0)
         die("the QMP client does not start: %s", strerror(errno));
     calls_init(&d->calls, d->qmp, config->timeout_ms);
+}
+
+void daemon_again(struct daemon *d)
+{
+    disk_list_free(TAKE_PTR(d->list));
+    d->nup = d->nfailed = d->ndown = d->nended = d->nbroken = d->nlate = d->nswept = 0;
+    d->stopped = d->wants_checkpoint = d->finished = d->begun = false;
+    d->failure = d->problems = d->check = (struct failure){0};
+    d->disk = d->cluster = 0;
 }
 
 bool daemon_is_over(const struct daemon *d)

@@ -15,13 +15,20 @@
 /* Some cross from what the guest has overwritten into what it has not: QEMU 7.0-7.2 get that wrong (source/nbd.h). */
 #define DAEMON_READ_CLUSTERS 3u
 
+#define DAEMON_VM "faults"
+#define DAEMON_SERVER_SOCKET "nbd-" DAEMON_VM ".sock" /* in the state directory */
+
 enum daemon_task { DAEMON_SESSION, DAEMON_SELFTEST, DAEMON_SWEEP };
 
 struct daemon_config {
+#define DAEMON_VM "faults"
+#define DAEMON_SERVER_SOCKET "nbd-" DAEMON_VM ".sock" /* in the state directory */
+
     enum daemon_task task;
     unsigned keep; /* bit n: the pull of disk n ends well; the session has a checkpoint in any case */
     bool ask;      /* one more dirty map while the session is up */
     bool narrow_reads;
+    bool job; /* the backup-job engine */
     unsigned timeout_ms;
     bool impatient; /* so short that on a loaded machine a good answer may be late, too: then no read need succeed */
     void (*at_top)(void *arg); /* once all has been read; may be NULL */
@@ -32,8 +39,10 @@ struct daemon_config {
 struct daemon {
     /* what it was told */
     unsigned nup, nfailed, ndown, nended; /* nended: the self-test's or the sweep's callback */
+    unsigned nbroken;                     /* reads and asks that were answered with an error */
     unsigned nlate;                       /* on_up or on_failed after session_stop() */
     bool stopped, wants_checkpoint;       /* session_stop() was called; session_keep() before it */
+    bool finished;                        /* it had all that it wanted, before anything was told */
     bool narrow;                          /* the self-test's word */
     unsigned nswept;
     struct failure failure;  /* of on_failed, of the self-test, of the sweep */
@@ -65,6 +74,8 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
 bool daemon_is_over(const struct daemon *d);
 /* session_stop(), at any time, and twice. */
 void daemon_stop(struct daemon *d);
+/* Once it is over, and QEMU is gone: the same task once more when there is a QEMU again. */
+void daemon_again(struct daemon *d);
 /* Once it is over; closed becomes true later. */
 void daemon_close(struct daemon *d);
 

@@ -148,6 +148,38 @@ static void limit_scratch(const struct guest *g, uint64_t size)
         die("a small file system cannot be mounted: %s", strerror(errno));
 }
 
+static void launch(struct guest *g)
+{
+    char path[64];
+
+    for (unsigned i = 0; i < g->ndisks; i++)
+        make_image(g, i);
+    g->pid = fork();
+    if (g->pid < 0)
+        die("fork: %s", strerror(errno));
+    if (g->pid == 0) {
+        if (chdir(g->dir) == 0)
+            exec_qemu(g);
+        _exit(127);
+    }
+    wait_for_control(g);
+    if (qmp_stream_init(&g->stream, 0) < 0)
+        die("out of memory");
+    json_object_put(guest_call(g, NULL, "{'execute':'qmp_capabilities'}"));
+    (void)snprintf(path, sizeof(path), "%s/output", g->dir);
+    g->output = open(path, O_RDONLY | O_CLOEXEC);
+    g->output_at = (long)lseek(g->output, 0, SEEK_END);
+    add_foreign_things(g);
+}
+
+static void disconnect(struct guest *g)
+{
+    (void)close(g->control);
+    (void)close(g->output);
+    json_object_put(TAKE_PTR(g->answer));
+    qmp_stream_done(&g->stream);
+}
+
 void guest_start(struct guest *g, unsigned ndisks, uint64_t scratch_size, uint64_t seed)
 {
     memset(g, 0, sizeof(*g));
@@ -163,27 +195,32 @@ void guest_start(struct guest *g, unsigned ndisks, uint64_t scratch_size, uint64
         die("mkdir: %s", strerror(errno));
     if (scratch_size)
         limit_scratch(g, scratch_size);
-    for (unsigned i = 0; i < ndisks; i++)
-        make_image(g, i);
-    g->pid = fork();
-    if (g->pid < 0)
-        die("fork: %s", strerror(errno));
-    if (g->pid == 0) {
-        if (chdir(g->dir) == 0)
-            exec_qemu(g);
-        _exit(127);
-    }
-    wait_for_control(g);
-    if (qmp_stream_init(&g->stream, 0) < 0)
-        die("out of memory");
-    json_object_put(guest_call(g, NULL, "{'execute':'qmp_capabilities'}"));
-    {
-        char path[64];
+    launch(g);
+}
 
-        (void)snprintf(path, sizeof(path), "%s/output", g->dir);
-        g->output = open(path, O_RDONLY | O_CLOEXEC);
+void guest_die(struct guest *g)
+{
+    if (g->pid > 0) {
+        (void)kill(g->pid, SIGKILL);
+        (void)waitpid(g->pid, NULL, 0);
     }
-    add_foreign_things(g);
+    g->pid = 0;
+}
+
+void guest_replace(struct guest *g)
+{
+    char path[64];
+
+    guest_die(g);
+    disconnect(g);
+    for (unsigned i = 0; i < 2; i++) {
+        (void)snprintf(path, sizeof(path), "%s/monitor%u", g->dir, i);
+        (void)unlink(path);
+    }
+    memset(g->disks, 0, sizeof(g->disks));
+    g->frozen = g->has_overlays = false;
+    g->nwrites = 0;
+    launch(g);
 }
 
 bool guest_lives(struct guest *g, struct failure *f)
@@ -204,14 +241,8 @@ void guest_done(struct guest *g)
 {
     char command[64];
 
-    if (g->pid > 0) {
-        (void)kill(g->pid, SIGKILL);
-        (void)waitpid(g->pid, NULL, 0);
-    }
-    (void)close(g->control);
-    (void)close(g->output);
-    json_object_put(TAKE_PTR(g->answer));
-    qmp_stream_done(&g->stream);
+    guest_die(g);
+    disconnect(g);
     (void)umount2(g->scratch, MNT_DETACH);
     (void)snprintf(command, sizeof(command), "rm -rf '%s'", g->dir);
     (void)!system(command);
@@ -288,18 +319,29 @@ static void io(struct guest *g, unsigned disk, const char *command)
                                disk, command));
 }
 
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
 void guest_write(struct guest *g)
 {
     unsigned disk = (unsigned)(guest_random(g) % g->ndisks), cluster = (unsigned)(guest_random(g) % GUEST_NCLUSTERS);
     unsigned char pattern = guest_random(g) % 8 ? (unsigned char)(1 + guest_random(g) % 255) : 0;
     struct guest_disk *d = &g->disks[disk];
+    uint64_t begun_ms;
     char command[64];
 
     if (pattern)
         (void)snprintf(command, sizeof(command), "write -P %u %uk 64k", pattern, cluster * (GUEST_CLUSTER / 1024));
     else
         (void)snprintf(command, sizeof(command), "write -z %uk 64k", cluster * (GUEST_CLUSTER / 1024));
+    begun_ms = now_ms();
     io(g, disk, command);
+    g->slowest_ms = MAX(g->slowest_ms, (unsigned)(now_ms() - begun_ms));
     g->nwrites++;
     d->now[cluster] = pattern;
     (g->frozen ? d->after : d->before)[cluster] = true;
@@ -335,6 +377,8 @@ int guest_check_writes(struct guest *g, struct failure *f)
     unsigned want = g->nwrites, n = count_of(text, "wrote 65536/65536 bytes");
 
     g->nwrites = 0;
+    if (g->slowest_ms > GUEST_WRITE_MAX_MS)
+        return failure_set(f, -ETIMEDOUT, "a write of the guest took %u ms", g->slowest_ms);
     return n == want ? 0 : failure_set(f, -EIO, "%u of the guest's %u writes succeeded: %s", n, want, text);
 }
 
@@ -544,4 +588,13 @@ int guest_undo_snapshots(struct guest *g, struct failure *f)
         json_object_put(guest_call(g, NULL, "{'execute':'blockdev-del','arguments':{'node-name':'overlay%u'}}", i));
     }
     return 0;
+}
+
+bool guest_runs(struct guest *g)
+{
+    struct json_object *status = guest_call(g, NULL, "{'execute':'query-status'}");
+    bool runs = qmp_get_bool(status, "running");
+
+    json_object_put(status);
+    return runs;
 }

@@ -20,6 +20,12 @@
 #define GUEST_NCLUSTERS 48u
 #define GUEST_SIZE ((uint64_t)GUEST_CLUSTER * GUEST_NCLUSTERS)
 
+#define GUEST_CBW_TIMEOUT_S                                                                   \
+    10u /* of the sessions: a write waits so long for its copy, then the snapshot is given up \
+         */
+/* No write may take longer: that, and what a machine needs that runs other things. */
+#define GUEST_WRITE_MAX_MS (GUEST_CBW_TIMEOUT_S * 1000u + 5000u)
+
 #define GUEST_CHECKPOINT "new"    /* what the sessions are to make */
 #define GUEST_RECORD "test-after" /* the test's own record of what was written since the freeze */
 
@@ -38,7 +44,8 @@ struct guest {
     struct guest_disk disks[GUEST_MAX_DISKS];
     bool frozen;
     bool has_overlays;
-    unsigned nwrites; /* since the last guest_check_writes() */
+    unsigned nwrites;    /* since the last guest_check_writes() */
+    unsigned slowest_ms; /* of all writes */
     uint64_t seed;
     /* private */
     int control; /* the second monitor */
@@ -52,11 +59,19 @@ struct guest {
 bool guest_possible(void);
 /* scratch_size in bytes; 0: what the disk has room for. */
 void guest_start(struct guest *g, unsigned ndisks, uint64_t scratch_size, uint64_t seed);
+/* Gives the process mounts of its own, and every thread that it starts from now on. */
 bool guest_can_limit_scratch(void);
 /* SIGKILL, and removes the directory. */
 void guest_done(struct guest *g);
+/* SIGKILL: nothing else is done until guest_replace(). */
+void guest_die(struct guest *g);
+/* Another QEMU, with new disks, at the same paths. */
+void guest_replace(struct guest *g);
 /* False, with QEMU's last words, when QEMU has died. */
 bool guest_lives(struct guest *g, struct failure *f);
+
+/* Its CPUs are not stopped. */
+bool guest_runs(struct guest *g);
 
 /* One command in JSON (single quotes will do). NULL and the sentence in f (may be NULL): QEMU's refusal. Owned by the
  * caller. */
@@ -64,7 +79,7 @@ struct json_object *guest_call(struct guest *g, struct failure *f, const char *f
 
 /* The guest writes one cluster, any. */
 void guest_write(struct guest *g);
-/* Every write has succeeded, as far as the device was told. */
+/* Every write has succeeded, as far as the device was told, and none was slower than GUEST_WRITE_MAX_MS. */
 int guest_check_writes(struct guest *g, struct failure *f);
 /* Reads all clusters as the guest would and compares them. */
 int guest_check_data(struct guest *g, struct failure *f);
@@ -86,6 +101,9 @@ void guest_end_run(struct guest *g);
  * each node, edge, bitmap, export, fd set, job, device, open file of QEMU and for the NBD server. Owned by the caller.
  */
 char *guest_picture(struct guest *g);
+/* Of these lines only those about files that lie on the host, "": none. Asks QEMU nothing. Owned by the caller. */
+char *guest_files(const struct guest *g);
+unsigned guest_count_fds(const struct guest *g); /* of the process; its first session opens some for good */
 /* The lines that only one of them has, one after the other ("+line" or "-line"); NULL: there is none. Owned by the
  * caller. */
 char *guest_difference(const char *before, const char *after);

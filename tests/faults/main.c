@@ -4,10 +4,11 @@
  * QEMU.
  *
  *   faults SCENARIO… [--every N] [--slow-every N] [--offset M] [--fault NAME] [--at K] [--seed S] [--failures N]
- * [--verbose]
+ *          [--real-stalls] [--verbose]
  *
  * Without a scenario: all. --every N takes each N-th of the runs, beginning with the M-th; --slow-every N thins out
  * once more those that wait for deadlines and repetitions. --fault and --at narrow it to what a failed run named.
+ * --real-stalls: where QEMU stands still, deadlines are those of the program (30 s), and it does so for longer.
  */
 #include "die.h"
 #include "run.h"
@@ -17,11 +18,21 @@
 #include <stdio.h>
 
 #define TEST_SKIPPED 77
+/* The first command after the freeze that adds exports: those of the live disks are before it. */
+#define EXPORTS "block-export-add {\"type\":\"nbd\",\"id\":\"qpull-*-export0\"*"
+
 static const struct scenario scenarios[] = {
     {.name = "one-disk", .ndisks = 1, .keep = 1, .ask = true},
     {.name = "one-disk-dropped", .ndisks = 1},
     {.name = "three-disks", .ndisks = 3, .keep = 5},
-    {.name = "snapshot", .ndisks = 1, .ask = true, .snapshot_at = "block-export-add *"},
+    {.name = "snapshot", .ndisks = 1, .ask = true, .snapshot_at = EXPORTS},
+    {.name = "job", .ndisks = 1, .keep = 1, .ask = true, .job = true},
+    {.name = "job-three-disks", .ndisks = 3, .keep = 5, .job = true},
+    {.name = "job-snapshot", .ndisks = 1, .ask = true, .snapshot_at = EXPORTS, .job = true},
+    {.name = "job-sweep", .ndisks = 3, .ask = true, .swept = true, .job = true},
+    {.name = "no-reopen", .ndisks = 1, .keep = 1, .no_reopen = true},
+    {.name = "no-reopen-three", .ndisks = 3, .keep = 5, .no_reopen = true},
+    {.name = "paused", .ndisks = 1, .no_reopen = true, .pause_at = "blockdev-add {\"driver\":\"null-co\"*"},
     {.name = "full-scratch", .ndisks = 1, .keep = 1, .small_scratch = true},
     {.name = "foreign-server", .ndisks = 1, .keep = 1, .foreign_server = true},
     {.name = "selftest", .ndisks = 1, .task = DAEMON_SELFTEST},
@@ -32,7 +43,7 @@ static struct options {
     unsigned every, slow_every, offset, max_failures; /* after so many more of the same teach nothing */
     int fault, at;                                    /* -1: all */
     uint64_t seed;
-    bool verbose;
+    bool real_stalls, verbose;
 } options = {.every = 1, .slow_every = 1, .max_failures = 10, .fault = -1, .at = -1, .seed = 1};
 
 static char where[256] = "at the start";
@@ -55,8 +66,8 @@ static bool applies(const struct scenario *s, enum fault f)
     bool stops = f == FAULT_STOP || f == FAULT_STOP_TWICE;
 
     if (s->swept)
-        return f != FAULT_NONE && f != FAULT_KILLED && !stops;
-    if (s->small_scratch && f == FAULT_KILLED)
+        return f != FAULT_NONE && !stops;
+    if (s->small_scratch && (f == FAULT_KILLED || f == FAULT_KILLED_BEFORE))
         return false; /* the daemon to be killed has no guest that fills its scratch */
     return f != FAULT_NONE && !(stops && s->task != DAEMON_SESSION);
 }
@@ -66,8 +77,11 @@ struct series {
     const struct scenario *scenario;
     const char *program;
     struct stand *stand;
-    unsigned nruns, nfailures, ncommands;
+    unsigned nruns, nfailures, ncommands, slowest_ms;
 };
+
+static unsigned total_runs;
+static bool may_mount;
 
 static void run_one(struct series *s, enum fault fault, unsigned at)
 {
@@ -76,17 +90,22 @@ static void run_one(struct series *s, enum fault fault, unsigned at)
         .fault = fault,
         .at = at,
         .writing = fault == FAULT_NONE || (at + (unsigned)fault) % 2,
+        .real_stalls = options.real_stalls,
         .verbose = options.verbose,
     };
     struct failure f = {0};
     unsigned ncommands = 0;
+    int r;
 
     (void)snprintf(where, sizeof(where), "%s --fault %s --at %u --seed %llu", s->scenario->name, fault_name(fault), at,
                    (unsigned long long)options.seed);
     if (!s->stand)
         s->stand = stand_new(s->scenario, s->program, options.seed);
     s->nruns++;
-    if (stand_run(s->stand, &run, &ncommands, &f) == 0) {
+    total_runs++;
+    r = stand_run(s->stand, &run, &ncommands, &f);
+    s->slowest_ms = MAX(s->slowest_ms, stand_slowest_ms(s->stand));
+    if (r == 0) {
         if (fault == FAULT_NONE)
             s->ncommands = ncommands;
         if (options.verbose)
@@ -112,7 +131,8 @@ static void check_data(struct series *s)
 
 static bool is_slow(enum fault f)
 {
-    return f == FAULT_REFUSED_ALWAYS || f == FAULT_LOST || f == FAULT_DROPPED;
+    return f == FAULT_REFUSED_ALWAYS || f == FAULT_LOST || f == FAULT_DROPPED || f == FAULT_STALLED ||
+           f == FAULT_QEMU_DIES || f == FAULT_QEMU_DIES_AFTER;
 }
 
 static void run_fault(struct series *s, enum fault fault, unsigned *counter)
@@ -136,7 +156,7 @@ static unsigned run_scenario(const struct scenario *scenario, const char *progra
     struct series s = {.scenario = scenario, .program = program};
     unsigned counter = 0;
 
-    if (scenario->small_scratch && !guest_can_limit_scratch()) {
+    if (scenario->small_scratch && !may_mount) {
         (void)printf("%s: skipped, only root may mount a small file system\n", scenario->name);
         return 0;
     }
@@ -150,7 +170,8 @@ static unsigned run_scenario(const struct scenario *scenario, const char *progra
     }
     if (s.stand)
         stand_free(s.stand);
-    (void)printf("%s: %u runs, %u failed\n", scenario->name, s.nruns, s.nfailures);
+    (void)printf("%s: %u runs, %u failed; the guest's slowest write took %u ms\n", scenario->name, s.nruns, s.nfailures,
+                 s.slowest_ms);
     return s.nfailures;
 }
 
@@ -166,15 +187,11 @@ static int parse_fault(const char *name)
 static void parse(int argc, char **argv)
 {
     static const struct option longs[] = {
-        {"every", required_argument, NULL, 'e'},
-        {"slow-every", required_argument, NULL, 'E'},
-        {"offset", required_argument, NULL, 'o'},
-        {"fault", required_argument, NULL, 'f'},
-        {"at", required_argument, NULL, 'a'},
-        {"seed", required_argument, NULL, 's'},
-        {"failures", required_argument, NULL, 'n'},
-        {"verbose", no_argument, NULL, 'v'},
-        {NULL, 0, NULL, 0},
+        {"every", required_argument, NULL, 'e'},    {"slow-every", required_argument, NULL, 'E'},
+        {"offset", required_argument, NULL, 'o'},   {"fault", required_argument, NULL, 'f'},
+        {"at", required_argument, NULL, 'a'},       {"seed", required_argument, NULL, 's'},
+        {"failures", required_argument, NULL, 'n'}, {"real-stalls", no_argument, NULL, 'r'},
+        {"verbose", no_argument, NULL, 'v'},        {NULL, 0, NULL, 0},
     };
 
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
@@ -200,6 +217,9 @@ static void parse(int argc, char **argv)
         case 's':
             options.seed = strtoull(optarg, NULL, 10);
             break;
+        case 'r':
+            options.real_stalls = true;
+            break;
         case 'v':
             options.verbose = true;
             break;
@@ -222,18 +242,21 @@ static bool is_wanted(int argc, char **argv, const char *name)
 
 int main(int argc, char **argv)
 {
+    uint64_t began = uv_hrtime();
     unsigned nfailures = 0;
 
-    if (argc == 9 && strcmp(argv[1], "--as-daemon") == 0)
+    if (argc == 10 && strcmp(argv[1], "--as-daemon") == 0)
         return run_as_daemon(argv + 2);
     parse(argc, argv);
     if (!guest_possible()) {
         (void)printf("skipped: qemu-system-x86_64, qemu-img or stdbuf is missing\n");
         return TEST_SKIPPED;
     }
+    may_mount = guest_can_limit_scratch(); /* before there are threads, which would stay outside */
     for (size_t i = 0; i < ARRAY_SIZE(scenarios); i++) {
         if (is_wanted(argc, argv, scenarios[i].name))
             nfailures += run_scenario(&scenarios[i], "/proc/self/exe");
     }
+    (void)printf("%u runs, %u failed, %.1f min\n", total_runs, nfailures, (double)(uv_hrtime() - began) / 60e9);
     return nfailures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

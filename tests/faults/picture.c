@@ -211,6 +211,29 @@ char *guest_picture(struct guest *g)
     return join(&l);
 }
 
+unsigned guest_count_fds(const struct guest *g)
+{
+    char path[64];
+    unsigned n = 0;
+    DIR *dir;
+
+    (void)snprintf(path, sizeof(path), "/proc/%d/fd", (int)g->pid);
+    dir = opendir(path);
+    while (dir && readdir(dir))
+        n++;
+    if (dir)
+        (void)closedir(dir);
+    return n;
+}
+
+char *guest_files(const struct guest *g)
+{
+    struct lines l = {.n = 0};
+
+    add_directories(&l, g);
+    return join(&l);
+}
+
 char *guest_difference(const char *before, const char *after)
 {
     char *text = NULL;

@@ -28,6 +28,7 @@ struct proxy {
     int passing;              /* a descriptor that came with the command under way, -1: none */
     struct json_object *lose; /* owned: the id whose answer is swallowed */
     struct json_object *cut;  /* owned: the id whose answer breaks the connection */
+    struct json_object *tell; /* owned: the id whose answer is told of when it is passed on */
     bool broken;              /* the connection ends when the callback under way is over */
 };
 
@@ -97,6 +98,7 @@ static void hang_up(struct proxy *p)
     p->passing = -1;
     json_object_put(TAKE_PTR(p->lose));
     json_object_put(TAKE_PTR(p->cut));
+    json_object_put(TAKE_PTR(p->tell));
     p->broken = false;
 }
 
@@ -161,6 +163,10 @@ static int on_command(void *arg, struct json_object *doc)
     switch (verdict) {
     case VERDICT_PASS:
         break;
+    case VERDICT_PASS_AND_TELL:
+        json_object_put(p->tell);
+        p->tell = json_object_get(id);
+        break;
     case VERDICT_REFUSE:
         refuse(p, id);
         break;
@@ -178,7 +184,7 @@ static int on_command(void *arg, struct json_object *doc)
     case VERDICT_DROP:
         break;
     }
-    if (verdict == VERDICT_PASS || verdict == VERDICT_LOSE || verdict == VERDICT_CUT_AFTER)
+    if (verdict != VERDICT_REFUSE && verdict != VERDICT_DROP && verdict != VERDICT_CUT)
         send_document(&p->qemu, doc, p->passing);
     if (p->passing >= 0)
         (void)close(p->passing);
@@ -215,7 +221,7 @@ static void on_client(uv_poll_t *h, int status, int events)
     char byte;
 
     while (!p->broken && (n = receive_byte(p, &byte)) != 0) {
-        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        if (n < 0 && (errno == EAGAIN || errno == EINTR) && status == 0)
             return;
         if (n < 0)
             break;
@@ -249,25 +255,42 @@ static int on_answer(void *arg, struct json_object *doc)
         return 1;
     }
     send_document(&p->client, doc, -1);
+    if (is_id(id, p->tell)) {
+        json_object_put(TAKE_PTR(p->tell));
+        if (p->ops->on_passed)
+            p->ops->on_passed(p->arg);
+    }
     return 0;
 }
 
-static void on_qemu(uv_poll_t *h, int status, int events)
+/* What has come so far. False: nothing more will. */
+static bool read_qemu(struct proxy *p)
 {
-    struct proxy *p = ((struct end *)h->data)->proxy;
     struct failure f = {0};
     char bytes[65536];
     ssize_t n = recv(p->qemu.fd, bytes, sizeof(bytes), MSG_DONTWAIT);
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
-    if (n <= 0) {
-        hang_up(p);
-        return;
-    }
+        return true;
+    if (n <= 0)
+        return false;
     if (qmp_stream_feed(&p->qemu.stream, bytes, (size_t)n, on_answer, p, &f) < 0)
         die("QEMU sends rubbish: %s", f.text);
     hang_up_if_broken(p);
+    return p->qemu.poll;
+}
+
+static void on_qemu(uv_poll_t *h, int status, int events)
+{
+    struct proxy *p = ((struct end *)h->data)->proxy;
+    bool more = read_qemu(p);
+
+    /* libuv polls a socket with an error no more: QEMU has died, and what it has said until then is still to be read.
+     */
+    while (status < 0 && more)
+        more = read_qemu(p);
+    if (!more && p->qemu.poll)
+        hang_up(p);
 }
 
 /* -- life ---------------------------------------------------------------------------------------------------------- */

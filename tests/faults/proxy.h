@@ -18,11 +18,12 @@ struct proxy;
 
 enum verdict {
     VERDICT_PASS,
-    VERDICT_REFUSE,    /* QEMU does not get it, the client gets an error */
-    VERDICT_LOSE,      /* QEMU gets it, the client gets no answer */
-    VERDICT_DROP,      /* QEMU does not get it, the client gets no answer */
-    VERDICT_CUT,       /* QEMU does not get it, the connection breaks */
-    VERDICT_CUT_AFTER, /* QEMU gets it, and the connection breaks when it answers */
+    VERDICT_PASS_AND_TELL, /* on_passed is called when the client has its answer */
+    VERDICT_REFUSE,        /* QEMU does not get it, the client gets an error */
+    VERDICT_LOSE,          /* QEMU gets it, the client gets no answer */
+    VERDICT_DROP,          /* QEMU does not get it, the client gets no answer */
+    VERDICT_CUT,           /* QEMU does not get it, the connection breaks */
+    VERDICT_CUT_AFTER,     /* QEMU gets it, and the connection breaks when it answers */
 };
 
 struct proxy_ops {
@@ -30,6 +31,8 @@ struct proxy_ops {
     enum verdict (*on_command)(void *arg, const char *name, struct json_object *args);
     /* Right before a connection breaks because of a verdict; may be NULL. */
     void (*on_cut)(void *arg);
+    /* The answer to a command of VERDICT_PASS_AND_TELL has been sent to the client; may be NULL. */
+    void (*on_passed)(void *arg);
 };
 
 /* Listens at path at once; borrows it, target and ops for its life. */

@@ -2,36 +2,39 @@
 #include "run.h"
 
 #include "die.h"
-#include "proxy.h"
 #include "qmp/commands.h"
+#include "stand.h"
 
 #include <assert.h>
 #include <dirent.h>
 #include <errno.h>
-#include <fnmatch.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PATIENT_MS 20000   /* deadline of calls where none is meant to pass */
-#define SHORT_MS 400       /* … where one is */
 #define RUN_MS 60000       /* a run that takes longer hangs */
-#define SWEEP_NQUESTIONS 4 /* what a sweep cannot do without: it looks before it undoes */
+#define REAL_RUN_MS 400000 /* … where calls may take as long as in earnest */
 #define SMALL_SCRATCH (6 * GUEST_CLUSTER)
-#define FLOOD 40       /* writes that it cannot hold */
-#define SETTLE_MS 2000 /* QEMU closes a dead NBD connection when its loop comes to it */
+#define FLOOD 40 /* writes that it cannot hold */
 
 static const char *const names[] = {
-    [FAULT_NONE] = "none",           [FAULT_REFUSED] = "refused", [FAULT_REFUSED_ALWAYS] = "refused-always",
-    [FAULT_LOST] = "lost",           [FAULT_DROPPED] = "dropped", [FAULT_CUT] = "cut",
-    [FAULT_CUT_AFTER] = "cut-after", [FAULT_STOP] = "stop",       [FAULT_STOP_TWICE] = "stop-twice",
+    [FAULT_NONE] = "none",
+    [FAULT_REFUSED] = "refused",
+    [FAULT_REFUSED_ALWAYS] = "refused-always",
+    [FAULT_LOST] = "lost",
+    [FAULT_DROPPED] = "dropped",
+    [FAULT_CUT] = "cut",
+    [FAULT_CUT_AFTER] = "cut-after",
+    [FAULT_STOP] = "stop",
+    [FAULT_STOP_TWICE] = "stop-twice",
     [FAULT_KILLED] = "killed",
+    [FAULT_KILLED_BEFORE] = "killed-before",
+    [FAULT_STALLED] = "stalled",
+    [FAULT_QEMU_DIES] = "qemu-dies",
+    [FAULT_QEMU_DIES_AFTER] = "qemu-dies-after",
 };
 static_assert(ARRAY_SIZE(names) == FAULT_NFAULTS, "every fault has a name");
 
@@ -40,153 +43,22 @@ const char *fault_name(enum fault f)
     return names[f];
 }
 
-struct stand {
-    const struct scenario *scenario;
-    const char *program;
-    uv_loop_t loop;
-    struct guest guest;
-    struct proxy *proxy;
-    char path[64]; /* of the proxy */
-    bool narrow;
-    int foreign; /* listening socket of the foreign NBD server's file, -1: none */
-    bool warm;   /* what a first run leaves open for good (threads, random numbers) is open */
-    /* the run under way */
-    struct run run;
-    struct daemon daemon;
-    pid_t child;
-    bool armed; /* commands count */
-    unsigned ncommands;
-    char hit[128];
-    const char *kill_at;            /* pattern of a command at which it is killed; NULL: by number */
-    char *sabotaged;                /* owned: the command that is refused for good */
-    bool made[GUEST_MAX_DISKS];     /* the command that makes the checkpoint reached QEMU */
-    bool made_hit[GUEST_MAX_DISKS]; /* … and is the one that the fault hit */
-    bool cut;
-    struct stand *next_abandoned;
-};
-
-/* -- the proxy's questions ----------------------------------------------------------------------------------------- */
-
-/* keep.c's last transaction: adds the checkpoint itself. Its disk, or -1. */
-static int makes_checkpoint(const char *name, struct json_object *args)
-{
-    struct json_object *actions = qmp_get(args, "actions"), *data;
-    const char *node, *bitmap;
-
-    if (strcmp(name, "transaction") != 0 || qmp_array_length(actions) == 0)
-        return -1;
-    data = qmp_get(json_object_array_get_idx(actions, 0), "data");
-    node = qmp_get_string(data, "node");
-    bitmap = qmp_get_string(data, "name");
-    return node && bitmap && strcmp(bitmap, GUEST_CHECKPOINT) == 0 && node[0] == 'd' ? node[1] - '0' : -1;
-}
-
-static enum verdict spoil(struct stand *st, const char *text)
-{
-    switch (st->run.fault) {
-    case FAULT_REFUSED:
-        return VERDICT_REFUSE;
-    case FAULT_REFUSED_ALWAYS:
-        free(st->sabotaged);
-        st->sabotaged = strdup(text);
-        return VERDICT_REFUSE;
-    case FAULT_LOST:
-        return VERDICT_LOSE;
-    case FAULT_DROPPED:
-        return VERDICT_DROP;
-    case FAULT_CUT:
-        return VERDICT_CUT;
-    case FAULT_CUT_AFTER:
-    case FAULT_KILLED:
-        return VERDICT_CUT_AFTER;
-    case FAULT_STOP:
-    case FAULT_STOP_TWICE:
-        daemon_stop(&st->daemon);
-        return VERDICT_PASS;
-    default:
-        return VERDICT_PASS;
-    }
-}
-
-static void note_made(struct stand *st, const char *name, struct json_object *args, enum verdict verdict, bool hit)
-{
-    int disk = makes_checkpoint(name, args);
-
-    if (disk < 0 || disk >= GUEST_MAX_DISKS)
-        return;
-    st->made[disk] |= verdict == VERDICT_PASS || verdict == VERDICT_LOSE || verdict == VERDICT_CUT_AFTER;
-    st->made_hit[disk] |= hit;
-}
-
-static enum verdict on_command(void *arg, const char *name, struct json_object *args)
-{
-    struct stand *st = arg;
-    _cleanup_free_ char *text = NULL;
-    enum verdict verdict = VERDICT_PASS;
-    bool hit;
-
-    if (st->run.verbose)
-        (void)fprintf(stderr, "      %s %s\n", name, args ? json_object_to_json_string(args) : "");
-    if (!st->armed)
-        return VERDICT_PASS;
-    /* The questions about disks before the session's first step are not the session's. */
-    if (st->ncommands == 0 && st->daemon.config.task != DAEMON_SWEEP && strcmp(name, "add-fd") != 0)
-        return VERDICT_PASS;
-    if (asprintf(&text, "%s %s", name, args ? json_object_to_json_string_ext(args, JSON_C_TO_STRING_PLAIN) : "") < 0)
-        die("out of memory");
-    if (st->scenario->snapshot_at && st->armed && st->ncommands && fnmatch(st->scenario->snapshot_at, text, 0) == 0)
-        guest_take_snapshots(&st->guest);
-    if (st->run.writing && !st->scenario->small_scratch)
-        guest_write(&st->guest);
-    hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
-          (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
-    if (hit) {
-        (void)snprintf(st->hit, sizeof(st->hit), "%.*s", (int)sizeof(st->hit) - 1, text);
-        verdict = spoil(st, text);
-    } else if (st->run.fault == FAULT_STOP_TWICE && st->ncommands == st->run.at + 1) {
-        daemon_stop(&st->daemon);
-    } else if (st->sabotaged && strcmp(st->sabotaged, text) == 0) {
-        verdict = VERDICT_REFUSE;
-    }
-    st->ncommands++;
-    note_made(st, name, args, verdict, hit && st->run.fault != FAULT_STOP && st->run.fault != FAULT_STOP_TWICE);
-    if (strcmp(name, "blockdev-reopen") == 0)
-        guest_freezes(&st->guest);
-    return verdict;
-}
-
-static void kill_child(struct stand *st)
-{
-    if (st->child <= 0)
-        return;
-    (void)kill(st->child, SIGKILL);
-    (void)waitpid(st->child, NULL, 0);
-    st->child = 0;
-}
-
-static void on_cut(void *arg)
-{
-    struct stand *st = arg;
-
-    st->cut = true;
-    if (st->run.fault == FAULT_KILLED)
-        kill_child(st);
-}
-
-static const struct proxy_ops proxy_ops = {.on_command = on_command, .on_cut = on_cut};
-
 /* -- a daemon to be killed ----------------------------------------------------------------------------------------- */
+
+static const char *const tasks[] = {
+    [DAEMON_SESSION] = "session", [DAEMON_SELFTEST] = "selftest", [DAEMON_SWEEP] = "sweep"};
 
 static void exec_daemon(const struct stand *st)
 {
-    char ndisks[16], narrow[16], ask[16];
+    char ndisks[16], narrow[16], ask[16], job[16];
 
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     (void)snprintf(ndisks, sizeof(ndisks), "%u", st->guest.ndisks);
     (void)snprintf(narrow, sizeof(narrow), "%d", st->narrow);
     (void)snprintf(ask, sizeof(ask), "%d", st->scenario->ask);
+    (void)snprintf(job, sizeof(job), "%d", st->scenario->job);
     (void)execl(st->program, st->program, "--as-daemon", st->path, st->guest.scratch, st->guest.state, ndisks,
-                st->scenario->task == DAEMON_SELFTEST ? "selftest" : "session", narrow, ask, (char *)NULL);
+                tasks[st->daemon.config.task], narrow, ask, job, (char *)NULL);
     _exit(127);
 }
 
@@ -195,23 +67,24 @@ int run_as_daemon(char **argv)
     static struct daemon d;
     static struct guest g;
     uv_loop_t loop;
-    struct daemon_config config = {.timeout_ms = PATIENT_MS, .keep = ~0u};
+    struct daemon_config config = {.timeout_ms = strike_timeout_ms(&(struct run){.fault = FAULT_KILLED}), .keep = ~0u};
 
     if (uv_loop_init(&loop) < 0)
         return 1;
     (void)strncat(g.scratch, argv[1], sizeof(g.scratch) - 1);
     (void)strncat(g.state, argv[2], sizeof(g.state) - 1);
     g.ndisks = (unsigned)strtoul(argv[3], NULL, 10);
-    config.task = strcmp(argv[4], "selftest") == 0 ? DAEMON_SELFTEST : DAEMON_SESSION;
+    while (config.task < DAEMON_SWEEP && strcmp(argv[4], tasks[config.task]) != 0)
+        config.task++;
     config.narrow_reads = strcmp(argv[5], "1") == 0;
     config.ask = strcmp(argv[6], "1") == 0;
+    config.job = strcmp(argv[7], "1") == 0;
     daemon_start(&d, &loop, argv[0], &g, NULL, &config);
     while (!daemon_is_over(&d))
         (void)uv_run(&loop, UV_RUN_ONCE);
     (void)pause(); /* the end comes from outside */
     return 0;
 }
-
 /* -- waiting ------------------------------------------------------------------------------------------------------- */
 
 static void on_alarm(uv_timer_t *t)
@@ -222,17 +95,18 @@ static void on_alarm(uv_timer_t *t)
 /* Runs the loop until *done (or, NULL, until no handle but the proxy's is left). */
 static int wait_until(struct stand *st, bool (*done)(struct stand *st), const char *what, struct failure *f)
 {
+    unsigned limit_ms = st->run.real_stalls ? REAL_RUN_MS : RUN_MS;
     bool late = false;
     uv_timer_t alarm;
 
     (void)uv_timer_init(&st->loop, &alarm);
     alarm.data = &late;
-    (void)uv_timer_start(&alarm, on_alarm, RUN_MS, 0);
+    (void)uv_timer_start(&alarm, on_alarm, limit_ms, 0);
     while (!late && !done(st))
         (void)uv_run(&st->loop, UV_RUN_ONCE);
     uv_close((uv_handle_t *)&alarm, NULL);
     (void)uv_run(&st->loop, UV_RUN_NOWAIT);
-    return late ? failure_set(f, -ETIMEDOUT, "within %d s this has not come: %s", RUN_MS / 1000, what) : 0;
+    return late ? failure_set(f, -ETIMEDOUT, "within %u s this has not come: %s", limit_ms / 1000, what) : 0;
 }
 
 static bool is_over(struct stand *st)
@@ -278,167 +152,45 @@ static unsigned count_fds(void)
         (void)closedir(dir);
     return n;
 }
-
-/* -- the oracle ---------------------------------------------------------------------------------------------------- */
-
-static bool is_excused(const struct stand *st)
-{
-    return st->cut || st->run.fault == FAULT_REFUSED_ALWAYS;
-}
-
-/* A checkpoint that is not kept leaves nothing behind. */
-static bool is_about_checkpoint(const struct daemon *d)
-{
-    return strncmp(d->problems.text, "checkpoint ", strlen("checkpoint ")) == 0;
-}
-
-/* Where the answer that it was made is lost, nobody can know; the next pull of that name is told that it exists. */
-static bool is_uncertain(const struct stand *st, unsigned disk)
-{
-    return st->made_hit[disk] || st->cut || strstr(st->daemon.problems.text, "was not answered within");
-}
-
-static int check_session(struct stand *st, struct failure *f)
-{
-    const struct daemon *d = &st->daemon;
-    enum fault fault = st->run.fault;
-
-    if (d->ndown != 1 || d->nup > 1 || d->nfailed > 1 || d->nlate)
-        return failure_set(f, -EPROTO, "on_up came %u times, on_failed %u, on_down %u, after session_stop() %u", d->nup,
-                           d->nfailed, d->ndown, d->nlate);
-    if (d->check.err)
-        return failure_copy(f, &d->check);
-    if (st->scenario->foreign_server) {
-        if (d->nup)
-            return failure_set(f, -EPROTO, "it came up although the NBD server is somebody else's");
-    } else if (fault == FAULT_NONE &&
-               (d->nup != 1 || (d->problems.err && !st->scenario->small_scratch) || d->nfailed)) {
-        return failure_set(f, -EPROTO, "without a fault it does not come up and go down: %s %s", d->failure.text,
-                           d->problems.text);
-    }
-    if ((fault == FAULT_STOP || fault == FAULT_STOP_TWICE) && (d->nfailed || d->problems.err) &&
-        !st->scenario->foreign_server && !st->scenario->small_scratch)
-        return failure_set(f, -EPROTO, "a stop alone is no failure, but: %s %s", d->failure.text, d->problems.text);
-    /* What cannot be undone may be told only of what was sabotaged; that a checkpoint was not kept may always be. */
-    if (d->problems.err && !is_excused(st) && !is_about_checkpoint(d))
-        return failure_set(f, -EPROTO, "one sabotaged command should not leave this: %s", d->problems.text);
-    return 0;
-}
-
-static int check_selftest(struct stand *st, struct failure *f)
-{
-    const struct daemon *d = &st->daemon;
-
-    if (d->nended != 1)
-        return failure_set(f, -EPROTO, "the self-test ended %u times", d->nended);
-    if (st->run.fault == FAULT_NONE && (d->failure.err || d->problems.err))
-        return failure_set(f, -EPROTO, "the self-test fails without a fault: %s %s", d->failure.text, d->problems.text);
-    if (!d->failure.err && st->warm && d->narrow != st->narrow)
-        return failure_set(f, -EPROTO, "the self-test says narrow=%d, and without a fault %d", d->narrow, st->narrow);
-    if (d->problems.err && !is_excused(st))
-        return failure_set(f, -EPROTO, "one sabotaged command should not leave this: %s", d->problems.text);
-    return 0;
-}
-
-static int check_checkpoints(struct stand *st, struct failure *f)
-{
-    const struct daemon *d = &st->daemon;
-    bool killed = st->run.fault == FAULT_KILLED;
-
-    for (unsigned i = 0; i < st->guest.ndisks; i++) {
-        bool exists = false, wanted = killed || (d->wants_checkpoint && (st->run.scenario->keep & (1u << i)));
-        uint64_t surplus = 0;
-        char denial[64];
-
-        if (guest_check_checkpoint(&st->guest, i, &exists, &surplus, f) < 0)
-            return f->err;
-        if (exists && st->scenario->small_scratch)
-            return failure_set(f, -EPROTO, "disk %u has the checkpoint, but its frozen view was lost before the end",
-                               i);
-        if (exists && (!wanted || !st->made[i]))
-            return failure_set(f, -EPROTO, "disk %u has the checkpoint, but %s", i,
-                               wanted ? "it was never made" : "its pull did not end well");
-        if (!exists && wanted && !killed && !d->problems.err)
-            return failure_set(f, -EPROTO, "disk %u has no checkpoint although nothing went wrong", i);
-        (void)snprintf(denial, sizeof(denial), "of disk 'v%u' is not kept", i);
-        if (exists && !killed && strstr(d->problems.text, denial) && !is_uncertain(st, i))
-            return failure_set(f, -EPROTO, "disk %u has the checkpoint, and the session says: %s", i, d->problems.text);
-        if (exists && st->run.fault == FAULT_NONE && surplus)
-            return failure_set(f, -EPROTO, "the checkpoint of disk %u claims %llu bytes too many", i,
-                               (unsigned long long)surplus);
-    }
-    return 0;
-}
-
-static void nap_for_qemu(void)
-{
-    static const struct timespec ms5 = {.tv_nsec = 5000000};
-
-    (void)nanosleep(&ms5, NULL);
-}
-
-static int compare_pictures(struct stand *st, const char *before, const char *when, struct failure *f)
-{
-    uint64_t end = uv_hrtime() + SETTLE_MS * UINT64_C(1000000);
-
-    for (;;) {
-        _cleanup_free_ char *after = guest_picture(&st->guest), *difference = guest_difference(before, after);
-
-        if (!difference)
-            return 0;
-        if (uv_hrtime() > end)
-            return failure_set(f, -EEXIST, "%s the block layer is not as before:\n%s", when, difference);
-        nap_for_qemu();
-    }
-}
-
-static int check_server(struct stand *st, struct failure *f)
-{
-    struct failure refusal = {0};
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
-    int fd, r;
-
-    if (!st->scenario->foreign_server) {
-        struct json_object *ret = guest_call(&st->guest, &refusal, "{'execute':'nbd-server-stop'}");
-
-        json_object_put(ret);
-        return ret ? failure_set(f, -EEXIST, "QEMU's NBD server was still running") : 0;
-    }
-    (void)snprintf(sa.sun_path, sizeof(sa.sun_path), "%s/foreign.sock", st->guest.dir);
-    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    r = connect(fd, (const struct sockaddr *)&sa, sizeof(sa));
-    (void)close(fd);
-    return r < 0 ? failure_set(f, -ENOENT, "somebody else's NBD server was stopped") : 0;
-}
-
 /* -- one run ------------------------------------------------------------------------------------------------------- */
+
+static bool is_killed_fault(enum fault f)
+{
+    return f == FAULT_KILLED || f == FAULT_KILLED_BEFORE;
+}
 
 static int sweep(struct stand *st, bool armed, struct failure *f)
 {
-    struct daemon_config config = {.task = DAEMON_SWEEP, .timeout_ms = PATIENT_MS, .verbose = st->run.verbose};
+    struct run calm = {.fault = FAULT_NONE};
+    struct daemon_config config = {
+        .task = DAEMON_SWEEP,
+        .timeout_ms = strike_timeout_ms(armed ? &st->run : &calm),
+        .verbose = st->run.verbose,
+    };
 
-    if (armed && (st->run.fault == FAULT_LOST || st->run.fault == FAULT_DROPPED))
-        config.timeout_ms = SHORT_MS;
     daemon_start(&st->daemon, &st->loop, st->path, &st->guest, NULL, &config);
     st->armed = armed;
     if (wait_until(st, is_over, "the end of the sweep", f) < 0)
         return f->err;
     st->armed = false;
+    strike_resume(st);
+    if (st->died_ns)
+        return 0;
     daemon_close(&st->daemon);
     if (wait_until(st, is_closed, "the end of the sweep's connection", f) < 0)
         return f->err;
     if (!armed && st->daemon.failure.err)
         return failure_set(f, -EPROTO, "the sweep fails: %s", st->daemon.failure.text);
-    if (armed && st->daemon.failure.err && !is_excused(st) && st->run.at >= SWEEP_NQUESTIONS)
+    if (armed && st->daemon.failure.err && !judge_is_excused(st) && st->run.at >= SWEEP_NQUESTIONS)
         return failure_set(f, -EPROTO, "one sabotaged command should not make the sweep fail: %s",
                            st->daemon.failure.text);
     return 0;
 }
 
-static int run_killed(struct stand *st, struct failure *f)
+static int run_killed(struct stand *st, enum daemon_task task, struct failure *f)
 {
     memset(&st->daemon, 0, sizeof(st->daemon));
-    st->daemon.config.task = st->scenario->task;
+    st->daemon.config.task = task;
     st->armed = true;
     st->child = fork();
     if (st->child < 0)
@@ -446,7 +198,7 @@ static int run_killed(struct stand *st, struct failure *f)
     if (st->child == 0)
         exec_daemon(st);
     if (wait_until(st, is_killed, "the command at which the daemon is killed", f) < 0) {
-        kill_child(st);
+        strike_kill_daemon(st);
         return f->err;
     }
     st->armed = false;
@@ -457,23 +209,29 @@ static void flood(void *arg)
 {
     struct stand *st = arg;
 
-    for (unsigned i = 0; i < FLOOD; i++)
+    for (unsigned i = 0; i < FLOOD && !st->died_ns; i++)
         guest_write(&st->guest);
+}
+
+static int check_task(struct stand *st, struct failure *f)
+{
+    return st->scenario->task == DAEMON_SELFTEST ? judge_selftest(st, f) : judge_session(st, f);
 }
 
 static int run_living(struct stand *st, struct failure *f)
 {
     const struct scenario *s = st->scenario;
-    bool slow = st->run.fault == FAULT_LOST || st->run.fault == FAULT_DROPPED;
+    enum fault fault = st->run.fault;
     struct daemon_config config = {
         .task = s->task,
         .keep = s->keep,
         .ask = s->ask,
+        .job = s->job,
         .narrow_reads = st->narrow,
-        .timeout_ms = slow ? SHORT_MS : PATIENT_MS,
+        .timeout_ms = strike_timeout_ms(&st->run),
         .at_top = s->small_scratch ? flood : NULL,
         .arg = st,
-        .impatient = slow,
+        .impatient = strike_is_slow(fault) || fault == FAULT_QEMU_DIES || fault == FAULT_QEMU_DIES_AFTER,
         .verbose = st->run.verbose,
     };
 
@@ -482,10 +240,13 @@ static int run_living(struct stand *st, struct failure *f)
     if (wait_until(st, is_over, "the end of the session", f) < 0)
         return f->err;
     st->armed = false;
+    strike_resume(st);
+    if (st->died_ns)
+        return 0;
     daemon_close(&st->daemon);
     if (wait_until(st, is_closed, "the end of the connection", f) < 0)
         return f->err;
-    return s->task == DAEMON_SELFTEST ? check_selftest(st, f) : check_session(st, f);
+    return check_task(st, f);
 }
 
 /* The daemon is killed with everything standing: when the export of one more map has been added. */
@@ -497,13 +258,89 @@ static int run_swept(struct stand *st, struct failure *f)
     st->run.fault = FAULT_KILLED;
     st->run.at = UINT_MAX;
     st->kill_at = "block-export-add {\"type\":\"nbd\",\"id\":\"qpull-*-late0\",*";
-    r = run_killed(st, f);
+    r = run_killed(st, DAEMON_SESSION, f);
     st->kill_at = NULL;
     st->run = wanted;
     st->ncommands = 0;
     st->cut = false;
     (void)strcpy(st->hit, "-");
-    return r < 0 ? r : sweep(st, true, f);
+    if (r < 0)
+        return r;
+    return is_killed_fault(wanted.fault) ? run_killed(st, DAEMON_SWEEP, f) : sweep(st, true, f);
+}
+
+static void start_foreign_server(struct stand *st)
+{
+    if (st->scenario->foreign_server)
+        json_object_put(guest_call(
+            &st->guest, NULL,
+            "{'execute':'nbd-server-start','arguments':{'addr':{'type':'unix','data':{'path':'%s/foreign.sock'}}}}",
+            st->guest.dir));
+}
+
+static void forget_run(struct stand *st)
+{
+    st->ncommands = 0;
+    st->cut = st->paused = st->stops = false;
+    st->died_ns = 0;
+    memset(st->made, 0, sizeof(st->made));
+    memset(st->made_hit, 0, sizeof(st->made_hit));
+    guest_begin_run(&st->guest);
+    for (unsigned i = 0; i < 3; i++)
+        guest_write(&st->guest);
+}
+
+/* What a sweep under which QEMU died has not come to lies there until the next one, and is no part of the picture. */
+static char *picture_to_be(struct stand *st)
+{
+    char path[160], aside[160];
+    char *picture;
+
+    (void)snprintf(path, sizeof(path), "%s/" DAEMON_SERVER_SOCKET, st->guest.state);
+    (void)snprintf(aside, sizeof(aside), "%s/socket-aside", st->guest.dir);
+    if (st->daemon.config.task != DAEMON_SWEEP || rename(path, aside) < 0)
+        return guest_picture(&st->guest);
+    picture = guest_picture(&st->guest);
+    (void)rename(aside, path);
+    return picture;
+}
+
+/* QEMU has died under the daemon. Another one comes up at the same path, and the same daemon does its work there. */
+static int run_again(struct stand *st, struct failure *f)
+{
+    _cleanup_free_ char *before = NULL;
+    struct run wanted = st->run;
+    int r = judge_death(st, f);
+
+    if (r < 0)
+        return r;
+    guest_replace(&st->guest);
+    st->nqemu_runs = st->qemu_nfds = 0;
+    st->run.fault = FAULT_NONE;
+    forget_run(st);
+    st->paused = true; /* nobody stops this one */
+    start_foreign_server(st);
+    before = picture_to_be(st);
+    daemon_again(&st->daemon);
+    st->armed = true;
+    if (wait_until(st, is_over, "the end of the session with the next QEMU", f) < 0)
+        return f->err;
+    st->armed = false;
+    daemon_close(&st->daemon);
+    if (wait_until(st, is_closed, "the end of the connection to the next QEMU", f) < 0)
+        return f->err;
+    if (st->daemon.config.task == DAEMON_SWEEP)
+        r = st->daemon.failure.err ? failure_copy(f, &st->daemon.failure) : 0;
+    else
+        r = check_task(st, f);
+    if (r == 0 && guest_undo_snapshots(&st->guest, f) < 0)
+        r = f->err;
+    if (r == 0 && st->daemon.config.task != DAEMON_SWEEP)
+        r = judge_checkpoints(st, f);
+    if (r == 0)
+        r = judge_picture(st, before, "with the next QEMU", f);
+    st->run = wanted;
+    return r;
 }
 
 static int run_and_judge(struct stand *st, struct failure *f)
@@ -514,28 +351,41 @@ static int run_and_judge(struct stand *st, struct failure *f)
     bool suspect;
     int r;
 
-    r = st->scenario->swept ? run_swept(st, f) : st->run.fault == FAULT_KILLED ? run_killed(st, f) : run_living(st, f);
+    if (st->scenario->swept)
+        r = run_swept(st, f);
+    else if (is_killed_fault(st->run.fault))
+        r = run_killed(st, st->scenario->task, f);
+    else
+        r = run_living(st, f);
     if (r < 0)
         return r;
     ncommands = st->ncommands;
     at = st->run.at;
-    suspect = st->run.fault == FAULT_KILLED || st->cut ||
-              (st->scenario->swept ? st->daemon.failure.err != 0
-                                   : st->daemon.problems.err && (is_excused(st) || !is_about_checkpoint(&st->daemon)));
-    /* Once nothing of ours is in the way, what somebody else built goes, too. */
-    if (!suspect && guest_undo_snapshots(&st->guest, f) < 0)
-        return f->err;
-    if (!suspect && compare_pictures(st, before, "with no problem reported", f) < 0)
-        return f->err;
-    if (!st->scenario->swept && check_checkpoints(st, f) < 0)
-        return f->err;
-    st->run.fault = FAULT_NONE;
-    if (suspect && (sweep(st, false, f) < 0 || guest_undo_snapshots(&st->guest, f) < 0 ||
-                    compare_pictures(st, before, "after the sweep", f) < 0))
-        return f->err;
+    if (st->died_ns) {
+        if (run_again(st, f) < 0)
+            return f->err;
+    } else {
+        suspect = judge_is_suspect(st);
+        if (judge_pause(st, suspect, f) < 0)
+            return f->err;
+        suspect |= st->paused;
+        /* Once nothing of ours is in the way, what somebody else built goes, too. */
+        if (!suspect && guest_undo_snapshots(&st->guest, f) < 0)
+            return f->err;
+        if (!suspect && judge_picture(st, before, "with no problem reported", f) < 0)
+            return f->err;
+        if (!st->scenario->swept && judge_checkpoints(st, f) < 0)
+            return f->err;
+        st->run.fault = FAULT_NONE;
+        if (suspect && (sweep(st, false, f) < 0 || guest_undo_snapshots(&st->guest, f) < 0 ||
+                        judge_picture(st, before, "after the sweep", f) < 0))
+            return f->err;
+        if (!guest_runs(&st->guest))
+            return failure_set(f, -EPROTO, "the guest is left stopped");
+    }
     st->ncommands = ncommands;
     st->run.at = at;
-    if (check_server(st, f) < 0 || guest_check_writes(&st->guest, f) < 0)
+    if (judge_server(st, f) < 0 || judge_fds(st, f) < 0 || guest_check_writes(&st->guest, f) < 0)
         return f->err;
     if (st->warm && (count_fds() != nfds || count_handles(st) != nhandles))
         return failure_set(f, -EMFILE, "%u descriptors and %u handles of ours are open, before it were %u and %u",
@@ -548,15 +398,9 @@ int stand_run(struct stand *st, const struct run *run, unsigned *ret_ncommands, 
     int r;
 
     st->run = *run;
-    st->ncommands = 0;
-    st->cut = false;
     (void)strcpy(st->hit, "-");
     free(TAKE_PTR(st->sabotaged));
-    memset(st->made, 0, sizeof(st->made));
-    memset(st->made_hit, 0, sizeof(st->made_hit));
-    guest_begin_run(&st->guest);
-    for (unsigned i = 0; i < 3; i++)
-        guest_write(&st->guest);
+    forget_run(st);
     r = run_and_judge(st, f);
     if (r < 0)
         return r;
@@ -574,11 +418,15 @@ const char *stand_hit(const struct stand *st)
     return st->hit;
 }
 
+unsigned stand_slowest_ms(const struct stand *st)
+{
+    return st->guest.slowest_ms;
+}
+
 int stand_check_data(struct stand *st, struct failure *f)
 {
     return guest_check_data(&st->guest, f);
 }
-
 /* -- QEMU and proxy ------------------------------------------------------------------------------------------------ */
 
 static void find_out_narrow(struct stand *st)
@@ -604,15 +452,12 @@ struct stand *stand_new(const struct scenario *s, const char *program, uint64_t 
         die("out of memory");
     st->scenario = s;
     st->program = program;
+    (void)uv_timer_init(&st->loop, &st->resume);
     guest_start(&st->guest, s->ndisks, s->small_scratch ? SMALL_SCRATCH : 0, seed);
     (void)snprintf(st->path, sizeof(st->path), "%s/proxy", st->guest.dir);
-    st->proxy = proxy_new(&st->loop, st->path, st->guest.monitor, &proxy_ops, st);
+    st->proxy = proxy_new(&st->loop, st->path, st->guest.monitor, &strike_ops, st);
     find_out_narrow(st);
-    if (s->foreign_server)
-        json_object_put(guest_call(
-            &st->guest, NULL,
-            "{'execute':'nbd-server-start','arguments':{'addr':{'type':'unix','data':{'path':'%s/foreign.sock'}}}}",
-            st->guest.dir));
+    start_foreign_server(st);
     return st;
 }
 
@@ -622,14 +467,15 @@ void stand_abandon(struct stand *st)
 {
     st->next_abandoned = abandoned;
     abandoned = st;
-    kill_child(st);
+    strike_kill_daemon(st);
     guest_done(&st->guest);
 }
 
 void stand_free(struct stand *st)
 {
-    kill_child(st);
+    strike_kill_daemon(st);
     proxy_free(st->proxy);
+    uv_close((uv_handle_t *)&st->resume, NULL);
     (void)uv_run(&st->loop, UV_RUN_DEFAULT);
     if (uv_loop_close(&st->loop) != 0)
         die("the loop still has handles");

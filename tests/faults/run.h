@@ -21,8 +21,12 @@ enum fault {
     FAULT_CUT,            /* the connection breaks before the command */
     FAULT_CUT_AFTER,      /* … after it */
     FAULT_STOP,
-    FAULT_STOP_TWICE, /* and once more at the next command */
-    FAULT_KILLED,     /* the daemon is killed after it */
+    FAULT_STOP_TWICE,      /* and once more at the next command */
+    FAULT_KILLED,          /* the daemon is killed when QEMU has done it */
+    FAULT_KILLED_BEFORE,   /* … before QEMU gets it */
+    FAULT_STALLED,         /* QEMU stands still, for longer than calls may take, and then goes on */
+    FAULT_QEMU_DIES,       /* QEMU is killed before it gets it */
+    FAULT_QEMU_DIES_AFTER, /* … when its answer was passed on */
     FAULT_NFAULTS
 };
 const char *fault_name(enum fault f);
@@ -36,15 +40,19 @@ struct scenario {
     bool swept;              /* the fault hits the sweep after a daemon that was killed at its top */
     const char *snapshot_at; /* somebody takes an external snapshot of each disk before the command that this pattern
                                 fits, NULL: nobody */
-    bool small_scratch;  /* it does not hold what the guest writes while the session is up: the frozen view is lost */
-    bool foreign_server; /* QEMU's NBD server is in use by somebody else */
+    bool small_scratch;   /* it does not hold what the guest writes while the session is up: the frozen view is lost */
+    bool job;             /* the backup-job engine */
+    bool foreign_server;  /* QEMU's NBD server is in use by somebody else */
+    bool no_reopen;       /* QEMU refuses every blockdev-reopen: the guest is stopped for the freeze */
+    const char *pause_at; /* somebody stops the guest before the command that this pattern fits, NULL: nobody */
 };
 
 struct run {
     const struct scenario *scenario;
     enum fault fault;
-    unsigned at;  /* the command it hits, from 0 */
-    bool writing; /* the guest writes before each command */
+    unsigned at;      /* the command it hits, from 0 */
+    bool writing;     /* the guest writes before each command */
+    bool real_stalls; /* a stall, and what calls may take then, is as long as in earnest */
     bool verbose;
 };
 
@@ -59,6 +67,7 @@ void stand_abandon(struct stand *st);
 int stand_run(struct stand *st, const struct run *run, unsigned *ret_ncommands, struct failure *f);
 /* What command the last run's fault hit ("-": none). */
 const char *stand_hit(const struct stand *st);
+unsigned stand_slowest_ms(const struct stand *st); /* of all writes of the guest */
 /* Everything that the guest has on its disks. */
 int stand_check_data(struct stand *st, struct failure *f);
 

@@ -142,7 +142,8 @@ static void answer(struct fuzz *f)
                            .size = EXPORT_SIZE,
                            .min_block = how & 4 ? 512 : 1,
                            .max_block = how & 8 ? 0 : UINT32_MAX,
-                           .multi_conn = how & 16};
+                           .multi_conn = how & 16,
+                           .trim = how & 32};
     struct failure why = {errors[how % ARRAY_SIZE(errors)], "The owner does not want to"};
 
     f->asked = false;
@@ -255,6 +256,7 @@ static void serve(struct fuzz *f, struct nbd_request *r)
         serve_status(f, r);
         break;
     case NBD_COMMAND_CACHE:
+    case NBD_COMMAND_TRIM:
         if (decide(f) & 1)
             nbd_reply_error(r, -ENOTSUP, "words");
         else

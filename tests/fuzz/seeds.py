@@ -88,7 +88,18 @@ def stream_seeds():
     yield "too_long", b"\x20" + b'{"a": "' + b"x" * 5000 + b'"}'
 
 
-SEEDS = {"nbd": nbd_seeds, "stream": stream_seeds}
+# -- agent: how long the pieces are, then what the guest says; its sync is number 7 (fuzz_agent.c) ---------------------
+def agent_seeds():
+    sync, stale = b'\xff{"return": 7}\n', b'\xff{"return": 6}\n{"return": 2}\n'
+    yield "talk", b"\x00" + sync + b'{"return": 2}\n' + sync + b'{"return": "thawed"}\n'
+    yield "whole", b"\xff" + sync + b'{"return": 2}\n' + sync + b'{"return": "frozen", "id": 3}\n'
+    yield "stale", b"\x05" + b'turn": 3}\n' + stale + b"\xff\xff" + sync + b'{"return": {}}\n'
+    yield "error", b"\x02" + sync + b'{"error": {"class": "CommandNotFound", "desc": "a\\u0000\\n\xfe"}}'
+    yield "torn", b"\x09" + b'\xff{"ret' + sync + b'{"return": [' + sync + b'{"return": 1}'
+    yield "rubbish", b"\x03" + sync + b'{"return": ]}' + sync
+
+
+SEEDS = {"nbd": nbd_seeds, "stream": stream_seeds, "agent": agent_seeds}
 
 
 def main():

@@ -4,6 +4,7 @@
  * becomes init's environment), then answers commands on the virtio-serial port "qpull.cmd": one line each, answered by
  * one line "ok …" or "err …". The commands stand in the table at the end; tests/qemu/harness.py is the other side.
  */
+#include "files.h"
 #include "load.h"
 
 #include <dirent.h>
@@ -13,6 +14,7 @@
 #include <linux/fs.h>
 #include <linux/reboot.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,9 +24,12 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PORT_NAME "qpull.cmd"
+#define AGENT_PORT_NAME "org.qemu.guest_agent.0"
+#define AGENT_PROGRAM "/usr/sbin/qemu-ga" /* where tests/guest/build has put it */
 #define MAX_LINE 512
 #define MAX_WORDS 32
 #define CHUNK (1u << 20)      /* longest single read or write of a command */
@@ -376,6 +381,87 @@ static int cmd_reboot(struct command *c)
     return refuse(c, -errno, "reboot");
 }
 
+static bool port_find(const char *wanted, char *path, size_t len)
+{
+    char file[PATH_MAX], name[MAX_LINE];
+    struct dirent *entry;
+    bool found = false;
+    DIR *dir = opendir("/sys/class/virtio-ports");
+
+    while (dir && !found && (entry = readdir(dir)) != NULL) {
+        snprintf(file, sizeof(file), "/sys/class/virtio-ports/%s/name", entry->d_name);
+        if (file_read(file, name, sizeof(name)) > 0 && strcmp(name, wanted) == 0)
+            found = snprintf(path, len, "/dev/%s", entry->d_name) < (int)len;
+    }
+    if (dir)
+        closedir(dir);
+    return found;
+}
+
+static pid_t agent;
+
+static int agent_start(struct command *c)
+{
+    char path[PATH_MAX];
+
+    if (!port_find(AGENT_PORT_NAME, path, sizeof(path)))
+        return refuse(c, -ENOENT, "no port " AGENT_PORT_NAME);
+    mkdir("/run", 0755);
+    agent = fork();
+    if (agent == 0) {
+        execl(AGENT_PROGRAM, AGENT_PROGRAM, "-m", "virtio-serial", "-p", path, "-t", "/run", (char *)NULL);
+        _exit(127);
+    }
+    return agent < 0 ? refuse(c, -errno, "fork") : 0;
+}
+
+static int cmd_agent(struct command *c)
+{
+    static const struct {
+        const char *name;
+        int signal;
+    } signals[] = {{"hang", SIGSTOP}, {"wake", SIGCONT}, {"kill", SIGKILL}};
+
+    c->answer[0] = '\0';
+    if (strcmp(c->words[1], "start") == 0)
+        return agent_start(c);
+    for (size_t i = 0; i < sizeof(signals) / sizeof(signals[0]); i++) {
+        if (strcmp(c->words[1], signals[i].name) != 0 || agent <= 0)
+            continue;
+        if (kill(agent, signals[i].signal) < 0)
+            return refuse(c, -errno, "the agent");
+        if (signals[i].signal == SIGKILL)
+            waitpid(agent, NULL, 0);
+        return 0;
+    }
+    return refuse(c, -EINVAL, "agent start|hang|wake|kill, in this order");
+}
+
+static int cmd_mount(struct command *c)
+{
+    uint64_t size;
+    char path[PATH_MAX];
+    int fd = disk_open(c->words[1], &size);
+
+    if (fd < 0)
+        return refuse(c, fd, "cannot open the disk");
+    close(fd);
+    mkdir(FILES_DIR, 0755);
+    if (!disk_find(c->words[1], path, sizeof(path)) || mount(path, FILES_DIR, "ext4", 0, NULL) < 0)
+        return refuse(c, -errno, "mount");
+    c->answer[0] = '\0';
+    return 0;
+}
+
+static int cmd_files(struct command *c)
+{
+    if (strcmp(c->words[1], "status") == 0)
+        return files_status(c->answer, sizeof(c->answer));
+    if (strcmp(c->words[1], "start") == 0)
+        return files_start(c->answer, sizeof(c->answer));
+    return refuse(c, -EINVAL, "files start|status");
+}
+
 static const struct {
     const char *name;
     unsigned nwords; /* at least, with the name */
@@ -392,6 +478,9 @@ static const struct {
     {"load", 3,
      cmd_load}, /* start DISK KIND… [seed= from= size= unit= max= limit= pause-us=] | status|wait|stop DISK */
     {"order", 2, cmd_order},       /* start DISK… [seed= at= block= ring=] | status | stop */
+    {"agent", 2, cmd_agent},       /* start | hang | wake | kill */
+    {"mount", 2, cmd_mount},       /* DISK: ext4, at FILES_DIR */
+    {"files", 2, cmd_files},       /* start | status */
     {"errors", 1, cmd_errors},     /* failed operations since boot, and the first one */
     {"poweroff", 1, cmd_poweroff}, /* no answer */
     {"reboot", 1, cmd_reboot},     /* no answer */
@@ -438,30 +527,13 @@ static void module_load(const char *name)
     }
 }
 
-static bool port_find(char *path, size_t len)
-{
-    char file[PATH_MAX], name[MAX_LINE];
-    struct dirent *entry;
-    bool found = false;
-    DIR *dir = opendir("/sys/class/virtio-ports");
-
-    while (dir && !found && (entry = readdir(dir)) != NULL) {
-        snprintf(file, sizeof(file), "/sys/class/virtio-ports/%s/name", entry->d_name);
-        if (file_read(file, name, sizeof(name)) > 0 && strcmp(name, PORT_NAME) == 0)
-            found = snprintf(path, len, "/dev/%s", entry->d_name) < (int)len;
-    }
-    if (dir)
-        closedir(dir);
-    return found;
-}
-
 static int port_open(void)
 {
     uint64_t end = now_us() + PORT_WAIT_US;
     char path[PATH_MAX];
     int fd;
 
-    while (!port_find(path, sizeof(path)) || (fd = open(path, O_RDWR | O_CLOEXEC)) < 0) {
+    while (!port_find(PORT_NAME, path, sizeof(path)) || (fd = open(path, O_RDWR | O_CLOEXEC)) < 0) {
         if (now_us() > end)
             die("no virtio-serial port " PORT_NAME);
         usleep(POLL_US);

@@ -184,10 +184,11 @@ class Row:
     def head(self, i):
         return f'{self.nodes[i]}-filter' if self.layers[i].above else self.nodes[i]
 
-    def work(self, io):
-        """Some random writes to the layer on top, through io(words of qemu-io)."""
+    def work(self, io, pack=True):
+        """Some random writes to the layer on top, through io(words of qemu-io). pack: the first of compressed ones; once
+        for each layer and QEMU, which forgets (7.2) that the cluster it packs into may be somebody else's since."""
         oracle, size = self.oracle, len(self.oracle.image)
-        if oracle.top.compressed:
+        if oracle.top.compressed and pack:
             cluster, taken = oracle.top.cluster, blocks(oracle.allocated[-1], oracle.top.cluster)
             at = self.rng.choice([i for i in range(size // cluster) if i not in taken])  # what is there stays
             self.one(io, 'write -c', at * cluster, cluster)
@@ -226,7 +227,8 @@ class Row:
 
             if i == 0:
                 self.one(io, 'write', size // 4 // SECTOR * SECTOR, size // 2 // SECTOR * SECTOR)
-            if layer.record == 'L' or i == deepest:
+            early = layer.record == 'L' or i == deepest
+            if early:
                 self.work(io)
             if i == deepest:
                 self.oracle.at_checkpoint = bytes(self.oracle.image)
@@ -234,7 +236,7 @@ class Row:
                 look('block-dirty-bitmap-add', {'node': self.nodes[i], 'name': CHECKPOINT, 'persistent': True,
                                                 'granularity': layer.granularity})
                 self.oracle.recording = True
-            self.work(io)
+            self.work(io, pack=not early)
             if layer.record == 'D':
                 look('block-dirty-bitmap-disable', {'node': self.nodes[i], 'name': CHECKPOINT})
 

@@ -5,6 +5,7 @@ A test is a file test_*.py with classes derived from Case, ended by "harness.mai
 its own and removes everything behind it: processes, sockets, images. Nothing waits without a deadline. The environment:
   QPULL_BIN_DIR    where qpulld and qpull are (default: the first of build/release/bin, build/bin, build/dev/bin)
   QPULL_TEST_SEED  replays a run with the same random choices; every run prints its own
+  QPULL_TEST_ENGINE  how the daemons freeze disks (--engine), where the test itself does not say
   QPULL_TEST_KEEP  set: the folders of failed tests are kept
 """
 import atexit
@@ -449,7 +450,11 @@ class Qpulld:
             self.flags += ['--listen=tcp:127.0.0.1:0']
         if linger is not None:
             self.flags += [f'--linger={linger}']
+        if not any(f.startswith('--max-pause') for f in flags):
+            self.flags += ['--max-pause=30']  # the machine that tests run on may have slow moments
         self.flags += list(flags)
+        if os.environ.get('QPULL_TEST_ENGINE') and not any(f.startswith('--engine') for f in self.flags):
+            self.flags += [f'--engine={os.environ["QPULL_TEST_ENGINE"]}']
         self.process = None
         if start:
             self.start()

@@ -61,6 +61,10 @@ class Qmp:
         if arguments:
             message['arguments'] = arguments
         self.sock.sendall(json.dumps(message).encode() + b'\n')
+        return self.wait_answer(command, timeout)
+
+    def wait_answer(self, command, timeout=None):
+        """The answer to a command that was sent."""
         deadline = time.monotonic() + (timeout or self.timeout)
         while True:
             answer = self._document(deadline)

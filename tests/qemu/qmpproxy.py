@@ -20,14 +20,16 @@ class QmpProxy:
     instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called.
     at_each(f): f is called with the name of every command that comes, before anything else; at_each(None) waits likewise."""
 
-    def __init__(self, folder, guest, name='proxy'):
+    def __init__(self, folder, guest, name='proxy', listener=None):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
         self.commands = []  # names, since at()
         self.number, self.before, self.after, self.each = None, None, None, None
         self.lock = threading.RLock()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.qmp_path)
-        self.listener.listen(8)
+        self.listener = listener  # on qmp_path, by somebody else
+        if not listener:
+            self.listener = socket.socket(socket.AF_UNIX)
+            self.listener.bind(self.qmp_path)
+            self.listener.listen(8)
         self.stopping = False
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

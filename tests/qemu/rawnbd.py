@@ -130,6 +130,19 @@ class Raw:
         self.sock.close()
 
 
+def pull_a_little(address, export, context):
+    """A session from its beginning to its good end; the first error ends it."""
+    try:
+        raw = Raw(address)
+        try:
+            raw.go(export, contexts=[context])
+            raw.request(CMD_DISC)
+        finally:
+            raw.close()
+    except (OSError, EOFError, Refused):
+        pass
+
+
 def refusal(address, export):
     """The words with which GO is refused, or None if it is not."""
     raw = Raw(address)

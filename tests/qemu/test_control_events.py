@@ -51,14 +51,19 @@ class Events(Layers):
         self.two_disks()
         a = self.listen()
         h = nbdpull.connect(self.daemon.uri('vm/vda@good'))
+        up = self.event(a, 'SESSION_UP', checkpoint='good')
         a('query-version')
         self.assertEqual(a.events, [], 'it is provisional')
         h.shutdown()
+        self.event(a, 'SESSION_DOWN', session=up['session'], reason='done', checkpoint='good', kept=['vda'], dropped=[],
+                   problems=None)
         self.event(a, 'CHECKPOINT_CREATED', name='good', disks=['vda'])
         del h
         h = nbdpull.connect(self.daemon.uri('vm/vda@bad'))
         del h  # without a goodbye: it is dropped
         self.daemon.wait_idle()
+        self.event(a, 'SESSION_UP', checkpoint='bad')
+        self.event(a, 'SESSION_DOWN', reason='client', checkpoint='bad', kept=[], dropped=['vda'], problems=None)
         with self.assertRaises(QmpError):
             self.daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'good'})
         a('query-version')

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # ctest: timeout 240
+# ctest: every engine
 """Incrementals of a disk that the guest never stops working on: each must restore the frozen full, which must be the
 disk after a whole number of the guest's operations; and a map must hold what changed up to the freeze, no more."""
 import harness

@@ -48,18 +48,6 @@ class Killed(harness.Case):
         for disk in self.disks:
             self.assertModel(disk.model, self.raw(disk), disk.name)
 
-    def pull_a_little(self, daemon):
-        """A session from its beginning to its good end; the first error ends it."""
-        try:
-            raw = rawnbd.Raw(daemon.socket)
-            try:
-                raw.go('vm/vda@new', contexts=['qemu:dirty-bitmap:since'])
-                raw.request(rawnbd.CMD_DISC)
-            finally:
-                raw.close()
-        except (OSError, EOFError, rawnbd.Refused):
-            pass
-
     def leftovers(self, daemon):
         state = self.vm.state()
         if 'new' in [b['name'] for b in state['nodes']['node-vda']['bitmaps']]:  # it ended well before the blow
@@ -81,7 +69,7 @@ class Killed(harness.Case):
                 event.set()
                 return False
             self.proxy.at(number, **{blow: strike})
-            self.pull_a_little(daemon)
+            rawnbd.pull_a_little(daemon.socket, 'vm/vda@new', 'qemu:dirty-bitmap:since')
             if not struck.is_set():
                 try:
                     daemon.wait_idle()
@@ -119,7 +107,7 @@ class Killed(harness.Case):
     def test_the_client_is_gone_at_every_command(self):
         daemon = self.qpulld({'vm': self.proxy}, linger=0)
         daemon.wait_idle()
-        self.pull_a_little(daemon)  # the self-test
+        rawnbd.pull_a_little(daemon.socket, 'vm/vda@new', 'qemu:dirty-bitmap:since')  # the self-test
         daemon.wait_idle()
         self.leftovers(daemon)
         number = 0

@@ -77,6 +77,7 @@ class Renamed(harness.Case):
 
     def test_what_was_found_out_under_the_new_name_stays(self):
         daemon = self.daemon(NEW)
+        self.assertEqual(self.reasons(daemon, NEW)['good'], 'NONE')  # by now it has been looked at
         self.vm.look('block-dirty-bitmap-clear', {'node': 'node-vda', 'name': 'good'})
         self.assertEqual(self.reasons(daemon, NEW), {'cleared': 'NONE', 'good': 'GAP'})
         self.vm.write('vda', 0, 8 * MIB, 3)  # the old memory alone would take it for good again

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who takes part in which session, how long it lasts, and that nothing is left of it."""
 import re
+import signal
+import threading
 import time
 
 import harness
@@ -100,6 +102,27 @@ class Sessions(harness.Case):
         guest.look('block-dirty-bitmap-remove', {'node': 'node-vda', 'name': 'c'})
         self.assertNothingLeft(guest, daemon, before)
         self.assertSame(nbdpull.pull(daemon.uri('vm/vda'))[:MIB], b'\2' * MIB, 'a later session')
+
+    def test_a_client_that_comes_back_while_qemu_stands_still_keeps_its_session(self):
+        guest = self.bare()
+        guest.write('vda', 0, MIB, 1)
+        daemon = self.qpulld(guest, linger=1)
+        h = nbdpull.connect(daemon.uri('vm/vda'))
+        session = daemon.vm()['session']
+        guest.write('vda', 0, MIB, 2)
+        nbdpull.drop(h)
+        guest.process.send_signal(signal.SIGSTOP)
+        back = rawnbd.Raw(daemon.socket)
+        go_on = threading.Timer(3, guest.process.send_signal, [signal.SIGCONT])  # long after the linger
+        go_on.start()
+        try:
+            back.go('vm/vda')
+        finally:
+            go_on.join()
+        self.assertEqual(daemon.vm()['session'], session)
+        self.assertEqual(back.read(0, MIB), (0, b'\1' * MIB))
+        back.disc()
+        daemon.wait_idle()
 
     def test_a_lingering_session_makes_way_at_once_for_another_wish_of_its_client(self):
         guest = self.bare()

@@ -35,6 +35,9 @@ class Mistakes(harness.Case):
                               ('--max-connections', '--max-connections=0'), ('--log: "loud"', '--log=loud'),
                               ('--listen: "udp:1"', '--listen=udp:1'), ('no port', '--listen=tcp:127.0.0.1'),
                               ('port', '--listen=tcp:127.0.0.1:70000'), ('wants a value', '--scratch'),
+                              ('--scratch: .*no end', '--scratch={"driver":"nbd"'),
+                              ('--scratch: .*keeps nothing', '--scratch={"driver":"null-co"}'),
+                              ('--cbw-timeout: "0"', '--cbw-timeout=0'),
                               ('"stray"', 'stray'), ('--handshake-timeout', '--handshake-timeout=0')):
             self.mistake(words, *flags)
 
@@ -48,6 +51,17 @@ class Mistakes(harness.Case):
                             ('is not a socket', '--vm=x=/etc/passwd')):
             name = flag.split('=')[0]
             self.mistake(words, *(f for f in self.base() if not f.startswith(f'{name}=')), flag)
+
+    def test_one_place_is_never_for_two(self):
+        base = [f for f in self.base() if not f.startswith('--scratch')]
+        place = '--scratch={"driver":"nbd","export":"%d"}'
+        self.mistake('2 VMs would write to one scratch place', *base, place, '--vm=a=/x', '--vm=b=/x')
+        self.mistake('--scratch-limit.*need a directory', *base, place, '--vm=a=/x', '--scratch-limit=1G')
+        path = f'{self.folder}/conf'
+        with open(path, 'w', encoding='utf-8') as f:
+            for name in 'ab':
+                f.write(f'[vm "{name}"]\nqmp=/x\nscratch={{"driver":"nbd",\n "export":"%d"}}\n')
+        self.mistake('VM "a" and VM "b" would write to one', f'--config={path}', *self.base())
 
     def test_clear_text_beyond_loopback_is_refused(self):
         for address in ('tcp:0.0.0.0:0', 'tcp:[::]:0'):
@@ -67,6 +81,13 @@ class Mistakes(harness.Case):
                                     (3, 'twice', '[server]\nlinger=1\nlinger=2\n'),
                                     (2, 'disk', '[vm "a"]\ndisks=\nqmp=/x\n'),
                                     (2, 'longer', '[server]\nscratch=' + 'x' * 10000 + '\n'),
+                                    (3, '"scratch": .*not ours', '[server]\n#\nscratch={"driver":"raw","file":"x"}\n'),
+                                    (3, '"scratch": .*no end', '[server]\nscratch={"driver":\n "nbd"\nlinger=1\n'),
+                                    (4, '"scratch": .*no end', '[server]\nlinger=1\nscratch={"driver":\n "nbd"\n'),
+                                    (3, 'may not go on', '[server]\nscratch=/x\n /y\n'),
+                                    (3, '"scratch".*directory', '[vm "a"]\nqmp=/x\nscratch=/var/tmp\n'),
+                                    (4, '"scratch" is there twice',
+                                     '[vm "a"]\nqmp=/x\nscratch={"driver":"x"}\nscratch={"driver":"x"}\n'),
                                     (2, 'config', '[server]\nconfig=/x\n')):
             with open(path, 'w', encoding='utf-8') as f:
                 f.write(text)

@@ -108,6 +108,11 @@ const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
                                                               : NULL;
 }
 
+struct vm_counters *vm_stay_counters(struct vm_stay *stay)
+{
+    return &stay->vm->counters;
+}
+
 void vm_stay_lost(struct vm_stay *stay)
 {
     stay->vm->ntold_lost++;

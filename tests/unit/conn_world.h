@@ -44,6 +44,7 @@ struct vm {
     /* what a test wants */
     bool hold_entering;
     struct failure refusal; /* of entering */
+    struct vm_counters counters;
     /* what it saw */
     unsigned nentered, nleft, ntold_lost;
     bool last_disc, last_failed;

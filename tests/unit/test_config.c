@@ -83,12 +83,15 @@ static void without_anything_the_contract_s_defaults_hold(void **state)
     assert_string_equal(b->config->scratch, "/var/tmp");
     assert_string_equal(b->config->state, "/var/lib/qpull");
     assert_int_equal(b->config->linger_ms, 10000);
+    assert_int_equal(b->config->hold_shutdown_ms, 0);
     assert_int_equal(b->config->idle_timeout_ms, 0);
+    assert_int_equal(b->config->max_pause_ms, 1000);
     assert_int_equal(b->config->scratch_limit, 0);
     assert_int_equal(b->config->scratch_total_limit, 0);
     assert_int_equal(b->config->scratch_reserve, 256 << 20);
     assert_null(b->config->pidfile);
     assert_false(b->config->allow_plaintext);
+    assert_int_equal(b->config->engine, ENGINE_AUTO);
     assert_int_equal(b->config->log_level, LOG_LEVEL_INFO);
 }
 
@@ -102,8 +105,11 @@ static void a_whole_file_is_read(void **state)
                   "listen = tcp:127.0.0.1:0\n"
                   "control = /tmp/c.sock\n"
                   "linger = 2.5\n"
+                  "max-pause = 0.25\n"
+                  "hold-shutdown = 90\n"
                   "max-connections = 7\n"
                   "keep-checkpoints = 30\n"
+                  "engine = backup-job\n"
                   "scratch-limit = 12345\n"
                   "scratch-total-limit = 3g\n"
                   "scratch-reserve = 0\n"
@@ -115,6 +121,7 @@ static void a_whole_file_is_read(void **state)
                   "disks = vda, vdb\n"
                   "    vdc\n"
                   "disk.root = vda\n"
+                  "engine = copy-before-write\n"
                   "[vm \"db\"]\n"
                   "qmp = /run/db.qmp\n");
     assert_int_equal(PARSE_FILE_ONLY(b), 0);
@@ -122,8 +129,11 @@ static void a_whole_file_is_read(void **state)
     assert_int_equal(b->config->listeners[1].type, LISTEN_TCP);
     assert_string_equal(b->config->listeners[1].host, "127.0.0.1");
     assert_int_equal(b->config->linger_ms, 2500);
+    assert_int_equal(b->config->max_pause_ms, 250);
+    assert_int_equal(b->config->hold_shutdown_ms, 90000);
     assert_int_equal(b->config->max_connections, 7);
     assert_int_equal(b->config->keep_checkpoints, 30);
+    assert_int_equal(b->config->engine, ENGINE_JOB);
     assert_int_equal(b->config->scratch_limit, 12345);
     assert_int_equal(b->config->scratch_total_limit, 3ull << 30);
     assert_int_equal(b->config->scratch_reserve, 0);
@@ -134,6 +144,9 @@ static void a_whole_file_is_read(void **state)
     assert_string_equal(b->config->vms[0].qmp, "/run/web.qmp");
     assert_int_equal(b->config->vms[0].ndisks, 3);
     assert_string_equal(b->config->vms[0].disks[2], "vdc");
+    assert_true(b->config->vms[0].engine_said);
+    assert_int_equal(b->config->vms[0].engine, ENGINE_CBW);
+    assert_false(b->config->vms[1].engine_said);
     assert_int_equal(b->config->vms[0].nrenames, 1);
     assert_string_equal(b->config->vms[0].renames[0].name, "root");
     assert_string_equal(b->config->vms[0].renames[0].target, "vda");
@@ -173,6 +186,9 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[server]\nmax-connections = 0\n", ":2:", "from 1 to"},
         {"[server]\nmax-connections = -1\n", ":2:", "from 1 to"},
         {"[server]\nlog = loud\n", ":2:", "none of error, warning"},
+        {"[server]\nengine = best\n", ":2:", "\"best\" is none of auto, copy-before-write, backup-job"},
+        {"[vm \"a\"]\nqmp = /a\nengine = x\n", ":3:", "\"x\" is none of auto"},
+        {"[vm \"a\"]\nqmp = /a\nengine = auto\nengine = auto\n", ":4:", "\"engine\" is there twice"},
         {"[server]\nallow-plaintext = maybe\n", ":2:", "neither yes nor no"},
         {"[server]\nlisten = tcp:::1:80\n", ":2:", "brackets"},
         {"[server]\nlisten = tcp:localhost\n", ":2:", "no port"},
@@ -186,7 +202,10 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[vm \"a\"]\n[vm \"a\"]\n", ":2:", "there twice"},
         {"[vm \"a\"]\nqmp = /a\nqmp = /b\n", ":3:", "\"qmp\" is there twice"},
         {"[vm \"a\"]\ncolour = red\n", ":2:", "unknown key \"colour\" in [vm \"a\"]"},
-        {"[vm \"a\"]\nqga = /a\n", ":2:", "not supported by this version"},
+        {"[vm \"a\"]\nqga = /a\nqga = /b\n", ":3:", "\"qga\" is there twice"},
+        {"[vm \"a\"]\nquiesce = maybe\n", ":2:", "\"maybe\" is none of off, try, require"},
+        {"[vm \"a\"]\nquiesce = try\nquiesce = off\n", ":3:", "\"quiesce\" is there twice"},
+        {"[server]\nquiesce = yes\n", ":2:", "none of off, try, require"},
         {"[vm \"a\"]\n\n", ":1:", "has neither \"qmp\" nor"},
         {"[vm \"a\"]\nqmp = /a\ndisks = ,\n", ":3:", "names no disk"},
         {"[vm \"a\"]\nqmp = /a\ndisks = vda vda\n", ":3:", "there twice"},
@@ -225,6 +244,9 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--lingr", "3"}, "--lingr"},
         {{"--linger", "x"}, "--linger: \"x\" is not"},
         {{"--linger"}, "--linger wants a value"},
+        {{"--engine", "fast"}, "--engine: \"fast\" is none of auto, copy-before-write, backup-job"},
+        {{"--max-pause", "0"}, "no freeze takes no time at all"},
+        {{"--max-pause", "1s"}, "\"1s\" is not a number of seconds"},
         {{"--linger", "1", "--linger", "1"}, "--linger is there twice"},
         {{"--vm", "web"}, "--vm: \"web\" is not NAME=QMP_SOCKET"},
         {{"--vm", "=/x"}, "--vm: the VM's name is empty"},
@@ -232,7 +254,9 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--vm", "a=/x", "--vm", "a=/y"}, "there twice"},
         {{"--vm", "a@b=/x"}, "may not have"},
         {{"--listen", "unix:"}, "--listen: the socket's path is empty"},
-        {{"--qga", "a=/x"}, "--qga: not supported by this version"},
+        {{"--qga", "a=/x"}, "--qga: there is no VM \"a\""},
+        {{"--qga", "a"}, "--qga: \"a\" is not NAME=SOCKET"},
+        {{"--vm", "a=/x", "--qga", "a=/y", "--qga", "a=/z"}, "--qga: the guest agent of VM \"a\" is there twice"},
         {{"--image", "a=/x"}, "--image: \"a=/x\" is not VM/DISK=PATH"},
         {{"--image", "a/b"}, "--image: \"a/b\" is not VM/DISK=PATH"},
         {{"--image", "a=/x/y=z"}, "--image: \"a=/x/y=z\" is not VM/DISK=PATH"},
@@ -246,7 +270,7 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--tls-certs", "/x"}, "not supported"},
         {{"--tls-psk", "/x"}, "not supported"},
         {{"--allow", "x=y"}, "not supported"},
-        {{"--quiesce", "try"}, "not supported"},
+        {{"--quiesce", "perhaps"}, "--quiesce: \"perhaps\" is none of"},
         {{"--threads", "2"}, "not supported"},
         {{"--scratch-limit", ""}, "--scratch-limit: \"\" is not a size"},
         {{"--scratch-limit", "-1"}, "is not a size"},
@@ -401,6 +425,43 @@ static void images_are_named_by_vm_and_disk_with_or_without_a_format(void **stat
     assert_string_equal(b->config->storage_daemon, "qemu-storage-daemon");
 }
 
+static void a_guest_agent_is_named_in_either_place(void **state)
+{
+    struct box *b = *state;
+
+    write_file(b, "[server]\nquiesce = require\nqga = db=/run/db.qga\n"
+                  "[vm \"web\"]\nqmp = /web.qmp\nqga = /web.qga\nquiesce = try\n");
+    assert_int_equal(PARSE(b, "--qga", "web=/new.qga", "--vm", "db=/db.qmp"), 0);
+    assert_int_equal(b->config->quiesce, QUIESCE_REQUIRE);
+    assert_string_equal(b->config->vms[0].name, "db"); /* its agent came first */
+    assert_string_equal(b->config->vms[0].qga, "/run/db.qga");
+    assert_false(b->config->vms[0].quiesce_said);
+    assert_string_equal(b->config->vms[1].qga, "/new.qga");
+    assert_int_equal(b->config->vms[1].quiesce, QUIESCE_TRY);
+    write_file(b, "");
+    assert_int_equal(PARSE_FILE_ONLY(b), 0);
+    assert_int_equal(b->config->quiesce, QUIESCE_OFF);
+}
+
+static void what_must_be_quiesced_has_an_agent(void **state)
+{
+    struct box *b = *state;
+    char control[96];
+
+    (void)snprintf(control, sizeof control, "%s/control", b->dir);
+    write_file(b, "[vm \"web\"]\nqmp = /web.qmp\n");
+    assert_int_equal(PARSE(b, "--listen", "tcp:127.0.0.1:0", "--scratch", b->dir, "--state", b->dir, "--control",
+                           control, "--quiesce", "require"),
+                     0);
+    assert_int_equal(config_check(b->config, &b->failure), -EINVAL);
+    assert_says(b, "VM \"web\": quiesce=require needs its guest agent");
+    write_file(b, "[vm \"web\"]\nqmp = /web.qmp\nquiesce=off\n");
+    assert_int_equal(PARSE(b, "--listen", "tcp:127.0.0.1:0", "--scratch", b->dir, "--state", b->dir, "--control",
+                           control, "--quiesce", "require"),
+                     0);
+    assert_int_equal(config_check(b->config, &b->failure), 0);
+}
+
 static void a_vm_in_the_file_has_qmp_or_images(void **state)
 {
     struct box *b = *state;
@@ -428,6 +489,8 @@ int main(void)
         TEST(paths_that_cannot_be_used_are_named),
         TEST(a_qmp_path_may_be_missing_but_not_be_something_else),
         TEST(images_are_named_by_vm_and_disk_with_or_without_a_format),
+        TEST(a_guest_agent_is_named_in_either_place),
+        TEST(what_must_be_quiesced_has_an_agent),
         TEST(a_vm_in_the_file_has_qmp_or_images),
         TEST(the_log_escapes_what_could_forge_a_line),
     };

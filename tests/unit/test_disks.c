@@ -84,6 +84,26 @@ static void a_disk_is_described_as_it_is(void **state)
     disk_list_free(l);
 }
 
+/* The file's own cache counts: a format node above it may have been given another one. */
+static void only_a_host_cache_makes_a_flush_slow(void **state)
+{
+    static const char *const without[] = {"direct", "no-flush"};
+    struct disk_list *l = parse("one");
+
+    assert_true(l->disks[0].host_cache);
+    disk_list_free(l);
+    for (size_t i = 0; i < ARRAY_SIZE(without); i++) {
+        struct json_object *named = qmp_get(qmp_get(captures, "one"), "query-named-block-nodes"),
+                           *cache = qmp_get(graph_named(named, "#block073"), "cache");
+
+        (void)json_object_object_add(cache, without[i], json_object_new_boolean(true));
+        l = parse("one");
+        assert_false(l->disks[0].host_cache);
+        disk_list_free(l);
+        (void)json_object_object_add(cache, without[i], json_object_new_boolean(false));
+    }
+}
+
 static void only_persistent_bitmaps_are_checkpoints(void **state)
 {
     struct disk_list *l = parse("bitmaps");
@@ -421,6 +441,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_disk_is_described_as_it_is),
+        cmocka_unit_test(only_a_host_cache_makes_a_flush_slow),
         cmocka_unit_test(only_persistent_bitmaps_are_checkpoints),
         cmocka_unit_test(a_record_that_does_not_record_is_busy),
         cmocka_unit_test(records_of_a_killed_qemu_are_inconsistent),

@@ -381,6 +381,37 @@ static void a_map_with_nothing_in_it_is_an_error(void **state)
     }
 }
 
+static void trim_is_taken_where_it_is_offered_and_nothing_else_that_writes(void **state)
+{
+    static const struct nbd_export trimmed = {.size = LINE_SIZE, .trim = true};
+
+    EACH_FORM(form)
+    {
+        refused_in(form, 0, &trimmed, 0, NBD_CMD_WRITE_ZEROES, 0, 512, NBD_EPERM, "This export is read-only");
+        refused_in(form, 0, &trimmed, 0, NBD_CMD_TRIM, LINE_SIZE, 1, NBD_EINVAL,
+                   "The request reaches beyond the end of the export");
+        refused_in(form, 0, &trimmed, 0, NBD_CMD_TRIM, 0, 0, NBD_EINVAL, "A request of length 0 means nothing here");
+        refused_in(form, 0, &trimmed, 1, NBD_CMD_TRIM, 0, 512, NBD_EINVAL,
+                   "The request has a flag that does not go with its command");
+        for (enum feeding how = FEED_WHOLE; how <= FEED_RANDOM; how++) {
+            struct line l = {.peer.export = trimmed};
+            struct nbd_request *r;
+
+            line_open(&l, form, 0);
+            line_say(&l, 0, NBD_CMD_TRIM, LINE_COOKIE, 512, NBD_BLOCK_MAX + 512ull);
+            line_feed(&l, how);
+            r = peer_take(&l.peer, 0);
+            assert_int_equal(r->command, NBD_COMMAND_TRIM);
+            assert_int_equal(r->offset, 512);
+            assert_int_equal(r->length, NBD_BLOCK_MAX + 512ull); /* no payload: it may be long */
+            nbd_reply_done(r);
+            line_want_done(&l, LINE_COOKIE, 512);
+            line_expect_alive(&l);
+            line_close(&l);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -398,6 +429,7 @@ int main(void)
         cmocka_unit_test(lengths_and_flags_keep_64_bits_with_extended_headers_only),
         cmocka_unit_test(a_long_map_is_cut_at_the_limit),
         cmocka_unit_test(a_map_with_nothing_in_it_is_an_error),
+        cmocka_unit_test(trim_is_taken_where_it_is_offered_and_nothing_else_that_writes),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

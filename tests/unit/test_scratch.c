@@ -317,7 +317,7 @@ int main(void)
     (void)setenv("UV_THREADPOOL_SIZE", "1", 1);
 
     /* The mount is of our own name space: it goes with the process. */
-    if (!mkdtemp(dir) || unshare(CLONE_NEWNS) < 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+    if (!mkdtemp(dir) || unshare(CLONE_NEWNS) < 0 || mount("none", "/", "none", MS_REC | MS_PRIVATE, NULL) < 0 ||
         mount("qpull-test", dir, "tmpfs", 0, "size=" ROOM) < 0) {
         perror("skipped: a small file system cannot be mounted");
         (void)rmdir(dir);

@@ -5,6 +5,7 @@
 #include "nbd_servers.h"
 #include "qmp/base.h"
 #include "qmp/unix.h"
+#include "source/giveback.h"
 #include "source/memory.h"
 #include "source/nbd.h"
 #include "source/vhost.h"
@@ -112,6 +113,14 @@ static void nbd_open(struct rig *rig)
     loop_until(&rig->loop, rig->source);
 }
 
+static void giveback_open(struct rig *rig)
+{
+    struct source_nbd_config config = {.socket_path = rig->server.path, .export_name = rig->kind->export_name};
+
+    nbd_open(rig);
+    assert_int_equal(giveback_new(&rig->loop, &config, 65536, rig->source, &rig->source), 0);
+}
+
 static void nbd_stall(struct rig *rig)
 {
     server_stop(&rig->server);
@@ -158,6 +167,14 @@ static struct kind narrow_kind = {
     .export_name = "",
     .cluster = 65536,
     .open = nbd_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+static struct kind giveback_kind = {
+    .program = "qemu-nbd",
+    .command = "exec qemu-nbd -r -t -e 2 -f raw -x '' disk",
+    .export_name = "",
+    .open = giveback_open,
     .stall = nbd_stall,
     .lose = nbd_lose,
 };
@@ -540,6 +557,7 @@ int main(void)
         CONTRACT(&nbdkit_kind, "nbd, nbdkit"),
         CONTRACT(&vhost_kind, "vhost, qemu-storage-daemon"),
         CONTRACT(&narrow_vhost_kind, "vhost, qemu-storage-daemon, narrow reads"),
+        CONTRACT(&giveback_kind, "giveback over nbd"),
     };
     const char *replay = getenv("QPULL_TEST_SEED");
 
