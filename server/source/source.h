@@ -31,15 +31,12 @@ struct source_read {
     size_t issued;     /* bytes asked for upstream so far */
     unsigned npending; /* pieces asked for and not answered */
     int err;
-<<<<<<< HEAD
     source_read_cb own_cb; /* source/paired: whom to tell in the end */
     void *own_arg;
-=======
     /* private to a source that stands on another one (source/giveback) */
     struct source *via;
     source_read_cb told;
     unsigned generation;
->>>>>>> main
 };
 
 typedef void (*source_close_cb)(void *arg);
