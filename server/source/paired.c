@@ -22,7 +22,9 @@ static void on_fast_read(struct source_read *r, int err)
 
     r->cb = r->own_cb;
     r->arg = r->own_arg;
-    if (err < 0 && s->sure) {
+    if (err < 0 && r->borrow) {
+        err = -ENOBUFS; /* the sure one has nothing to lend */
+    } else if (err < 0 && s->sure) {
         if (source_read(s->sure, r) == 0)
             return;
         err = -EIO; /* lost, too */
@@ -44,6 +46,8 @@ static int paired_read(struct source *source, struct source_read *r)
         r->cb = r->own_cb;
         r->arg = r->own_arg;
     }
+    if (r->borrow)
+        return -ENOBUFS;
     return source_read(s->sure, r);
 }
 
@@ -100,4 +104,5 @@ int source_paired_new(struct source *sure, struct source **ret_source)
 void source_paired_add(struct source *pair, struct source *fast)
 {
     to_paired(pair)->fast = fast;
+    pair->lends = fast->lends;
 }

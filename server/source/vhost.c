@@ -16,6 +16,8 @@
 #define VHOST_SLOT (256u << 10)
 /* QEMU works on all that the queue holds; more than 16 blocks at a time brought nothing (measured). */
 #define VHOST_SLOTS 16u
+/* Lent slots past which who has one is asked for it back: a quarter is always at work. */
+#define VHOST_LENT_MAX 12u
 /* Requests of a slot where reads must not cross a cluster of 64 KiB. */
 #define VHOST_PARTS 4u
 
@@ -42,6 +44,23 @@ struct slot {
     unsigned next; /* free slot after this one, VHOST_SLOTS: none */
 };
 
+struct vhost_loan {
+    struct source_loan loan;
+    struct vhost_memory *memory;
+    unsigned slot;
+};
+
+/* What is shared: the ring, then the slots. It stands as long as any of it is lent. */
+struct vhost_memory {
+    int fd; /* owned */
+    unsigned char *base;
+    size_t bytes, ring_bytes;
+    struct vhost_room *room;     /* borrowed; NULL: none */
+    struct vhost_source *source; /* borrowed; NULL: closed */
+    unsigned nlent;
+    struct vhost_loan loans[VHOST_SLOTS];
+};
+
 struct source_vhost_open {
     source_vhost_open_cb cb; /* NULL once called */
     void *arg;
@@ -52,9 +71,8 @@ struct vhost_source {
     struct source source;
     struct source_vhost_open open;
     enum vhost_source_state state;
-    int fd, call_fd, kick_fd, memory_fd; /* owned */
-    unsigned char *memory;               /* owned: the ring, then the slots */
-    size_t memory_bytes, ring_bytes;
+    int fd, call_fd, kick_fd;    /* owned */
+    struct vhost_memory *memory; /* owned, as far as nothing is lent */
     uint32_t cluster;
     unsigned timeout_ms;
     struct vhost_talk talk;
@@ -81,7 +99,7 @@ static struct vhost_source *to_vhost(struct source *s)
 
 static unsigned char *slot_memory(const struct vhost_source *s, unsigned i)
 {
-    return s->memory + s->ring_bytes + (size_t)i * VHOST_SLOT;
+    return s->memory->base + s->memory->ring_bytes + (size_t)i * VHOST_SLOT;
 }
 
 /* -- asking -------------------------------------------------------------------------------------------------------- */
@@ -91,7 +109,7 @@ static void ask_slot(struct vhost_source *s, struct source_read *r)
     unsigned i = s->free_slot, part = i * VHOST_PARTS;
     struct slot *slot = &s->slots[i];
     uint64_t from = r->offset + r->issued, at, end;
-    uint64_t to = VHOST_ADDRESS + (uint64_t)(slot_memory(s, i) - s->memory);
+    uint64_t to = VHOST_ADDRESS + (uint64_t)(slot_memory(s, i) - s->memory->base);
     size_t take = MIN(r->length - r->issued, VHOST_SLOT - (size_t)(from % VHOST_SLOT));
 
     s->free_slot = slot->next;
@@ -101,7 +119,7 @@ static void ask_slot(struct vhost_source *s, struct source_read *r)
     slot->length = (size_t)(end - slot->offset);
     slot->skip = (size_t)(from - slot->offset);
     slot->take = take;
-    slot->to = (char *)r->buffer + r->issued;
+    slot->to = r->borrow ? NULL : (char *)r->buffer + r->issued;
     slot->err = 0;
     r->npending++;
     r->issued += take;
@@ -147,12 +165,59 @@ static int vhost_read(struct source *source, struct source_read *r)
 
     if (s->state != VHOST_OPEN)
         return -ENOTCONN;
+    if (r->borrow && r->offset % VHOST_SLOT + r->length > VHOST_SLOT)
+        return -ENOBUFS;
     r->issued = 0;
     r->npending = 0;
     r->err = 0;
     read_list_append(&s->waiting, r);
     ask(s);
     return 0;
+}
+
+/* -- loans --------------------------------------------------------------------------------------------------------- */
+
+static void memory_free(struct vhost_memory *m)
+{
+    if (m->base)
+        (void)munmap(m->base, m->bytes);
+    if (m->fd >= 0)
+        (void)close(m->fd);
+    if (m->room)
+        m->room->used -= m->bytes;
+    free(m);
+}
+
+static void free_slot(struct vhost_source *s, unsigned i)
+{
+    s->slots[i].next = s->free_slot;
+    s->free_slot = i;
+}
+
+static void loan_end(struct source_loan *l)
+{
+    struct vhost_loan *loan = container_of(l, struct vhost_loan, loan);
+    struct vhost_memory *m = loan->memory;
+
+    m->nlent--;
+    if (m->source) {
+        free_slot(m->source, loan->slot);
+        if (m->source->state == VHOST_OPEN)
+            ask(m->source);
+    } else if (m->nlent == 0) {
+        memory_free(m);
+    }
+}
+
+static void lend(struct vhost_source *s, unsigned i, struct source_read *r)
+{
+    struct vhost_memory *m = s->memory;
+
+    m->nlent++;
+    m->loans[i] =
+        (struct vhost_loan){.loan = {.end = loan_end, .scarce = m->nlent > VHOST_LENT_MAX}, .memory = m, .slot = i};
+    r->buffer = slot_memory(s, i) + s->slots[i].skip;
+    r->loan = &m->loans[i].loan;
 }
 
 /* -- answers ------------------------------------------------------------------------------------------------------- */
@@ -163,11 +228,13 @@ static struct source_read *settle(struct vhost_source *s, struct slot *slot)
     struct source_read *r = TAKE_PTR(slot->read);
     unsigned i = (unsigned)(slot - s->slots);
 
-    if (slot->err == 0)
+    if (slot->err == 0 && !r->borrow)
         memcpy(slot->to, slot_memory(s, i) + slot->skip, slot->take);
     slot->npending = 0;
-    slot->next = s->free_slot;
-    s->free_slot = i;
+    if (slot->err == 0 && r->borrow)
+        lend(s, i, r);
+    else
+        free_slot(s, i);
     r->npending--;
     if (slot->err < 0 && r->err == 0) {
         r->err = slot->err;
@@ -274,19 +341,29 @@ static void on_called(uv_poll_t *p, int status, int events)
 /* -- opening ------------------------------------------------------------------------------------------------------- */
 
 /* Sealed: a device that shrinks it would have us killed by SIGBUS. */
-static int make_memory(struct vhost_source *s)
+static int make_memory(struct vhost_source *s, struct vhost_room *room)
 {
-    s->ring_bytes = ring_bytes(VHOST_SLOTS * VHOST_PARTS);
-    s->memory_bytes = s->ring_bytes + (size_t)VHOST_SLOTS * VHOST_SLOT;
-    s->memory_fd = memfd_create("qpull-vhost", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (s->memory_fd < 0 || ftruncate(s->memory_fd, (off_t)s->memory_bytes) < 0 ||
-        fcntl(s->memory_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
+    size_t ring = ring_bytes(VHOST_SLOTS * VHOST_PARTS), bytes = ring + (size_t)VHOST_SLOTS * VHOST_SLOT;
+    struct vhost_memory *m;
+    void *base;
+
+    if (room && (room->used > room->limit || bytes > room->limit - room->used))
+        return -ENOSPC;
+    m = calloc(1, sizeof(*m));
+    if (!m)
+        return -ENOMEM;
+    if (room)
+        room->used += bytes;
+    *m = (struct vhost_memory){.room = room, .source = s, .bytes = bytes, .ring_bytes = ring};
+    s->memory = m;
+    m->fd = memfd_create("qpull-vhost", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (m->fd < 0 || ftruncate(m->fd, (off_t)bytes) < 0 ||
+        fcntl(m->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
         return -errno;
-    s->memory = mmap(NULL, s->memory_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, s->memory_fd, 0);
-    if (s->memory == MAP_FAILED) {
-        s->memory = NULL;
+    base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+    if (base == MAP_FAILED)
         return -errno;
-    }
+    m->base = base;
     s->call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     return s->call_fd < 0 || s->kick_fd < 0 ? -errno : 0;
@@ -303,8 +380,9 @@ static void source_free(struct vhost_source *s)
 {
     ring_done(&s->ring);
     if (s->memory)
-        (void)munmap(s->memory, s->memory_bytes);
-    drop_fd(&s->memory_fd);
+        s->memory->source = NULL;
+    if (s->memory && s->memory->nlent == 0)
+        memory_free(s->memory);
     drop_fd(&s->call_fd);
     drop_fd(&s->kick_fd);
     drop_fd(&s->fd);
@@ -314,16 +392,16 @@ static void source_free(struct vhost_source *s)
 static int set_up(struct vhost_source *s, struct failure *f)
 {
     struct vhost_setup setup;
-    int r = ring_init(&s->ring, VHOST_SLOTS * VHOST_PARTS, s->memory, VHOST_ADDRESS, s->talk.event_index);
+    int r = ring_init(&s->ring, VHOST_SLOTS * VHOST_PARTS, s->memory->base, VHOST_ADDRESS, s->talk.event_index);
 
     if (r < 0)
         return failure_set(f, r, "no memory for a virtqueue");
     setup = (struct vhost_setup){
-        .memory_fd = s->memory_fd,
+        .memory_fd = s->memory->fd,
         .kick_fd = s->kick_fd,
         .call_fd = s->call_fd,
-        .memory = s->memory,
-        .memory_bytes = s->memory_bytes,
+        .memory = s->memory->base,
+        .memory_bytes = s->memory->bytes,
         .ring = &s->ring,
     };
     r = vhost_talk_set_up(&s->talk, s->fd, &setup);
@@ -445,9 +523,10 @@ int source_vhost_open(uv_loop_t *loop, const struct source_vhost_config *config,
         return -ENOMEM;
     }
     s->source.ops = &vhost_ops;
+    s->source.lends = true;
     s->open = (struct source_vhost_open){.cb = cb, .arg = arg};
     s->fd = config->fd;
-    s->memory_fd = s->call_fd = s->kick_fd = -1;
+    s->call_fd = s->kick_fd = -1;
     s->cluster = config->cluster;
     s->timeout_ms = config->timeout_ms ? config->timeout_ms : VHOST_TIMEOUT_MS;
     s->on_lost = on_lost;
@@ -456,7 +535,7 @@ int source_vhost_open(uv_loop_t *loop, const struct source_vhost_config *config,
         s->slots[i].next = i + 1;
     r = config->cluster & (config->cluster - 1) || (config->cluster && config->cluster < VHOST_SLOT / VHOST_PARTS)
             ? -EINVAL
-            : make_memory(s);
+            : make_memory(s, config->room);
     if (r == 0)
         r = init_handles(s, loop);
     if (r < 0) {

@@ -364,6 +364,18 @@ void client_expect(struct world *w, struct client *c, struct bytes *want)
     bytes_done(&c->in);
 }
 
+void client_expect_either(struct world *w, struct client *c, struct bytes *want, struct bytes *other)
+{
+    assert_int_equal(want->len, other->len);
+    loop_until(&w->loop, c->in.len >= want->len || c->eof);
+    if (c->in.len == other->len && memcmp(c->in.data, other->data, other->len) == 0)
+        client_expect(w, c, other);
+    else
+        client_expect(w, c, want);
+    bytes_done(want);
+    bytes_done(other);
+}
+
 struct client *client_greet(struct world *w, size_t i, enum form form)
 {
     struct client *c = client_connect(w, i);

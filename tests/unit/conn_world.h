@@ -96,6 +96,8 @@ void client_read(struct client *c, bool on);
 void client_say(struct client *c, struct bytes *b);
 /* Exactly these bytes come; forgets both. */
 void client_expect(struct world *w, struct client *c, struct bytes *want);
+/* These, or as many others; forgets all three. */
+void client_expect_either(struct world *w, struct client *c, struct bytes *want, struct bytes *other);
 /* Connects, and negotiates up to the reply form, or up to an open export. */
 struct client *client_greet(struct world *w, size_t i, enum form form);
 struct client *client_open(struct world *w, size_t i, const char *name, enum form form);
