@@ -83,9 +83,8 @@
 #define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
 
 /* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
-#define FAIR_REQUESTS 16u /* that one client's turn takes, while there are others */
-#define FAIR_READS 32u /* of sources in flight, of all clients, while several read; QEMU works on 16 of a connection \
-                        */
+#define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
+#define FAIR_READS 32u /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
 #define FAIR_READS_LEAST 2u /* … that each may have at least */
 
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */

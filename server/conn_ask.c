@@ -194,7 +194,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         if (!maps[i])
             return failure_set(f, -EIO, "the map \"%s\" of disk \"%s\" could not be read", c->contexts[i], c->disk);
     }
-    if (pull_init(&c->pull, &config) < 0)
+    if (fair_join_reads(&c->set->fair, &c->fair, vm_name(c->vm)) < 0 || pull_init(&c->pull, &config) < 0)
         return failure_set(f, -ENOMEM, "the server is out of memory");
     c->size = config.source->size;
     c->pulling = true;
