@@ -22,7 +22,7 @@ static void on_fast_read(struct source_read *r, int err)
 
     r->cb = r->own_cb;
     r->arg = r->own_arg;
-    if (err < 0 && r->borrow) {
+    if (err < 0 && s->sure && r->borrow) {
         err = -ENOBUFS; /* the sure one has nothing to lend */
     } else if (err < 0 && s->sure) {
         if (source_read(s->sure, r) == 0)
