@@ -5,7 +5,6 @@
 #include <linux/virtio_blk.h>
 #include <linux/virtio_ring.h>
 
-#define DESCRIPTORS 3u /* of a request */
 #define RING_MAX 1024u /* descriptors: what libvhost-user takes (VIRTQUEUE_MAX_SIZE) */
 #define RING_PAGE 4096u
 
@@ -24,7 +23,7 @@ static unsigned descriptors_for(unsigned nrequests)
 {
     unsigned num = 1;
 
-    while (num < nrequests * DESCRIPTORS)
+    while (num < nrequests * RING_DESCRIPTORS)
         num *= 2;
     return num;
 }
@@ -99,11 +98,11 @@ void ring_done(struct ring *r)
     free(TAKE_PTR(r->busy));
 }
 
-void ring_read(struct ring *r, unsigned n, uint64_t sector, uint64_t to, uint32_t length)
+void ring_read(struct ring *r, unsigned n, uint64_t sector, const struct ring_segment *to, unsigned nsegments)
 {
     struct parts p = parts_of(r->nrequests);
-    struct vring_desc *d = &r->desc[(size_t)n * DESCRIPTORS];
-    uint16_t first = (uint16_t)(n * DESCRIPTORS);
+    uint16_t first = (uint16_t)(n * RING_DESCRIPTORS);
+    struct vring_desc *d = &r->desc[first];
 
     r->busy[n] = true;
     r->nbusy++;
@@ -116,13 +115,15 @@ void ring_read(struct ring *r, unsigned n, uint64_t sector, uint64_t to, uint32_
         .flags = htole16(VRING_DESC_F_NEXT),
         .next = htole16((uint16_t)(first + 1)),
     };
-    d[1] = (struct vring_desc){
-        .addr = htole64(to),
-        .len = htole32(length),
-        .flags = htole16(VRING_DESC_F_NEXT | VRING_DESC_F_WRITE),
-        .next = htole16((uint16_t)(first + 2)),
-    };
-    d[2] = (struct vring_desc){
+    for (unsigned i = 0; i < nsegments; i++) {
+        d[1 + i] = (struct vring_desc){
+            .addr = htole64(to[i].to),
+            .len = htole32(to[i].length),
+            .flags = htole16(VRING_DESC_F_NEXT | VRING_DESC_F_WRITE),
+            .next = htole16((uint16_t)(first + 2 + i)),
+        };
+    }
+    d[1 + nsegments] = (struct vring_desc){
         .addr = htole64(r->address + p.status + n),
         .len = htole32(1),
         .flags = htole16(VRING_DESC_F_WRITE),
@@ -166,9 +167,9 @@ int ring_next(struct ring *r, bool *ret_ok)
         return -EPROTO;
     e = &r->used->ring[r->used_next++ % r->num];
     id = le32toh(__atomic_load_n(&e->id, __ATOMIC_RELAXED));
-    if (id % DESCRIPTORS || id / DESCRIPTORS >= r->nrequests || !r->busy[id / DESCRIPTORS])
+    if (id % RING_DESCRIPTORS || id / RING_DESCRIPTORS >= r->nrequests || !r->busy[id / RING_DESCRIPTORS])
         return -EPROTO;
-    id /= DESCRIPTORS;
+    id /= RING_DESCRIPTORS;
     r->busy[id] = false;
     r->nbusy--;
     *ret_ok = __atomic_load_n(&r->status[id], __ATOMIC_RELAXED) == VIRTIO_BLK_S_OK;

@@ -4,8 +4,8 @@
  * that a device which we do not trust can write to. It does no I/O and knows no sockets: whoever embeds it kicks and is
  * called.
  *
- * Request n of the ring has the three descriptors 3n, 3n+1, 3n+2 for good (head, data, status), so there is nothing to
- * allocate and nothing that the device says is believed but "request n is done, with this status".
+ * Request n of the ring has RING_DESCRIPTORS descriptors for good, from that number on (head, data, status), so there is
+ * nothing to allocate and nothing that the device says is believed but "request n is done, with this status".
  *
  * Any one thread. The memory belongs to the caller and stands until ring_done() is not needed: there is nothing to free
  * but what ring_init() allocated.
@@ -18,6 +18,14 @@
 #include <stdbool.h>
 
 #define RING_SECTOR 512u /* bytes: the unit of virtio-blk's offsets, whatever the block size (virtio 1.2, 5.2.6) */
+
+#define RING_SEGMENTS 4u /* at most, that one request's data goes to */
+#define RING_DESCRIPTORS (RING_SEGMENTS + 2)
+
+struct ring_segment {
+    uint64_t to; /* device address */
+    uint32_t length;
+};
 
 struct ring {
     unsigned nrequests;
@@ -52,9 +60,9 @@ struct ring_layout {
 };
 struct ring_layout ring_layout(const struct ring *r);
 
-/* Puts request n, which is not busy, on the ring: `length` bytes from sector on to device address `to`. It is told with
- * the next ring_publish(). */
-void ring_read(struct ring *r, unsigned n, uint64_t sector, uint64_t to, uint32_t length);
+/* Puts request n, which is not busy, on the ring: the bytes from sector on into 1 to RING_SEGMENTS pieces of memory. It
+ * is told with the next ring_publish(). */
+void ring_read(struct ring *r, unsigned n, uint64_t sector, const struct ring_segment *to, unsigned nsegments);
 /* Makes all of them known; true: the device wants a kick. */
 bool ring_publish(struct ring *r);
 

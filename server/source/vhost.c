@@ -18,6 +18,8 @@
 #define VHOST_SLOTS 16u
 /* Lent slots past which who has one is asked for it back: a quarter is always at work. */
 #define VHOST_LENT_MAX 12u
+/* Slots that one request may fill, where reads are neighbours: each costs QEMU a thread's waking, however long it is. */
+#define VHOST_MERGED 2u
 /* Requests of a slot where reads must not cross a cluster of 64 KiB. */
 #define VHOST_PARTS 4u
 
@@ -41,7 +43,7 @@ struct slot {
     char *to;          /* … this place of its buffer */
     unsigned npending; /* requests */
     int err;
-    unsigned next; /* free slot after this one, VHOST_SLOTS: none */
+    unsigned next; /* the free slot after this one, or that of the same request; VHOST_SLOTS: none */
 };
 
 struct vhost_loan {
@@ -79,6 +81,7 @@ struct vhost_source {
     struct ring ring;
     uv_poll_t socket, called;
     uv_timer_t deadline;
+    uv_prepare_t ask; /* active while reads wait: what came in one turn of the loop is asked for at once */
     unsigned nhandles;
     uint64_t nanswers, nanswers_seen; /* progress, as the deadline sees it */
     struct slot slots[VHOST_SLOTS];
@@ -104,15 +107,16 @@ static unsigned char *slot_memory(const struct vhost_source *s, unsigned i)
 
 /* -- asking -------------------------------------------------------------------------------------------------------- */
 
-static void ask_slot(struct vhost_source *s, struct source_read *r)
+/* Takes the next slot for the next bytes of r, which waits. Returns it. */
+static unsigned fill_slot(struct vhost_source *s, struct source_read *r)
 {
-    unsigned i = s->free_slot, part = i * VHOST_PARTS;
+    unsigned i = s->free_slot;
     struct slot *slot = &s->slots[i];
-    uint64_t from = r->offset + r->issued, at, end;
-    uint64_t to = VHOST_ADDRESS + (uint64_t)(slot_memory(s, i) - s->memory->base);
+    uint64_t from = r->offset + r->issued, end;
     size_t take = MIN(r->length - r->issued, VHOST_SLOT - (size_t)(from % VHOST_SLOT));
 
     s->free_slot = slot->next;
+    slot->next = VHOST_SLOTS;
     slot->read = r;
     slot->offset = from - from % RING_SECTOR;
     end = (from + take + RING_SECTOR - 1) / RING_SECTOR * RING_SECTOR;
@@ -121,15 +125,63 @@ static void ask_slot(struct vhost_source *s, struct source_read *r)
     slot->take = take;
     slot->to = r->borrow ? NULL : (char *)r->buffer + r->issued;
     slot->err = 0;
+    slot->npending = 1;
     r->npending++;
     r->issued += take;
-    for (at = slot->offset; at < end; part++) {
-        uint64_t length = s->cluster ? MIN(end - at, s->cluster - at % s->cluster) : end - at;
+    read_list_remove(&s->waiting, r);
+    read_list_append(r->issued < r->length ? &s->waiting : &s->asked, r); /* a turn each */
+    return i;
+}
 
-        ring_read(&s->ring, part, at / RING_SECTOR, to + (at - slot->offset), (uint32_t)length);
-        slot->npending++;
-        at += length;
+static struct ring_segment segment_of(const struct vhost_source *s, unsigned i)
+{
+    uint64_t at = (uint64_t)(slot_memory(s, i) - s->memory->base);
+
+    return (struct ring_segment){.to = VHOST_ADDRESS + at, .length = (uint32_t)s->slots[i].length};
+}
+
+/* Of those that wait: whose next bytes are these. */
+static struct source_read *waiting_at(const struct vhost_source *s, uint64_t offset)
+{
+    struct source_read *r = s->waiting.first;
+
+    while (r && r->offset + r->issued != offset)
+        r = r->next;
+    return r;
+}
+
+/* One slot, in requests that do not cross clusters. */
+static void ask_narrow(struct vhost_source *s, struct source_read *r)
+{
+    unsigned i = fill_slot(s, r), part = i * VHOST_PARTS;
+    struct slot *slot = &s->slots[i];
+    struct ring_segment to = segment_of(s, i);
+    uint64_t at = slot->offset, end = at + slot->length;
+
+    for (slot->npending = 0; at < end; slot->npending++) {
+        to.length = (uint32_t)MIN(end - at, s->cluster - at % s->cluster);
+        ring_read(&s->ring, part++, at / RING_SECTOR, &to, 1);
+        to.to += to.length;
+        at += to.length;
     }
+}
+
+/* One request, for as many slots as there are neighbours. */
+static void ask_wide(struct vhost_source *s, struct source_read *r)
+{
+    unsigned first = fill_slot(s, r), last = first, n = 0;
+    struct ring_segment to[VHOST_MERGED];
+    uint64_t end;
+
+    to[n++] = segment_of(s, first);
+    end = s->slots[first].offset + s->slots[first].length;
+    while (n < VHOST_MERGED && s->free_slot < VHOST_SLOTS && (r = waiting_at(s, end)) && end % VHOST_SLOT == 0) {
+        s->slots[last].next = s->free_slot;
+        last = fill_slot(s, r);
+        to[n++] = segment_of(s, last);
+        end = s->slots[last].offset + s->slots[last].length;
+    }
+    ring_read(&s->ring, first * VHOST_PARTS, s->slots[first].offset / RING_SECTOR, to, n);
 }
 
 static void kick(struct vhost_source *s)
@@ -148,15 +200,29 @@ static void ask(struct vhost_source *s)
     struct source_read *r;
 
     while (s->free_slot < VHOST_SLOTS && (r = s->waiting.first)) {
-        ask_slot(s, r);
-        read_list_remove(&s->waiting, r);
-        read_list_append(r->issued < r->length ? &s->waiting : &s->asked, r); /* a turn each */
+        if (s->cluster)
+            ask_narrow(s, r);
+        else
+            ask_wide(s, r);
     }
     kick(s);
     if (s->ring.nbusy && !uv_is_active((uv_handle_t *)&s->deadline)) {
         s->nanswers_seen = s->nanswers;
         (void)uv_timer_start(&s->deadline, on_deadline, s->timeout_ms, 0);
     }
+}
+
+static void on_ask(uv_prepare_t *p)
+{
+    (void)uv_prepare_stop(p);
+    ask(container_of(p, struct vhost_source, ask));
+}
+
+/* Before the loop waits: what else comes until then may be a neighbour, and costs no kick of its own. */
+static void ask_soon(struct vhost_source *s)
+{
+    if (s->waiting.first && s->free_slot < VHOST_SLOTS)
+        (void)uv_prepare_start(&s->ask, on_ask); /* nothing where it is started */
 }
 
 static int vhost_read(struct source *source, struct source_read *r)
@@ -171,7 +237,7 @@ static int vhost_read(struct source *source, struct source_read *r)
     r->npending = 0;
     r->err = 0;
     read_list_append(&s->waiting, r);
-    ask(s);
+    ask_soon(s);
     return 0;
 }
 
@@ -203,7 +269,7 @@ static void loan_end(struct source_loan *l)
     if (m->source) {
         free_slot(m->source, loan->slot);
         if (m->source->state == VHOST_OPEN)
-            ask(m->source);
+            ask_soon(m->source);
     } else if (m->nlent == 0) {
         memory_free(m);
     }
@@ -276,6 +342,7 @@ static void fail(struct vhost_source *s, const struct failure *why)
     (void)uv_poll_stop(&s->socket);
     (void)uv_poll_stop(&s->called);
     (void)uv_timer_stop(&s->deadline);
+    (void)uv_prepare_stop(&s->ask);
     if (s->state == VHOST_OPENING) {
         (void)failure_copy(&s->open.why, why);
         close_handles(s);
@@ -304,6 +371,28 @@ static void on_deadline(uv_timer_t *t)
     fail(s, &f);
 }
 
+/* The slots of a request that has ended. A callback may close the source, or lose it. */
+static void request_ended(struct vhost_source *s, unsigned i, bool ok)
+{
+    struct source_read *r;
+    unsigned next;
+
+    for (; s->state == VHOST_OPEN && i < VHOST_SLOTS; i = next) {
+        struct slot *slot = &s->slots[i];
+
+        next = slot->next;
+        if (!ok)
+            slot->err = -EIO;
+        if (--slot->npending)
+            return; /* others of a narrow slot, which is one of its own */
+        r = settle(s, slot);
+        if (r->npending == 0 && r->issued == r->length) {
+            read_list_remove(&s->asked, r);
+            r->cb(r, r->err);
+        }
+    }
+}
+
 static void on_called(uv_poll_t *p, int status, int events)
 {
     struct vhost_source *s = container_of(p, struct vhost_source, called);
@@ -314,19 +403,8 @@ static void on_called(uv_poll_t *p, int status, int events)
 
     (void)!read(s->call_fd, &count, sizeof(count));
     while (s->state == VHOST_OPEN && (n = ring_next(&s->ring, &ok)) >= 0) {
-        struct slot *slot = &s->slots[(unsigned)n / VHOST_PARTS];
-        struct source_read *r;
-
         s->nanswers++;
-        if (!ok)
-            slot->err = -EIO;
-        if (--slot->npending)
-            continue;
-        r = settle(s, slot);
-        if (r->npending == 0 && r->issued == r->length) {
-            read_list_remove(&s->asked, r);
-            r->cb(r, r->err);
-        }
+        request_ended(s, (unsigned)n / VHOST_PARTS, ok);
     }
     if (s->state != VHOST_OPEN)
         return;
@@ -335,7 +413,7 @@ static void on_called(uv_poll_t *p, int status, int events)
         fail(s, &f);
         return;
     }
-    ask(s);
+    ask_soon(s);
 }
 
 /* -- opening ------------------------------------------------------------------------------------------------------- */
@@ -480,12 +558,18 @@ static void on_deadline_closed(uv_handle_t *h)
     on_handle_closed(container_of((uv_timer_t *)h, struct vhost_source, deadline));
 }
 
+static void on_ask_closed(uv_handle_t *h)
+{
+    on_handle_closed(container_of((uv_prepare_t *)h, struct vhost_source, ask));
+}
+
 static void close_handles(struct vhost_source *s)
 {
     s->state = VHOST_CLOSING;
     uv_close((uv_handle_t *)&s->socket, on_socket_closed);
     uv_close((uv_handle_t *)&s->called, on_called_closed);
     uv_close((uv_handle_t *)&s->deadline, on_deadline_closed);
+    uv_close((uv_handle_t *)&s->ask, on_ask_closed);
     drop_fd(&s->fd); /* at once: QEMU's graph may be changed from here on */
 }
 
@@ -507,8 +591,9 @@ static int init_handles(struct vhost_source *s, uv_loop_t *loop)
     if (r < 0)
         return r;
     r = uv_poll_init(loop, &s->called, s->call_fd); /* an eventfd can always be polled */
-    (void)uv_timer_init(loop, &s->deadline);
-    s->nhandles = 3;
+    (void)uv_timer_init(loop, &s->deadline); /* these never fail */
+    (void)uv_prepare_init(loop, &s->ask);
+    s->nhandles = 4;
     return r;
 }
 
