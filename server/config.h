@@ -84,7 +84,7 @@
 
 /* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
 #define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
-#define FAIR_READS 32u /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
+#define FAIR_READS 32u   /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
 #define FAIR_READS_LEAST 2u /* … that each may have at least */
 
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */

@@ -14,12 +14,12 @@
  *   CHECKPOINT_DELETED  "name", "disks"                     from these disks
  *   CHECKPOINT_BROKEN   "name", "disk", "reason", "text"    a look has found that it cannot be used any more
  *   SESSION_UP          "session", "checkpoint", "setup-ms"
- *   SESSION_LOST        "session", "disk", "reason", "text", "step"   it is given up, or its set-up failed; "disk": whose
- *                       frozen view is lost, or null; "reason": as in SESSION_DOWN; SESSION_DOWN follows
- *   SESSION_DOWN        "session", "reason", "checkpoint", "kept", "dropped", "problems"   all is undone, but for the
- *                       problems (text or null); on which disks the checkpoint was kept; "reason": done, client (left
- *                       too early), setup, broken, scratch, timeout, qemu, shutdown, other
- *   JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded" ("error": why)
+ *   SESSION_LOST        "session", "disk", "reason", "text", "step"   it is given up, or its set-up failed; "disk":
+ * whose frozen view is lost, or null; "reason": as in SESSION_DOWN; SESSION_DOWN follows SESSION_DOWN        "session",
+ * "reason", "checkpoint", "kept", "dropped", "problems"   all is undone, but for the problems (text or null); on which
+ * disks the checkpoint was kept; "reason": done, client (left too early), setup, broken, scratch, timeout, qemu,
+ * shutdown, other JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded"
+ * ("error": why)
  *
  * Loop thread only. Owned by the server until control_close().
  */

@@ -147,9 +147,8 @@ void session_add_vhost_exports(struct session *s)
         names_make(export, s->rig.id, NAMES_VHOST, i);
         calls_try(&s->rig.calls, "getfd", qmp_args_strings("fdname", fd, NULL), s->disks[i].vhost.listen_fd, i, NULL,
                   on_refused);
-        calls_try(&s->rig.calls, "block-export-add",
-                  qmp_args_export_add_vhost(export, session_view(s, i, access), fd), QMP_NO_FD, i, on_exported,
-                  on_refused);
+        calls_try(&s->rig.calls, "block-export-add", qmp_args_export_add_vhost(export, session_view(s, i, access), fd),
+                  QMP_NO_FD, i, on_exported, on_refused);
     }
 }
 
@@ -205,8 +204,7 @@ static void open_vhost(struct session_disk *d)
     d->vhost.fd = -1; /* given */
     if (r == 0)
         return;
-    (void)failure_set(&f, r, "%s",
-                      r == -ENOSPC ? "all that --shared-memory allows is in use" : strerror(-r));
+    (void)failure_set(&f, r, "%s", r == -ENOSPC ? "all that --shared-memory allows is in use" : strerror(-r));
     note(d, &f);
 }
 

@@ -4,8 +4,8 @@
  * that a device which we do not trust can write to. It does no I/O and knows no sockets: whoever embeds it kicks and is
  * called.
  *
- * Request n of the ring has RING_DESCRIPTORS descriptors for good, from that number on (head, data, status), so there is
- * nothing to allocate and nothing that the device says is believed but "request n is done, with this status".
+ * Request n of the ring has RING_DESCRIPTORS descriptors for good, from that number on (head, data, status), so there
+ * is nothing to allocate and nothing that the device says is believed but "request n is done, with this status".
  *
  * Any one thread. The memory belongs to the caller and stands until ring_done() is not needed: there is nothing to free
  * but what ring_init() allocated.

@@ -18,7 +18,8 @@
 #define VHOST_SLOTS 16u
 /* Lent slots past which who has one is asked for it back: a quarter is always at work. */
 #define VHOST_LENT_MAX 12u
-/* Slots that one request may fill, where reads are neighbours: each costs QEMU a thread's waking, however long it is. */
+/* Slots that one request may fill, where reads are neighbours: each costs QEMU a thread's waking, however long it is.
+ */
 #define VHOST_MERGED 2u
 /* Requests of a slot where reads must not cross a cluster of 64 KiB. */
 #define VHOST_PARTS 4u
@@ -591,7 +592,7 @@ static int init_handles(struct vhost_source *s, uv_loop_t *loop)
     if (r < 0)
         return r;
     r = uv_poll_init(loop, &s->called, s->call_fd); /* an eventfd can always be polled */
-    (void)uv_timer_init(loop, &s->deadline); /* these never fail */
+    (void)uv_timer_init(loop, &s->deadline);        /* these never fail */
     (void)uv_prepare_init(loop, &s->ask);
     s->nhandles = 4;
     return r;

@@ -221,7 +221,7 @@ static void start_session(struct daemon *d)
         .engine = d->config.job ? ENGINE_JOB : ENGINE_CBW,
         .narrow_reads = d->config.narrow_reads,
         .cbw_timeout_s = GUEST_CBW_TIMEOUT_S,
-        .give_back = true, /* one more export for each disk */
+        .give_back = true,            /* one more export for each disk */
         .vhost_room = &d->vhost_room, /* and another */
         .call_timeout_ms = d->config.timeout_ms,
     };

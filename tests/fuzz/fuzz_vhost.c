@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A hostile vhost-user back end. The first byte says how many bytes it says while the device is set up, and the second in
- * which pieces; the rest are writes to the memory that it shares with us, which has a ring of requests in it: at any
+ * A hostile vhost-user back end. The first byte says how many bytes it says while the device is set up, and the second
+ * in which pieces; the rest are writes to the memory that it shares with us, which has a ring of requests in it: at any
  * place, or where they hurt most. Whatever it does, a request ends at most once and only if it was given.
  */
 #include "source/vhost_talk.h"

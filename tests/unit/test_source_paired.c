@@ -20,6 +20,7 @@ struct world {
     unsigned nanswered, nfailed, nlost;
     unsigned nfrom_fast, nfrom_sure;
     bool closed;
+    int last; /* what the last read was answered with */
     struct source_read reads[NREADS];
     unsigned char buffers[NREADS][READ];
 };
@@ -82,6 +83,7 @@ static void on_read(struct source_read *r, int err)
     const unsigned char *bytes = r->buffer;
 
     w->nanswered++;
+    w->last = err;
     if (err < 0) {
         w->nfailed++;
         return;
@@ -168,6 +170,27 @@ static void a_fast_source_that_is_taken_away_in_mid_read_is_made_up_for(void **s
     assert_int_equal(w->nfrom_sure, NREADS);
 }
 
+static void who_borrows_is_sent_for_a_buffer_where_the_sure_source_has_to_answer(void **state)
+{
+    struct world *w = *state;
+    struct source_read *r = &w->reads[0];
+
+    *r = (struct source_read){.length = READ, .borrow = true, .cb = on_read, .arg = w};
+    assert_int_equal(source_read(w->pair, r), -ENOBUFS); /* nobody lends yet */
+    w->fast->lends = true;                               /* it is lost before it does */
+    source_paired_add(w->pair, w->fast);
+    source_memory_hold(w->fast, true);
+    assert_int_equal(source_read(w->pair, r), 0);
+    source_memory_lose(w->fast);
+    loop_until(&w->loop, w->nanswered == 1);
+    assert_int_equal(w->last, -ENOBUFS);
+    loop_turn(&w->loop, 3);
+    assert_int_equal(source_read(w->pair, r), -ENOBUFS);
+    start(w, 0, 0);
+    loop_until(&w->loop, w->nanswered == 2);
+    assert_int_equal(w->nfrom_sure, 1);
+}
+
 static void the_loss_of_the_sure_source_is_the_loss(void **state)
 {
     struct world *w = *state;
@@ -206,6 +229,7 @@ int main(void)
         TEST(what_the_fast_source_does_not_reach_comes_from_the_sure_one),
         TEST(nobody_notices_that_the_fast_source_is_lost),
         TEST(a_fast_source_that_is_taken_away_in_mid_read_is_made_up_for),
+        TEST(who_borrows_is_sent_for_a_buffer_where_the_sure_source_has_to_answer),
         TEST(the_loss_of_the_sure_source_is_the_loss),
         TEST(closing_answers_every_read_once_and_closes_both),
     };
