@@ -330,6 +330,15 @@ struct json_object *qmp_args_export_add(const char *id, const char *node, const 
     return o;
 }
 
+struct json_object *qmp_args_export_add_vhost(const char *id, const char *node, const char *fdname)
+{
+    struct json_object *o = qmp_args_strings("type", "vhost-user-blk", "id", id, "node-name", node, NULL);
+
+    put(o, "writable", json_object_new_boolean(false));
+    put(o, "addr", qmp_args_strings("type", "fd", "str", fdname, NULL));
+    return o;
+}
+
 struct json_object *qmp_args_export_del(const char *id)
 {
     return qmp_args_strings("id", id, "mode", "hard", NULL);

@@ -78,6 +78,8 @@ struct json_object *qmp_args_flush(const char *node);
 struct json_object *qmp_args_nbd_server_start_fd(const char *fdname);
 struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,
                                         const struct qmp_bitmap *bitmaps, size_t nbitmaps);
+/* fdname: of a listening socket (getfd). */
+struct json_object *qmp_args_export_add_vhost(const char *id, const char *node, const char *fdname);
 struct json_object *qmp_args_export_del(const char *id);
 struct json_object *qmp_args_query_named_block_nodes(void);
 

@@ -59,15 +59,26 @@ bool budget_is_short(const struct budget *b)
     return b->used + b->piece > b->limit;
 }
 
-void *budget_take(struct budget *b, struct budget_user *u, size_t size)
+bool budget_reserve(struct budget *b, struct budget_user *u, size_t size)
 {
     bool others_wait = b->first && b->first != u && b->turn != u;
-    void *buffer;
 
     if (u->held > 0 && (others_wait || b->used + size > b->limit)) {
         wait_for_room(b, u);
-        return NULL;
+        return false;
     }
+    if (b->turn == u)
+        b->turn = NULL;
+    u->held += size;
+    b->used += size;
+    b->most = MAX(b->most, b->used);
+    return true;
+}
+
+void *budget_buffer(struct budget *b, size_t size)
+{
+    void *buffer;
+
     if (size == b->piece && b->spare) {
         buffer = b->spare;
         b->spare = b->spare->next;
@@ -75,15 +86,6 @@ void *budget_take(struct budget *b, struct budget_user *u, size_t size)
     } else {
         buffer = malloc(MAX(size, sizeof(struct budget_spare)));
     }
-    if (!buffer) {
-        wait_for_room(b, u);
-        return NULL;
-    }
-    if (b->turn == u)
-        b->turn = NULL;
-    u->held += size;
-    b->used += size;
-    b->most = MAX(b->most, b->used);
     return buffer;
 }
 
@@ -91,7 +93,7 @@ void budget_give(struct budget *b, struct budget_user *u, void *buffer, size_t s
 {
     u->held -= size;
     b->used -= size;
-    if (size == b->piece && b->nspare < b->max_spare && b->used + (b->nspare + 1) * b->piece <= b->limit) {
+    if (buffer && size == b->piece && b->nspare < b->max_spare && b->used + (b->nspare + 1) * b->piece <= b->limit) {
         struct budget_spare *s = buffer;
         s->next = b->spare;
         b->spare = s;

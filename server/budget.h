@@ -14,7 +14,7 @@
 #include <stdbool.h>
 
 struct budget_user {
-    /* There may be room again. Called from within somebody's budget_give(), never from budget_take(). */
+    /* There may be room again. Called from within somebody's budget_give(), never from budget_reserve(). */
     void (*on_room)(struct budget_user *u);
     /* private */
     size_t held; /* bytes */
@@ -43,13 +43,15 @@ void budget_done(struct budget *b);
 size_t budget_spare_bytes(const struct budget *b);
 
 /*
- * A buffer of size bytes (at most `piece`), given to the caller until budget_give(). NULL: no room (or no memory):
- * on_room comes when there is. A user that holds nothing is never refused for want of
- * room: for it NULL means -ENOMEM.
+ * Room for size bytes (at most `piece`), the user's until budget_give(). false: there is none; on_room comes when there
+ * is. A user that holds nothing is never refused.
  */
-void *budget_take(struct budget *b, struct budget_user *u, size_t size);
+bool budget_reserve(struct budget *b, struct budget_user *u, size_t size);
+/* Memory for what was reserved, once, given to the caller until budget_give(). NULL: out of memory. */
+void *budget_buffer(struct budget *b, size_t size);
 /* No room for a piece: who holds nothing should take less than one. */
 bool budget_is_short(const struct budget *b);
+/* Both; buffer may be NULL: none was needed. */
 void budget_give(struct budget *b, struct budget_user *u, void *buffer, size_t size);
 /* No on_room any more. */
 void budget_forget(struct budget *b, struct budget_user *u);

@@ -118,6 +118,7 @@ enum row {
     ROW_SCRATCH_RESERVE,
     ROW_CBW_TIMEOUT,
     ROW_GIVE_BACK,
+    ROW_SHARED_MEMORY,
     ROW_STATE,
     ROW_MAX_PAUSE,
     ROW_LINGER,
@@ -170,6 +171,8 @@ static const struct {
                          "a guest's write waits so long for its copy to scratch, once (default 10)"},
     [ROW_GIVE_BACK] = {"give-back", 0, "WHEN",
                        "free what was copied when a client says trim, or has read it: off, trim, read (default off)"},
+    [ROW_SHARED_MEMORY] = {"shared-memory", 0, "SIZE",
+                           "for reading through memory shared with QEMUs, 4 MiB a disk (default 64M; 0: over NBD)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},
@@ -230,6 +233,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_count(&c->cbw_timeout_s, value, CONFIG_CBW_TIMEOUT_MAX_S, f);
     case ROW_GIVE_BACK:
         return config_set_give_back(&c->give_back, value, f);
+    case ROW_SHARED_MEMORY:
+        return config_set_size(&c->shared_memory, value, f);
     case ROW_STATE:
         return config_set_path(&c->state, value, f);
     case ROW_MAX_PAUSE:
@@ -579,6 +584,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
+        .shared_memory = CONFIG_SHARED_MEMORY,
         .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
         .log_level = LOG_LEVEL_INFO,
     };

@@ -33,6 +33,7 @@
  * their disks (30 s: Linux for SCSI, ATA and NVMe), more than a disk that retries takes for one sector (7 s, ERC/TLER).
  */
 #define CONFIG_CBW_TIMEOUT_S 10u
+#define CONFIG_SHARED_MEMORY (64ull << 20) /* bytes: 15 disks that are read at the same time */
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u
@@ -56,12 +57,14 @@
 /* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
 #define CONN_READ_BUFFER 4096u  /* bytes read from the socket at once: 146 requests */
 #define CONN_PIECE (256u << 10) /* bytes asked of a source at once; nbdcopy's size, and the best one measured */
-#define CONN_WINDOW (4u << 20)  /* bytes of payload being read or sent: 16 pieces, QEMU's own depth */
-#define CONN_MAX_REQUESTS 64u   /* requests in flight past which nothing more is read from the socket */
+#define CONN_LOANS 4u /* pieces that wait for the client in memory of the source's, which is short: a quarter of it */
+#define CONN_WINDOW (4u << 20) /* bytes of payload being read or sent: 16 pieces, QEMU's own depth */
+#define CONN_MAX_REQUESTS 64u  /* requests in flight past which nothing more is read from the socket */
 #define CONN_MAX_UNSENT \
     (256u << 10) /* bytes of reply heads, maps and options unsent, likewise; payload has CONN_WINDOW */
 #define CONN_BATCH_BYTES (1u << 20)  /* handed to one write at most … */
 #define CONN_BATCH_CHUNKS 32u        /* … in at most twice as many vectors */
+#define CONN_NOW_LEAST (16u << 10)   /* bytes of a reply that is not worth waiting for others to be sent with */
 #define CONN_SOCKET_BUFFER (2 << 20) /* send buffer of a unix socket: 1.2 to 1.5 times the throughput (measured) */
 #define CONN_STUCK_MS 60000u   /* a client that takes no byte for so long is closed, where no idle-timeout is set */
 #define CONN_FLUSH_MS 10000u   /* to take the last bytes after the end */
@@ -83,7 +86,7 @@
 
 /* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
 #define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
-#define FAIR_READS 32u /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
+#define FAIR_READS 32u   /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
 #define FAIR_READS_LEAST 2u /* … that each may have at least */
 
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
@@ -203,6 +206,7 @@ struct server_config {
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
     enum engine engine;                          /* of VMs that do not say their own */
+    uint64_t shared_memory;                      /* bytes; 0: none */
     unsigned cbw_timeout_s;
     enum config_give_back give_back;
     enum log_level log_level;

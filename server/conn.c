@@ -181,6 +181,19 @@ static void on_written(uv_write_t *req, int status)
     conn_settle(c);
 }
 
+/* What is left to be sent of a chunk: the number of vectors, at most two. */
+static unsigned chunk_bufs(struct conn_chunk *chunk, uv_buf_t *bufs)
+{
+    size_t head = MIN(chunk->sent, chunk->len), payload = chunk->sent - head;
+    unsigned n = 0;
+
+    if (head < chunk->len)
+        bufs[n++] = uv_buf_init(chunk->head + head, (unsigned)(chunk->len - head));
+    if (chunk->payload)
+        bufs[n++] = uv_buf_init((char *)chunk->payload->data + payload, (unsigned)(chunk->payload->len - payload));
+    return n;
+}
+
 /* Hands the next batch to libuv. One batch at a time: what comes meanwhile makes up the next one. */
 static void conn_output(struct conn *c)
 {
@@ -193,11 +206,8 @@ static void conn_output(struct conn *c)
         return;
     while (*at && nchunks < CONN_BATCH_CHUNKS && bytes < CONN_BATCH_BYTES) {
         struct conn_chunk *chunk = *at;
-        if (chunk->len > 0)
-            c->bufs[n++] = uv_buf_init(chunk->head, (unsigned)chunk->len);
-        if (chunk->payload)
-            c->bufs[n++] = uv_buf_init((char *)chunk->payload->data, (unsigned)chunk->payload->len);
-        bytes += chunk->len + (chunk->payload ? chunk->payload->len : 0);
+        for (unsigned end = n + chunk_bufs(chunk, c->bufs + n); n < end; n++)
+            bytes += c->bufs[n].len;
         nchunks++;
         at = &chunk->next;
     }
@@ -220,11 +230,38 @@ static void conn_output(struct conn *c)
     }
 }
 
+/*
+ * Sends what is worth a system call of its own straight away, as far as the socket takes it: its memory is free again
+ * before the next reply comes. Returns how many bytes went.
+ */
+static size_t send_now(struct conn *c, const void *head, size_t len, const struct nbd_payload *payload)
+{
+    uv_buf_t bufs[] = {uv_buf_init((char *)head, (unsigned)len), {0}};
+    int sent;
+
+    if (c->queue || c->batch || c->state >= CONN_SHUT || !payload || payload->len < CONN_NOW_LEAST)
+        return 0;
+    bufs[1] = uv_buf_init((char *)payload->data, (unsigned)payload->len);
+    sent = len > 0 ? uv_try_write(&c->sock.stream, bufs, 2) : uv_try_write(&c->sock.stream, bufs + 1, 1);
+    if (sent <= 0)
+        return 0; /* what went wrong comes again when it is written in its turn */
+    c->submitted += (size_t)sent;
+    c->active_ms = c->progress_ms = now_ms(c);
+    return (size_t)sent;
+}
+
 static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payload *payload)
 {
     struct conn *c = arg;
-    struct conn_chunk *chunk = c->state < CONN_SHUT ? malloc(sizeof *chunk + len) : NULL;
+    size_t sent = send_now(c, head, len, payload);
+    struct conn_chunk *chunk;
 
+    if (sent > 0 && sent == len + payload->len) {
+        if (payload->release)
+            payload->release(payload);
+        return;
+    }
+    chunk = c->state < CONN_SHUT ? malloc(sizeof *chunk + len) : NULL;
     if (!chunk) {
         /* Without this chunk the stream makes no sense any more: the client must not see what comes behind it. */
         if (payload && payload->release)
@@ -232,7 +269,7 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
         c->broken = true;
         return;
     }
-    *chunk = (struct conn_chunk){.payload = payload, .len = len};
+    *chunk = (struct conn_chunk){.payload = payload, .len = len, .sent = sent};
     if (len > 0)
         memcpy(chunk->head, head, len);
     if (c->queue_last)

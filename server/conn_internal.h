@@ -24,6 +24,7 @@ struct conn_chunk {
     struct conn_chunk *next;
     struct nbd_payload *payload; /* given by nbd; released when written */
     size_t len;                  /* bytes of head */
+    size_t sent;                 /* bytes of both that are out already */
     char head[];
 };
 

@@ -25,7 +25,7 @@ struct piece {
     struct pull *pull;
     struct pull_job *job; /* NULL once handed to nbd */
     struct piece *next;
-    void *buffer; /* owned: from the budget */
+    void *buffer; /* owned: from the budget; NULL: the bytes are lent by the source, or not there yet */
 };
 
 static void pump(struct pull *p);
@@ -37,6 +37,10 @@ static void piece_free(struct piece *piece)
     size_t length = piece->read.length;
 
     p->window -= length;
+    if (piece->read.loan) {
+        p->nlent--;
+        piece->read.loan->end(piece->read.loan);
+    }
     budget_give(p->c.budget, &p->user, piece->buffer, length);
     free(piece);
 }
@@ -120,6 +124,7 @@ static void piece_send(struct piece *piece)
     struct pull_job *job = piece->job;
     struct pull *p = job->pull;
     struct nbd_request *r = job->request;
+    bool pumping = p->pumping;
 
     piece->job = NULL;
     job->left -= piece->read.length;
@@ -133,8 +138,10 @@ static void piece_send(struct piece *piece)
         job->request = NULL;
         job_try_free(job);
     }
-    piece->payload = (struct nbd_payload){piece->buffer, piece->read.length, piece_release};
+    piece->payload = (struct nbd_payload){piece->read.buffer, piece->read.length, piece_release};
+    p->pumping = true; /* it may be sent and released at once; who called pumps */
     nbd_reply_data(r, piece->read.offset, &piece->payload);
+    p->pumping = pumping;
 }
 
 /* What is with nbd cannot be had back: it is little. */
@@ -208,11 +215,68 @@ static void piece_arrived(struct piece *piece, int err)
     flush(p);
 }
 
+static void on_source_read(struct source_read *read, int err);
+
+/* Into a buffer of our own. */
+static int piece_read_copy(struct piece *piece)
+{
+    struct pull *p = piece->pull;
+    int r;
+
+    if (!p->c.source || p->stopped)
+        return -EIO;
+    if (!piece->buffer)
+        piece->buffer = budget_buffer(p->c.budget, piece->read.length);
+    if (!piece->buffer)
+        return -ENOMEM;
+    piece->read.buffer = piece->buffer;
+    piece->read.borrow = false;
+    r = source_read(p->c.source, &piece->read);
+    return r == -ENOBUFS ? -EIO : r;
+}
+
+/* Straight from the source's memory, if it lends it. */
+static int piece_read(struct piece *piece)
+{
+    int r;
+
+    piece->read.borrow = true;
+    r = source_read(piece->pull->c.source, &piece->read);
+    return r == -ENOBUFS ? piece_read_copy(piece) : r;
+}
+
+/*
+ * What is lent is sent at once as a rule. A client that does not take it so soon may keep a few loans, and none where
+ * they are scarce: the rest is copied, so that nobody waits for a source because of somebody else.
+ */
+static void piece_borrowed(struct piece *piece)
+{
+    struct pull *p = piece->pull;
+    struct source_loan *loan;
+
+    p->nlent++;
+    if (p->nlent <= CONN_LOANS && !piece->read.loan->scarce)
+        return;
+    piece->buffer = budget_buffer(p->c.budget, piece->read.length);
+    if (!piece->buffer)
+        return;
+    memcpy(piece->buffer, piece->read.buffer, piece->read.length);
+    piece->read.buffer = piece->buffer;
+    p->nlent--;
+    p->ncopied++;
+    loan = TAKE_PTR(piece->read.loan);
+    loan->end(loan);
+}
+
 static void on_source_read(struct source_read *read, int err)
 {
     struct piece *piece = container_of(read, struct piece, read);
     struct pull *p = piece->pull;
 
+    if (err == -ENOBUFS && (err = piece_read_copy(piece)) == 0)
+        return; /* it goes on */
+    if (!err && read->loan)
+        piece_borrowed(piece);
     fair_read_done(p->c.fair);
     p->nreading--;
     piece->job->nreading--;
@@ -263,7 +327,6 @@ static bool start_piece(struct pull *p)
     uint64_t zeros, length;
     struct piece *piece;
     size_t most;
-    void *buffer;
     int r;
 
     while (p->unstarted && p->unstarted->at == p->unstarted->end) /* behind one that begins again: give_up_one() */
@@ -285,28 +348,31 @@ static bool start_piece(struct pull *p)
         return false;
     if (zeros == 0 && !fair_may_read(p->c.fair))
         return false;
-    buffer = budget_take(p->c.budget, &p->user, length);
-    if (!buffer && p->user.held > 0)
+    if (!budget_reserve(p->c.budget, &p->user, length))
         return false;
-    piece = buffer ? calloc(1, sizeof *piece) : NULL;
-    if (!piece) {
-        if (buffer)
-            budget_give(p->c.budget, &p->user, buffer, length);
+    piece = calloc(1, sizeof *piece);
+    if (piece && zeros > 0)
+        piece->buffer = budget_buffer(p->c.budget, length);
+    if (!piece || (zeros > 0 && !piece->buffer)) {
+        budget_give(p->c.budget, &p->user, NULL, length);
+        free(piece);
         job_fail(job, -ENOMEM, "the server has no memory for this read");
         return true;
     }
-    *piece = (struct piece){.pull = p, .job = job, .buffer = buffer};
-    piece->read = (struct source_read){.offset = job->at, .length = length, .buffer = buffer, .cb = on_source_read};
+    piece->pull = p;
+    piece->job = job;
+    piece->read = (struct source_read){.offset = job->at, .length = length, .cb = on_source_read};
     p->window += length;
     job->at += length;
     if (job->at == job->end)
         p->unstarted = job->next;
     if (zeros > 0) {
-        memset(buffer, 0, length);
+        memset(piece->buffer, 0, length);
+        piece->read.buffer = piece->buffer;
         piece_arrived(piece, 0);
         return true;
     }
-    r = source_read(p->c.source, &piece->read);
+    r = piece_read(piece);
     if (r < 0) {
         piece_arrived(piece, r);
         return true;

@@ -44,6 +44,8 @@ struct pull {
     size_t window;           /* bytes being read or sent */
     size_t allowed;          /* bytes: what window may come to; see pull_allow() */
     size_t unsent;           /* bytes handed to nbd that the client has not taken */
+    unsigned nlent;          /* pieces that wait in memory of the source's */
+    uint64_t ncopied;        /* pieces, ever, whose loan ended before they were sent */
     uint64_t nbytes;         /* payload handed to nbd */
     uint64_t ntaken;         /* of it: what the client has taken */
     size_t max_extents;      /* the connection's to set: in one answer about the disk's status */

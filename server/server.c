@@ -4,6 +4,7 @@
 #include "conn.h"
 #include "control.h"
 #include "listen.h"
+#include "source/vhost.h"
 #include "vm.h"
 
 #include <assert.h>
@@ -28,6 +29,7 @@ struct server {
     struct scratch_place *scratch;      /* owned */
     size_t nvms;
     struct catalog catalog;
+    struct vhost_room vhost_room;
     struct conn_set conns;
     struct control *control;     /* owned */
     struct listener **listeners; /* owned, each */
@@ -65,6 +67,7 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .scratch = s->scratch,
         .cbw_timeout_s = s->config->cbw_timeout_s,
         .give_back = s->config->give_back != GIVE_BACK_OFF,
+        .vhost_room = s->vhost_room.limit ? &s->vhost_room : NULL,
         .place = from->place ? from->place : s->config->place,
         .state_dir = s->config->state,
         .linger_ms = s->config->linger_ms,
@@ -115,6 +118,7 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->loop = loop;
     s->config = config;
     s->started_ms = uv_now(loop);
+    s->vhost_room.limit = config->shared_memory;
     s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));

@@ -52,6 +52,7 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->place = c->place;
     vm->cbw_timeout_s = c->cbw_timeout_s;
     vm->give_back = c->give_back;
+    vm->vhost_room = c->vhost_room;
     vm->only = calloc(c->nonly + 1, sizeof(*vm->only));
     vm->renames = calloc(c->nrenames + 1, sizeof(*vm->renames));
     if (asprintf(&vm->server_socket, "nbd-%s.sock", c->name) < 0)

@@ -31,6 +31,7 @@ struct vm_config {
     const struct place *place;     /* likewise: scratch goes there instead; NULL: does not */
     unsigned cbw_timeout_s;        /* > 0: 0 would let a hung scratch hold the guest for ever */
     bool give_back;                /* parts of a frozen disk may be given back */
+    struct vhost_room *vhost_room; /* borrowed for life and for all reads: memory shared with QEMUs; NULL: none */
     const char *state_dir;         /* exists */
     unsigned linger_ms;
     unsigned max_pause_ms;     /* as struct session_config */

@@ -58,9 +58,10 @@ struct vm {
     const struct place *place;     /* borrowed, or NULL */
     unsigned cbw_timeout_s;
     bool give_back;
-    char *server_socket; /* owned: "nbd-NAME.sock" */
-    int state_dir;       /* O_PATH */
-    char **only;         /* owned */
+    struct vhost_room *vhost_room; /* borrowed, or NULL */
+    char *server_socket;           /* owned: "nbd-NAME.sock" */
+    int state_dir;                 /* O_PATH */
+    char **only;                   /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;

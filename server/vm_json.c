@@ -106,6 +106,7 @@ struct json_object *vm_session_to_json(struct vm *vm)
     (void)json_object_object_add(o, "pause-us", json_object_new_int64((int64_t)session_pause_us(s)));
     (void)json_object_object_add(o, "flush-ms", json_object_new_int64(session_flush_ms(s)));
     (void)json_object_object_add(o, "scratch-bytes", json_object_new_int64((int64_t)session_scratch_used(s)));
+    (void)json_object_object_add(o, "shared-disks", json_object_new_int64(session_nshared(s)));
     vm_quiesce_to_json(vm, o);
     (void)json_object_object_add(o, "lingering", json_object_new_boolean(vm->lingering));
     (void)json_object_object_add(o, "held-shutdown", json_object_new_boolean(vm->life.held));

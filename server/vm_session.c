@@ -296,6 +296,13 @@ static void on_down(void *arg, const struct failure *problems)
     vm_stop_if_idle(vm);
 }
 
+static void on_note(void *arg, const char *text)
+{
+    struct vm *vm = arg;
+
+    log_info("VM %s: session %s: %s", vm->name, session_id(vm->session), text);
+}
+
 static void on_trace(void *arg, const char *text)
 {
     struct vm *vm = arg;
@@ -307,6 +314,7 @@ static const struct session_ops session_ops = {
     .on_up = on_up,
     .on_failed = on_failed,
     .on_down = on_down,
+    .on_note = on_note,
     .on_trace = on_trace,
 };
 
@@ -399,6 +407,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .max_pause_ms = vm->max_pause_ms,
             .cbw_timeout_s = capabilities_cbw_timeout(vm->qemu_version, vm->cbw_timeout_s),
             .give_back = vm->give_back,
+            .vhost_room = vm->capabilities.has[CAPABILITY_VHOST] ? vm->vhost_room : NULL,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
             .quiesce = vm->quiesce,
             .hold_shutdown = vm->hold_shutdown_ms > 0,

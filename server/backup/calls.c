@@ -12,6 +12,7 @@ struct slot {
     char what[64];       /* the object it was about, for the sentence */
     unsigned index;
     calls_ret_cb on_ret;
+    calls_refused_cb on_refused; /* NULL: a refusal fails the set */
 };
 
 void calls_init(struct calls *c, struct qmp_client *qmp, unsigned timeout_ms)
@@ -21,12 +22,22 @@ void calls_init(struct calls *c, struct qmp_client *qmp, unsigned timeout_ms)
     c->timeout_ms = timeout_ms;
 }
 
+static bool is_refusal(const struct failure *f)
+{
+    return f->err == -EREMOTEIO || f->err == -ENODEV || f->err == -ENOSYS;
+}
+
 static void fail_slot(struct calls *c, const struct slot *slot, const struct failure *f)
 {
-    const char *verb = f->err == -EREMOTEIO || f->err == -ENODEV || f->err == -ENOSYS ? "QEMU said " : "";
+    const char *verb = is_refusal(f) ? "QEMU said " : "";
+    struct failure worded = {0};
 
-    (void)failure_set(&c->failure, f->err, "%s%s%s: %s%s%s%s", slot->command, *slot->what ? " " : "", slot->what, verb,
+    (void)failure_set(&worded, f->err, "%s%s%s: %s%s%s%s", slot->command, *slot->what ? " " : "", slot->what, verb,
                       *verb ? "'" : "", f->text, *verb ? "'" : "");
+    if (slot->on_refused && is_refusal(f))
+        slot->on_refused(c, slot->index, &worded);
+    else
+        (void)failure_copy(&c->failure, &worded);
 }
 
 static void on_answer(struct qmp_call *call, struct json_object *ret, const struct failure *f)
@@ -65,6 +76,12 @@ static const char *object_of(struct json_object *args)
 void calls_add(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index,
                calls_ret_cb on_ret)
 {
+    calls_try(c, command, args, fd, index, on_ret, NULL);
+}
+
+void calls_try(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index,
+               calls_ret_cb on_ret, calls_refused_cb on_refused)
+{
     struct slot *slot = calloc(1, sizeof(*slot));
     struct failure f = {0};
     int r;
@@ -78,6 +95,7 @@ void calls_add(struct calls *c, const char *command, struct json_object *args, i
     slot->command = command;
     slot->index = index;
     slot->on_ret = on_ret;
+    slot->on_refused = on_refused;
     (void)strncat(slot->what, object_of(args), sizeof(slot->what) - 1);
     r = qmp_call_start(c->qmp, &slot->call, command, args, fd, c->timeout_ms, on_answer, NULL);
     if (r < 0) {

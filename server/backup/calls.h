@@ -28,6 +28,10 @@ void calls_init(struct calls *c, struct qmp_client *qmp, unsigned timeout_ms);
 /* Sends one command; args is given. A call that cannot be sent fails the set. on_ret may be NULL. */
 void calls_add(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index,
                calls_ret_cb on_ret);
+/* The same for what is not needed: a refusal of QEMU is told to on_refused, as a sentence, and fails nothing. */
+typedef void (*calls_refused_cb)(struct calls *c, unsigned index, const struct failure *f);
+void calls_try(struct calls *c, const char *command, struct json_object *args, int fd, unsigned index,
+               calls_ret_cb on_ret, calls_refused_cb on_refused);
 /* After the last add: 0 (done comes later), 1 (nothing was added), or negative (nothing was sent, sentence in f). */
 int calls_wait(struct calls *c, calls_done_cb done, struct failure *f);
 

@@ -25,6 +25,7 @@ static const struct {
     [CAPABILITY_JOB_ON_ERROR] = {"blockdev-backup:on-cbw-error", "10.1"},
     [CAPABILITY_JOB_DISCARD] = {"blockdev-backup:discard-source", "9.1"},
     [CAPABILITY_SET_ACTION] = {"set-action", "6.0"},
+    [CAPABILITY_VHOST] = {"block-export-add:vhost-user-blk", "5.2"},
 };
 static_assert(ARRAY_SIZE(table) == CAPABILITY_COUNT, "every capability has a name");
 
@@ -85,6 +86,7 @@ int capabilities_parse(struct json_object *schema, struct capabilities *ret_capa
     struct json_object *transaction = type_of(schema, command(schema, "transaction"), "arg-type");
     struct json_object *list = type_of(schema, member(transaction, "actions"), "type");
     struct json_object *action = type_of(schema, list, "element-type");
+    struct json_object *export = type_of(schema, command(schema, table[CAPABILITY_EXPORT].name), "arg-type");
     struct capabilities c = {0};
 
     if (!drivers)
@@ -100,6 +102,7 @@ int capabilities_parse(struct json_object *schema, struct capabilities *ret_capa
     c.has[CAPABILITY_JOB_ON_ERROR] = member(backup, "on-cbw-error");
     c.has[CAPABILITY_JOB_DISCARD] = member(backup, "discard-source");
     c.has[CAPABILITY_SET_ACTION] = command(schema, table[CAPABILITY_SET_ACTION].name);
+    c.has[CAPABILITY_VHOST] = variant(export, "vhost-user-blk");
     *ret_capabilities = c;
     return 0;
 }

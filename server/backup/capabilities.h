@@ -24,6 +24,7 @@ enum capability {
     CAPABILITY_JOB_ON_ERROR,    /* its on-cbw-error … */
     CAPABILITY_JOB_DISCARD,     /* … and discard-source */
     CAPABILITY_SET_ACTION,      /* set-action */
+    CAPABILITY_VHOST,           /* block-export-add: vhost-user-blk */
     CAPABILITY_COUNT
 };
 /* As QEMU spells it, e.g. "copy-before-write:on-cbw-error". */

@@ -26,7 +26,7 @@ struct commit {
     char *node, *top, *base; /* owned: as configured */
     bool shallow, active, delete, force;
     size_t ndead;
-    char **dead; /* owned: deleted checkpoints */
+    char **dead;        /* owned: deleted checkpoints */
     char *still_socket; /* owned; NULL: a running QEMU */
 
     /* what the look has found */

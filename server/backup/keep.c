@@ -33,6 +33,7 @@ int step_close_sources(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         struct source *source = TAKE_PTR(s->disks[i].source);
 
+        session_close_vhost(&s->disks[i]);
         if (!source)
             continue;
         s->npending++;

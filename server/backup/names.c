@@ -13,6 +13,7 @@ static const char *const kinds[] = {
     [NAMES_LAYER] = "layer",     [NAMES_SINCE] = "since", [NAMES_WRITTEN] = "written", [NAMES_KEEP] = "keep",
     [NAMES_SERVER] = "server",   [NAMES_JOB] = "job",     [NAMES_LIVE] = "live",       [NAMES_PAUSED] = "paused",
     [NAMES_QUIESCE] = "quiesce", [NAMES_LOCK] = "lock",   [NAMES_HOLD] = "hold",       [NAMES_DISCARD] = "discard",
+    [NAMES_VHOST] = "vhost",
 };
 static_assert(ARRAY_SIZE(kinds) == NAMES_NKINDS, "every kind has a name");
 

@@ -39,6 +39,7 @@ enum names_kind {
     NAMES_LOCK,    /* empty image over the cbw node (backup/lock), and the fd's "opaque" tag */
     NAMES_HOLD,    /* null-co node: the mark of a changed action (backup/hold); n says of what */
     NAMES_DISCARD, /* writable export of the frozen view, for what is given back */
+    NAMES_VHOST,   /* vhost-user-blk export of the frozen view, and, as the server's, its socket's fd (getfd) */
     NAMES_NKINDS
 };
 

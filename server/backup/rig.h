@@ -128,9 +128,10 @@ int rig_no_passthroughs(struct seq *s, struct failure *f); /* cut and pre nodes 
 int rig_no_cbw(struct seq *s, struct failure *f);
 int rig_no_scratch_nodes(struct seq *s, struct failure *f); /* and base nodes */
 int rig_no_fds(struct seq *s, struct failure *f);
-int rig_no_bitmaps(struct seq *s, struct failure *f); /* bitmaps of ours on nodes that are not */
-int rig_no_marks(struct seq *s, struct failure *f);   /* nodes that only say something to a successor */
-int rig_no_jobs(struct seq *s, struct failure *f);    /* cancelled unless they have ended, and dismissed */
+int rig_no_bitmaps(struct seq *s, struct failure *f);  /* bitmaps of ours on nodes that are not */
+int rig_no_marks(struct seq *s, struct failure *f);    /* nodes that only say something to a successor */
+int rig_no_vhost_fd(struct seq *s, struct failure *f); /* the sweep's last walk: the socket of a vhost-user export */
+int rig_no_jobs(struct seq *s, struct failure *f);     /* cancelled unless they have ended, and dismissed */
 
 /* Runs work on libuv's thread pool (what blocks: files), then after on the loop; work puts its failure into
  * r->work_failure. */

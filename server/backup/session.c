@@ -229,6 +229,7 @@ static int fill(struct session *s, const struct session_config *c)
     s->engine = c->engine == ENGINE_JOB ? ENGINE_JOB : ENGINE_CBW;
     s->job_breaks = c->job_breaks;
     s->narrow_reads = c->narrow_reads;
+    s->vhost_room = c->still_socket ? NULL : c->vhost_room;
     s->quiesce = c->quiesce;
     s->cbw_timeout_s = c->cbw_timeout_s;
     s->max_pause_ms = c->max_pause_ms;
@@ -256,6 +257,7 @@ static int fill(struct session *s, const struct session_config *c)
     for (size_t i = 0; i < s->list->ndisks; i++) {
         s->disks[i].disk = &s->list->disks[i];
         s->disks[i].scratch_fd = -1;
+        s->disks[i].vhost.listen_fd = s->disks[i].vhost.fd = -1;
         s->disks[i].session = s;
     }
     for (; s->nsince < c->nsince; s->nsince++) {

@@ -21,6 +21,7 @@
 #include <uv.h>
 
 struct session;
+struct vhost_room; /* source/vhost.h */
 
 enum session_status { SESSION_GOING_UP, SESSION_UP, SESSION_GOING_DOWN, SESSION_DOWN };
 const char *session_status_name(enum session_status s);
@@ -36,6 +37,8 @@ struct session_ops {
     /* Everything is undone as far as it can be; the session is freed when this returns. problems->err != 0: something
      * may be left in QEMU, the sentence names it. */
     void (*on_down)(void *arg, const struct failure *problems);
+    /* What people should hear although nothing has failed. May be NULL. */
+    void (*on_note)(void *arg, const char *text);
     /* A state change or a step for the log: "GOING_UP -> UP", "step 7/12 \"add export\": …". At debug level. */
     void (*on_trace)(void *arg, const char *text);
 };
@@ -61,8 +64,10 @@ struct session_config {
     bool job_breaks;    /* QEMU's backup job has on-cbw-error: ENGINE_JOB sets it to break-snapshot */
     bool narrow_reads;  /* QEMU 7.0-7.2: see source/nbd.h; also the allocation map is corrected */
     unsigned cbw_timeout_s;
-    unsigned max_pause_ms; /* how long the guest's I/O may stand still for the freeze; 0: any time */
-    bool give_back;        /* parts of the frozen disks may be given back (source/giveback.h) */
+    unsigned max_pause_ms;         /* how long the guest's I/O may stand still for the freeze; 0: any time */
+    struct vhost_room *vhost_room; /* borrowed until all reads have ended; frozen disks are read through memory that is
+                                      shared with QEMU, as far as there is room. NULL: over NBD only */
+    bool give_back;                /* parts of the frozen disks may be given back (source/giveback.h) */
     unsigned call_timeout_ms;
     struct quiesce *quiesce; /* borrowed until on_down; NULL: nothing is to be quiesced */
     bool hold_shutdown;      /* QEMU is not to end before the session when its guest shuts down (backup/hold) */
@@ -130,6 +135,8 @@ bool session_holds(const struct session *s, bool panic);
 /* Why it does not, although it was wanted; NULL: it does, or nobody wanted it. */
 const char *session_hold_refused(const struct session *s);
 uint64_t session_scratch_used(const struct session *s); /* bytes on the scratch file system, at the last look */
+
+unsigned session_nshared(const struct session *s); /* disks that are read through shared memory now */
 
 /* After a failure: the step it was at, as session_step() says it, or "up"; and the disk whose frozen view is lost, or
  * NULL. Borrowed until on_down. */

@@ -468,6 +468,7 @@ int step_exports_up(struct seq *q, struct failure *f)
         calls_add(&s->rig.calls, "block-export-add",
                   qmp_args_export_add(export, s->disks[i].disk->top, export, false, NULL, 0), QMP_NO_FD, i, NULL);
     }
+    session_add_vhost_exports(s);
     return rig_wait(&s->rig, f);
 }
 
@@ -499,6 +500,8 @@ static void on_source_open(void *arg, struct source *source, const struct failur
 
     d->opening = NULL;
     d->source = source;
+    if (source)
+        session_pair_source(d);
     if (source && d->session->give_back && d->cluster)
         (void)allow_giving_back(d); /* without it nothing is freed early, that is all */
     session_one_done(d->session, f);
@@ -562,6 +565,7 @@ const struct seq_step session_steps[] = {
     {"settle", step_settle_up, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"lock", rig_lock, rig_no_locks, NULL},
+    {"make sockets", step_vhost_sockets_up, step_vhost_sockets_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},

@@ -35,6 +35,14 @@ struct session_disk {
     char *keep_node;  /* owned: where the checkpoint's bitmap is made */
     struct source *source;
     struct source_nbd_open *opening;
+    struct {
+        int listen_fd, fd;   /* owned; -1: none. QEMU's end, until QEMU has it, and ours, until the source has it */
+        bool exported;       /* QEMU serves it */
+        bool serves;         /* reads go through it */
+        bool closing;        /* the step under way waits for opening to end */
+        struct source *pair; /* borrowed: is in source */
+        struct source_vhost_open *opening;
+    } vhost;            /* shared.c */
     struct map *layers; /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
     size_t nmaps;
     struct named_map *maps; /* owned */
@@ -92,6 +100,9 @@ struct session {
     bool quiesced;
     struct failure not_quiesced; /* why not; err 0: it is, or has not been tried yet, or was not wanted */
     unsigned quiesced_ms;
+    struct vhost_room *vhost_room; /* borrowed; NULL: nothing is shared with this QEMU */
+    bool vhost_fd_passed;          /* QEMU may still have a socket of ours under its name */
+    bool shared_noted;
     bool narrow_reads;
     unsigned cbw_timeout_s;
     bool give_back;
@@ -174,6 +185,13 @@ void session_look_stop(struct session *s);
 /* steps.c: shared with job_steps.c and still.c */
 int step_exports_up(struct seq *q, struct failure *f);
 int step_sources_up(struct seq *q, struct failure *f);
+
+/* shared.c: the views are read through shared memory, too, where QEMU does it */
+int step_vhost_sockets_up(struct seq *q, struct failure *f); /* before the exports */
+int step_vhost_sockets_down(struct seq *q, struct failure *f);
+void session_add_vhost_exports(struct session *s); /* adds to rig.calls */
+void session_pair_source(struct session_disk *d);
+void session_close_vhost(struct session_disk *d); /* adds to npending what has to be waited for */
 
 /* flush.c */
 int step_live_exports_up(struct seq *q, struct failure *f);

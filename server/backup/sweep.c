@@ -67,6 +67,7 @@ static const struct seq_step steps[] = {
     {"block jobs", NULL, rig_no_jobs, NULL},
     {"snapshot-access", NULL, rig_no_access, NULL},
     {"locks", NULL, rig_no_locks, NULL},
+    {"vhost socket", NULL, rig_no_vhost_fd, NULL},
     {"NBD server", NULL, rig_server_down, NULL},
     {"exports", NULL, rig_no_exports, NULL},
     {"frozen file systems", NULL, guest_thawed, NULL}, /* an agent answers only while its guest runs */

@@ -300,7 +300,7 @@ int giveback_new(uv_loop_t *loop, const struct source_nbd_config *export, uint32
     g = calloc(1, sizeof(*g));
     if (!g)
         return -ENOMEM;
-    g->source = (struct source){.ops = &giveback_ops, .size = below->size};
+    g->source = (struct source){.ops = &giveback_ops, .size = below->size, .lends = true /* what is below decides */};
     g->below = below;
     g->cluster = cluster;
     g->nclusters = below->size / cluster;

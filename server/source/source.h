@@ -12,18 +12,32 @@
 #include "qmp/base.h"
 
 #include <errno.h>
+#include <stdbool.h>
 
 struct source;
 struct source_read;
 
+/*
+ * Memory of the source's own that a read was answered with. Given back by whoever has the read, at any time, also after
+ * the source was closed; until then there is less for other reads.
+ */
+struct source_loan {
+    void (*end)(struct source_loan *l); /* from the loop */
+    bool scarce;                        /* little is left: copy what it holds and give it back */
+};
+
 /* err: 0, or negative errno (-ESTALE: the snapshot is lost: QEMU tells it by EINVAL, which is EACCES inside QEMU; -EIO:
- * QEMU failed the read; -ECANCELED: the source is closing). The struct may be reused or freed from within. */
+ * QEMU failed the read; -ECANCELED: the source is closing; -ENOBUFS: nothing could be lent: read again into a buffer).
+ * The struct may be reused or freed from within. */
 typedef void (*source_read_cb)(struct source_read *r, int err);
 
 struct source_read {
     uint64_t offset; /* bytes; offset + length <= size */
     size_t length;   /* bytes, > 0 */
-    void *buffer;    /* borrowed from the caller until cb */
+    void *buffer;    /* borrowed from the caller until cb … */
+    bool borrow; /* … or, with this, nothing: then, where err is 0, the source has set it to memory of its own, and
+                    loan to what the caller has to end */
+    struct source_loan *loan;
     source_read_cb cb;
     void *arg; /* the caller's */
     /* private to the source */
@@ -31,6 +45,8 @@ struct source_read {
     size_t issued;     /* bytes asked for upstream so far */
     unsigned npending; /* pieces asked for and not answered */
     int err;
+    source_read_cb own_cb; /* source/paired: whom to tell in the end */
+    void *own_arg;
     /* private to a source that stands on another one (source/giveback) */
     struct source *via;
     source_read_cb told;
@@ -51,14 +67,18 @@ struct source_ops {
 struct source {
     const struct source_ops *ops;
     uint64_t size; /* bytes */
+    bool lends;    /* may answer reads with memory of its own */
 };
 
 /* 0: r->cb comes exactly once, later, never from inside this call. Negative (-ENOTCONN: lost or closing, -ENOMEM,
- * -EINVAL: out of range, -ENODATA: it was given back): it never comes. */
+ * -EINVAL: out of range, -ENODATA: it was given back, -ENOBUFS: nothing can be lent, give a buffer): it never comes. */
 static inline int source_read(struct source *s, struct source_read *r)
 {
     if (r->length == 0 || r->offset > s->size || r->length > s->size - r->offset)
         return -EINVAL;
+    r->loan = NULL;
+    if (r->borrow && !s->lends)
+        return -ENOBUFS;
     return s->ops->read(s, r);
 }
 

@@ -185,6 +185,8 @@ static void on_down(void *arg, const struct failure *problems)
 
     d->ndown++;
     d->problems = *problems;
+    if (d->vhost_room.used)
+        (void)failure_set(&d->check, -EBUSY, "%zu bytes are still shared with QEMU", d->vhost_room.used);
     d->session = NULL;
 }
 
@@ -219,11 +221,13 @@ static void start_session(struct daemon *d)
         .engine = d->config.job ? ENGINE_JOB : ENGINE_CBW,
         .narrow_reads = d->config.narrow_reads,
         .cbw_timeout_s = GUEST_CBW_TIMEOUT_S,
-        .give_back = true, /* one more export for each disk */
+        .give_back = true,            /* one more export for each disk */
+        .vhost_room = &d->vhost_room, /* and another */
         .call_timeout_ms = d->config.timeout_ms,
     };
     struct failure f = {0};
 
+    d->vhost_room.limit = SIZE_MAX;
     if (session_start(&config, &session_ops, d, &d->session, &f) < 0)
         die("the session does not start: %s", f.text);
 }

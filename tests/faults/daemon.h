@@ -11,6 +11,7 @@
 #include "backup/calls.h"
 #include "backup/session.h"
 #include "guest.h"
+#include "source/vhost.h"
 
 /* Some cross from what the guest has overwritten into what it has not: QEMU 7.0-7.2 get that wrong (source/nbd.h). */
 #define DAEMON_READ_CLUSTERS 3u
@@ -59,6 +60,7 @@ struct daemon {
     struct json_object *answers[3];
     struct disk_list *list;
     struct session *session;
+    struct vhost_room vhost_room;
     int state_dir;
     bool begun;
     unsigned disk, cluster; /* of the read under way */

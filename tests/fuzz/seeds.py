@@ -99,7 +99,35 @@ def agent_seeds():
     yield "rubbish", b"\x03" + sync + b'{"return": ]}' + sync
 
 
-SEEDS = {"nbd": nbd_seeds, "stream": stream_seeds, "agent": agent_seeds}
+# -- vhost: how much the back end says, in which pieces, what, and what it writes to shared memory (fuzz_vhost.c) -------
+def vhost_seeds():
+    def message(number, payload, flags=5):  # version 1, a reply
+        return struct.pack("<III", number, flags, len(payload)) + payload
+
+    features = message(1, struct.pack("<Q", 1 << 30 | 1 << 32 | 1 << 29))
+    protocol = message(15, struct.pack("<Q", 1 << 3 | 1 << 9))
+    config = message(24, struct.pack("<IIIQ", 0, 8, 0, 4096))
+    ready = message(18, struct.pack("<Q", 0))
+    good = features + protocol + config + ready
+    answers = b"".join(struct.pack("<BHBBB", 0, i % 16, 1, i % 3, 0) for i in range(40))
+
+    def seed(says, piece, writes=b""):
+        return bytes([len(says), piece]) + says + writes
+
+    yield "good", seed(good, 255, answers)
+    yield "pieces", seed(good, 0, answers)
+    yield "refuses", seed(features + protocol + config + message(18, struct.pack("<Q", 1)), 30)
+    yield "few_features", seed(message(1, bytes(8)) + protocol, 5)
+    yield "huge", seed(features + protocol + message(24, struct.pack("<IIIQ", 0, 8, 0, (1 << 64) - 1)), 9)
+    yield "long", seed(struct.pack("<III", 1, 5, 1 << 31), 3)
+    yield "out_of_order", seed(protocol + features, 99)
+    yield "answers_what_was_not_asked", seed(good, 1, answers[:30] + answers[:30] * 3)
+    yield "ends_too_many", seed(good, 2, struct.pack("<BHBBB", 2, 65535, 0, 0, 0) + answers)
+    yield "writes_anywhere", seed(good, 3, b"".join(struct.pack("<BHBBB", 1, i * 977 % 65536, i % 256, 0, 0)
+                                                    for i in range(200)) + answers)
+
+
+SEEDS = {"nbd": nbd_seeds, "stream": stream_seeds, "agent": agent_seeds, "vhost": vhost_seeds}
 
 
 def main():

@@ -21,6 +21,10 @@
 #define DISK_SIZE (8u << 20)
 
 /* A frozen disk in memory; its answers come in the next turn, or when and in the order that a test wants. */
+#define SLOTS 16u
+#define SCARCE 12u
+#define NOT_LENT 7u
+
 struct disk_source {
     struct source source;
     uv_timer_t timer;
@@ -28,6 +32,8 @@ struct disk_source {
     struct read_list reads;
     unsigned nreads; /* that wait */
     bool hold, reverse, lost;
+    unsigned nlent;  /* loans that stand */
+    unsigned nasked; /* reads that were to borrow; every NOT_LENT-th gets nothing */
 };
 
 struct vm {
@@ -87,6 +93,7 @@ void vm_answer_soon(struct vm *vm);
 
 /* Set-up and tear-down of each test; the latter proves that nothing is left. */
 int world_set_up(void **state);
+int world_set_up_lending(void **state); /* whose disks lend memory to who reads */
 int world_tear_down(void **state);
 
 struct client *client_connect(struct world *w, size_t i);
@@ -96,6 +103,8 @@ void client_read(struct client *c, bool on);
 void client_say(struct client *c, struct bytes *b);
 /* Exactly these bytes come; forgets both. */
 void client_expect(struct world *w, struct client *c, struct bytes *want);
+/* These, or as many others; forgets all three. */
+void client_expect_either(struct world *w, struct client *c, struct bytes *want, struct bytes *other);
 /* Connects, and negotiates up to the reply form, or up to an open export. */
 struct client *client_greet(struct world *w, size_t i, enum form form);
 struct client *client_open(struct world *w, size_t i, const char *name, enum form form);

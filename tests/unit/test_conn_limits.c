@@ -115,7 +115,8 @@ static void on_room(struct budget_user *u)
 {
     struct taker *t = container_of(u, struct taker, user);
 
-    while (t->nheld < t->nwanted && (t->held[t->nheld] = budget_take(t->budget, u, KIB)))
+    while (t->nheld < t->nwanted &&
+           (t->held[t->nheld] = budget_reserve(t->budget, u, KIB) ? budget_buffer(t->budget, KIB) : NULL))
         t->nheld++;
 }
 

@@ -198,10 +198,17 @@ static void a_client_that_sends_a_byte_now_and_then_is_idle(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, world_set_up, world_tear_down)
+#define LENT(name)                                                        \
+    {                                                                     \
+        "lent: " #name, name, world_set_up_lending, world_tear_down, NULL \
+    }
     const struct CMUnitTest tests[] = {
         TEST(a_simple_reply_that_was_given_up_comes_whole_all_the_same),
+        LENT(a_simple_reply_that_was_given_up_comes_whole_all_the_same),
         TEST(structured_replies_that_were_given_up_come_whole_all_the_same),
+        LENT(structured_replies_that_were_given_up_come_whole_all_the_same),
         TEST(clients_that_are_stuck_leave_the_memory_to_the_others),
+        LENT(clients_that_are_stuck_leave_the_memory_to_the_others),
         TEST(lists_that_nobody_reads_are_not_made),
         TEST(a_client_that_reads_late_gets_all_its_lists),
         TEST(a_client_that_sends_a_byte_now_and_then_is_idle),

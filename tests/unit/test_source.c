@@ -4,9 +4,11 @@
 #include "lib/test.h"
 #include "nbd_servers.h"
 #include "qmp/base.h"
+#include "qmp/unix.h"
 #include "source/giveback.h"
 #include "source/memory.h"
 #include "source/nbd.h"
+#include "source/vhost.h"
 
 #include <time.h>
 
@@ -17,6 +19,7 @@
 
 #define NREADS 250
 #define READ_MAX ((size_t)8 << 20)
+#define NLOANS 5u
 
 static unsigned char data[DATA_SIZE];
 
@@ -50,6 +53,8 @@ struct rig {
     void (*on_answer)(struct rig *rig, struct source_read *r, int err); /* what the test does then; may be NULL */
     struct source_read *reads;                                          /* owned, NREADS */
     unsigned *answers;                                                  /* owned, how often each was answered */
+    struct source_loan *loans[NLOANS];                                  /* kept for a while, and past the end */
+    unsigned nlent;
 };
 
 /* How a kind of source is opened, and lost while reads are in flight. */
@@ -129,6 +134,18 @@ static void nbd_lose(struct rig *rig)
     server_kill(&rig->server);
 }
 
+/* Connected before the server has its socket: the connection waits in the backlog. */
+static void vhost_open(struct rig *rig)
+{
+    struct source_vhost_config config = {.cluster = rig->kind->cluster};
+
+    assert_int_equal(unix_connect(rig->server.path, &config.fd), 0);
+    server_start(&rig->server, rig->kind->command);
+    assert_int_equal(source_vhost_open(&rig->loop, &config, on_lost, on_open, rig, NULL), 0);
+    assert_null(rig->source);
+    loop_until(&rig->loop, rig->source);
+}
+
 static struct kind memory_kind = {.open = memory_open, .stall = memory_stall, .lose = memory_lose};
 static struct kind qemu_kind = {
     .program = "qemu-nbd",
@@ -169,6 +186,24 @@ static struct kind nbdkit_kind = {
     .command = "exec nbdkit -f -r file disk",
     .export_name = "",
     .open = nbd_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+
+static struct kind vhost_kind = {
+    .program = "qemu-storage-daemon",
+    .command = "exec qemu-storage-daemon --blockdev file,node-name=d,filename=disk,read-only=on "
+               "--export vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=3",
+    .open = vhost_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+static struct kind narrow_vhost_kind = {
+    .program = "qemu-storage-daemon",
+    .command = "exec qemu-storage-daemon --blockdev file,node-name=d,filename=disk,read-only=on "
+               "--export vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=3",
+    .cluster = 65536,
+    .open = vhost_open,
     .stall = nbd_stall,
     .lose = nbd_lose,
 };
@@ -225,6 +260,10 @@ static int tear_down(void **state)
         close_source(rig);
         loop_until(&rig->loop, rig->closed);
     }
+    for (unsigned i = 0; i < NLOANS; i++) {
+        if (rig->loans[i])
+            rig->loans[i]->end(rig->loans[i]);
+    }
     uv_close((uv_handle_t *)&rig->tick, NULL);
     loop_done(&rig->loop);
     server_done(&rig->server);
@@ -247,17 +286,31 @@ static struct rig *open_rig(void **state)
     return rig;
 }
 
+/* What is lent is kept while NLOANS more are, and given back from within an answer. */
+static void keep_loan(struct rig *rig, struct source_read *r)
+{
+    struct source_loan **place = &rig->loans[rig->nlent++ % NLOANS];
+
+    if (*place)
+        (*place)->end(*place);
+    *place = TAKE_PTR(r->loan);
+    r->buffer = NULL;
+}
+
 static void on_read(struct source_read *r, int err)
 {
     struct rig *rig = r->arg;
 
     assert_false(rig->inside);
+    assert_true(!r->loan || (r->borrow && err == 0));
     rig->answers[r - rig->reads]++;
     rig->nanswered++;
     if (err == 0)
         assert_memory_equal(r->buffer, rig->data + r->offset, r->length);
     else
         rig->nfailed++;
+    if (r->loan)
+        keep_loan(rig, r);
     if (rig->on_answer)
         rig->on_answer(rig, r, err);
 }
@@ -272,12 +325,18 @@ static int start_read(struct rig *rig, size_t i, uint64_t offset, size_t length)
     memset(r, 0xa5, sizeof(*r));
     r->offset = offset;
     r->length = length;
-    r->buffer = malloc(length + 1); /* length 0 is tried, too */
+    r->buffer = NULL;
+    r->borrow = random_below(2);
     r->cb = on_read;
     r->arg = rig;
-    assert_non_null(r->buffer);
     rig->inside = true;
-    err = source_read(rig->source, r);
+    err = r->borrow ? source_read(rig->source, r) : -ENOBUFS;
+    if (err == -ENOBUFS) {
+        r->borrow = false;
+        r->buffer = malloc(length + 1); /* length 0 is tried, too */
+        assert_non_null(r->buffer);
+        err = source_read(rig->source, r);
+    }
     rig->inside = false;
     return err;
 }
@@ -523,6 +582,8 @@ int main(void)
         CONTRACT(&daemon_kind, "nbd, qemu-storage-daemon"),
         CONTRACT(&narrow_kind, "nbd, qemu-nbd, narrow reads"),
         CONTRACT(&nbdkit_kind, "nbd, nbdkit"),
+        CONTRACT(&vhost_kind, "vhost, qemu-storage-daemon"),
+        CONTRACT(&narrow_vhost_kind, "vhost, qemu-storage-daemon, narrow reads"),
         CONTRACT(&giveback_kind, "giveback over nbd"),
     };
     const char *replay = getenv("QPULL_TEST_SEED");
