@@ -48,8 +48,8 @@ static void on_signal(uv_signal_t *watch, int number)
 {
     struct daemon *d = watch->data;
 
-    if (number == SIGHUP) {
-        log_warning("SIGHUP: reloading is not supported by this version; nothing was changed");
+    if (number == SIGHUP && !server_is_stopping(d->server)) {
+        server_reload(d->server);
         return;
     }
     if (server_is_stopping(d->server)) {
