@@ -234,7 +234,7 @@ static void fail(struct tls *t, int err, const char *what, const char *why)
 {
     if (err)
         (void)failure_set(&t->why, err, "%s: %s", what, why);
-    if (t->state == TLS_HANDSHAKE)
+    if (t->state == TLS_HANDSHAKE && !t->stopped)
         t->server->nfailed++;
     t->state = TLS_FAILED;
     t->bufs = NULL; /* the caller's again */
@@ -518,6 +518,8 @@ int tls_new(struct tls_server *server, uv_stream_t *stream, const struct tls_ops
 
 void tls_stop(struct tls *t)
 {
+    if (t->state == TLS_HANDSHAKE && !t->stopped)
+        t->server->nfailed++;
     t->stopped = true;
     drop_queue(t);
 }
