@@ -2,6 +2,7 @@
 # ctest: timeout 300
 """TLS with stock clients: who gets in, with what, and that what they get is right."""
 import os
+import shutil
 import signal
 import ssl
 import sys
@@ -188,6 +189,20 @@ class Keys(tlsworld.TlsCase):
 
 
 class Init(tlsworld.TlsCase):
+    def test_nbdkit_takes_the_same_files(self):
+        if not shutil.which('nbdkit'):
+            self.skipTest('missing: nbdkit')
+        pki, keys = f'{self.folder}/pki', f'{self.folder}/psk'
+        tlsworld.qpull('certs', 'init', pki, '--host=storage.example', '--host=192.0.2.1')  # one client, called "client"
+        tlsworld.qpull('certs', 'init', keys, '--psk=alice')
+        for flags, uri in (([f'--tls-certificates={pki}', '--tls-verify-peer'],
+                            f'nbds+unix:///?socket=$unixsocket&tls-certificates={pki}/clients/client'),
+                           ([f'--tls-psk={keys}/keys.psk'],
+                            f'nbds+unix://alice@/?socket=$unixsocket&tls-psk-file={keys}/clients/alice/keys.psk')):
+            done = harness.run(['nbdkit', '--tls=require', *flags, '-U', '-', 'memory', '1M', '--run',
+                                f'nbdinfo --size "{uri}"'])
+            self.assertEqual(done.stdout.strip(), str(1 << 20))
+
     def test_nothing_is_made_anew_and_keys_are_for_their_owner_only(self):
         self.begin()
         paths = {}
