@@ -132,14 +132,14 @@ static void explain(struct tls *t, int r)
     if (r == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR &&
         gnutls_certificate_verification_status_print(gnutls_session_get_verify_cert_status(t->session), GNUTLS_CRT_X509,
                                                      &words, 0) == 0)
-        (void)failure_set(&t->why, -EACCES, "the client's certificate is refused: %s", (const char *)words.data);
+        (void)failure_set(&t->trouble, -EACCES, "the client's certificate is refused: %s", (const char *)words.data);
     else if (r == GNUTLS_E_FATAL_ALERT_RECEIVED)
-        (void)failure_set(&t->why, -EPROTO, "the client ended TLS: %s",
+        (void)failure_set(&t->trouble, -EPROTO, "the client ended TLS: %s",
                           gnutls_alert_get_name(gnutls_alert_get(t->session)));
-    else if (t->state == TLS_HANDSHAKE)
-        (void)failure_set(&t->why, -EPROTO, "the TLS handshake failed: %s", gnutls_strerror(r));
+    else if (t->job == TLS_JOB_HANDSHAKE)
+        (void)failure_set(&t->trouble, -EPROTO, "the TLS handshake failed: %s", gnutls_strerror(r));
     else
-        (void)failure_set(&t->why, -EPROTO, "TLS failed: %s", gnutls_strerror(r));
+        (void)failure_set(&t->trouble, -EPROTO, "TLS failed: %s", gnutls_strerror(r));
     gnutls_free(words.data);
 }
 
@@ -234,10 +234,13 @@ static void fail(struct tls *t, int err, const char *what, const char *why)
 {
     if (err)
         (void)failure_set(&t->why, err, "%s: %s", what, why);
+    else
+        (void)failure_copy(&t->why, &t->trouble);
     if (t->state == TLS_HANDSHAKE && !t->stopped)
         t->server->nfailed++;
     t->state = TLS_FAILED;
-    t->bufs = NULL; /* the caller's again */
+    if (t->job != TLS_JOB_SEAL) /* else a worker reads it: on_job_done() */
+        t->bufs = NULL;         /* the caller's again */
 }
 
 static void drop_queue(struct tls *t)
@@ -285,7 +288,7 @@ static void on_written(uv_write_t *req, int status)
             fail(t, status, "sending failed", uv_strerror(status));
     } else if (!t->stopped) {
         write_boxes(t, /* later= */ false);
-        if (t->state == TLS_UP && t->bufs && t->left == 0 && t->job == TLS_JOB_NONE && !t->writing)
+        if (t->state == TLS_UP && t->job == TLS_JOB_NONE && t->bufs && t->left == 0 && !t->writing)
             batch_taken(t);
         go_on(t);
     }
@@ -430,14 +433,14 @@ uint64_t tls_progress(const struct tls *t)
 /* -- input --------------------------------------------------------------------------------------------------------- */
 uv_buf_t tls_room(struct tls *t)
 {
-    bool lent = t->job == TLS_JOB_HANDSHAKE;
-
-    if (!lent && t->in_at > 0) {
+    if (t->job == TLS_JOB_HANDSHAKE) /* it is the worker's */
+        return uv_buf_init(NULL, 0);
+    if (t->in_at > 0) {
         memmove(t->in, t->in + t->in_at, t->in_len - t->in_at);
         t->in_len -= t->in_at;
         t->in_at = 0;
     }
-    return uv_buf_init((char *)t->in + t->in_len, lent ? 0 : (unsigned)(sizeof t->in - t->in_len));
+    return uv_buf_init((char *)t->in + t->in_len, (unsigned)(sizeof t->in - t->in_len));
 }
 
 void tls_received(struct tls *t, size_t n)

@@ -43,8 +43,9 @@ struct tls {
     gnutls_session_t session; /* a worker's while job is not NONE, like the fields marked (w) */
     gnutls_typed_vdata_st purpose;
     enum tls_state state;
-    struct failure why;   /* (w) */
-    struct tls_peer peer; /* (w) until TLS_UP */
+    struct failure why;
+    struct failure trouble; /* (w) what gnutls says; becomes why */
+    struct tls_peer peer;   /* (w) until TLS_UP */
     bool stopped, bye_said;
 
     /* input: sealed; (w) in a handshake */

@@ -191,12 +191,13 @@ class Hostile(tlsworld.TlsCase):
         for raw in stuck:
             raw.put(b''.join(struct.pack('>IHHQQI', rawnbd.REQUEST_MAGIC, 0, rawnbd.CMD_READ, i, 0, 8 * MIB)
                              for i in range(40)))
-        time.sleep(3)  # all that can move has moved, or will be seen by what is said below
-        most = 0
-        for _ in range(20):
-            status = self.daemon.ask('query-status')
-            most = max(most, status['tls']['buffers'])
-            time.sleep(0.05)
+        most, same = 0, 0
+        deadline = time.monotonic() + 60
+        while same < 10 and time.monotonic() < deadline:  # until nothing moves any more
+            sealed = self.daemon.ask('query-status')['tls']['buffers']
+            same = same + 1 if sealed == most > 0 else 0
+            most = max(most, sealed)
+            time.sleep(0.2)
         print(f'{most / MIB:.1f} MiB sealed, {self.memory() / MIB:.0f} MiB RSS', file=sys.stderr, flush=True)
         self.assertGreater(most, PART)
         self.assertLess(most, SEALED_TOTAL + 16 * (PART + SLACK) + STUCK * (PART_SHORT + SLACK))
