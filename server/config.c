@@ -136,9 +136,12 @@ enum row {
     ROW_STORAGE_DAEMON,
     ROW_QGA,
     ROW_QUIESCE,
+    ROW_TLS,
+    ROW_TLS_CERTS,
+    ROW_TLS_PSK,
+    ROW_THREADS,
     ROW_VERSION,
     ROW_HELP,
-    ROW_NOT_YET, /* from here on: names of the contract that this version refuses */
 };
 
 enum row_flags {
@@ -190,19 +193,20 @@ static const struct {
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
     [ROW_ALLOW] = {"allow", REPEATABLE, "WHO=VM-GLOB[/RIGHTS][,…]",
-                   "who may do what; WHO: user:NAME, group:NAME, psk:NAME, cn:GLOB, ip:ADDRESS, … (default: root and "
+                   "who may do what; WHO: user:NAME, group:NAME, psk:NAME, x509:GLOB, ip:ADDRESS, … (default: root and "
                    "our user on unix sockets)"},
     [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
                             "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},
     [ROW_QGA] = {"qga", REPEATABLE, "NAME=SOCKET", "the guest agent of a VM; repeatable"},
     [ROW_QUIESCE] = {"quiesce", 0, "off|try|require",
                      "freeze the guest's file systems for the cut (default off; try: go on where it fails)"},
+    [ROW_TLS] = {"tls", 0, "off|on|require",
+                 "on: clients may use TLS, and must from other machines; require: all must (default off)"},
+    [ROW_TLS_CERTS] = {"tls-certs", 0, "DIR", "ca-cert.pem, server-cert.pem, server-key.pem, maybe ca-crl.pem"},
+    [ROW_TLS_PSK] = {"tls-psk", 0, "FILE", "pre-shared keys instead: lines of USER:HEXKEY"},
+    [ROW_THREADS] = {"threads", 0, "N", "that encrypt (default: one for each processor, at most 8)"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
-    [ROW_NOT_YET] = {"tls", 0, NULL, NULL},
-    {"tls-certs", 0, NULL, NULL},
-    {"tls-psk", 0, NULL, NULL},
-    {"threads", 0, NULL, NULL},
 };
 static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
 
@@ -280,14 +284,20 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_qga(c, value, by_flag, f);
     case ROW_QUIESCE:
         return config_set_quiesce(&c->quiesce, value, f);
+    case ROW_TLS:
+        return config_set_tls(&c->tls, value, f);
+    case ROW_TLS_CERTS:
+        return config_set_path(&c->tls_certs, value, f);
+    case ROW_TLS_PSK:
+        return config_set_path(&c->tls_psk, value, f);
+    case ROW_THREADS:
+        return config_set_count(&c->threads, value, TLS_THREADS_MAX, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
     case ROW_HELP:
         c->wish = CONFIG_HELP;
         return 0;
-    case ROW_NOT_YET:
-        break;
     }
     return failure_set(f, -EINVAL, "not supported by this version");
 }
@@ -633,6 +643,8 @@ void config_free(struct server_config *c)
     free(c->state);
     free(c->storage_daemon);
     free(c->pidfile);
+    free(c->tls_certs);
+    free(c->tls_psk);
     free(c->file);
     access_done(&c->access);
     free(c);

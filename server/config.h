@@ -84,6 +84,22 @@
 #define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
 #define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
 
+/* -- TLS (server/tls, docs/decisions/0018-tls.md) -------------------------------------------------------------------
+ */
+#define TLS_READ_BUFFER 4096u      /* sealed bytes read from the socket at once: 80 requests */
+#define TLS_PART (256u << 10)      /* bytes sealed by one job; 128 to 256 KiB was the best measured */
+#define TLS_PART_SHORT (64u << 10) /* likewise, while all hold more than … */
+#define TLS_SEALED_TOTAL                                                                                               \
+    (8ul << 20)                        /* … so many sealed bytes that sockets have not taken; and then no job begins \
+                                          before the last one's bytes are gone */
+#define TLS_INLINE (16u << 10)         /* bytes that the loop thread seals itself: a record, some 10 us */
+#define TLS_SPARE_BOXES 4u             /* of TLS_PART, kept for the next job */
+#define TLS_HANDSHAKE_MAX (64u << 10)  /* bytes of one handshake message of a client: its certificates */
+#define TLS_HANDSHAKE_OUT (256u << 10) /* bytes that we may have to say in one go: certificates, names of many CAs */
+#define TLS_ALERTS_MAX 16u             /* that are none of an end, in a row: a client that sends more has another aim */
+#define TLS_THREADS_MAX 64u            /* of --threads … */
+#define TLS_THREADS_DEFAULT_MAX 8u     /* … and where it is not said: one for each processor, up to so many */
+
 /* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
 #define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
 #define FAIR_READS 32u   /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
@@ -183,6 +199,9 @@ struct config_listener {
  * been sent to one. */
 enum config_give_back { GIVE_BACK_OFF, GIVE_BACK_TRIM, GIVE_BACK_READ };
 
+/* ON: who comes to an address beyond loopback must use it all the same, unless allow_plaintext. */
+enum config_tls { CONFIG_TLS_OFF, CONFIG_TLS_ON, CONFIG_TLS_REQUIRE };
+
 enum config_wish { CONFIG_RUN, CONFIG_HELP, CONFIG_VERSION };
 
 #define CONFIG_ROWS_MAX 48 /* rows of the option table */
@@ -212,6 +231,9 @@ struct server_config {
     enum log_level log_level;
     bool allow_plaintext;
     struct access access; /* owned */
+    enum config_tls tls;
+    char *tls_certs, *tls_psk; /* owned: a directory or a file: one of them unless tls is OFF */
+    unsigned threads;          /* 0: by the number of processors */
     enum quiesce_mode quiesce;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];

@@ -80,11 +80,25 @@ static int check_listener(const struct server_config *c, struct config_listener 
         return failure_set(f, -EINVAL, "--listen %s: %s", l->text, gai_strerror(r));
     memcpy(&l->address, found->ai_addr, found->ai_addrlen);
     freeaddrinfo(found);
-    if (!config_is_loopback(&l->address) && !c->allow_plaintext)
+    if (!config_is_loopback(&l->address) && c->tls == CONFIG_TLS_OFF && !c->allow_plaintext)
         return failure_set(f, -EINVAL,
                            "--listen %s would offer disks to the network in clear text; "
-                           "listen on loopback, or say --allow-plaintext",
+                           "say --tls on, listen on loopback, or say --allow-plaintext",
                            l->text);
+    return 0;
+}
+
+/* What is in the files is looked at when they are loaded. */
+static int check_tls(const struct server_config *c, struct failure *f)
+{
+    if (c->tls_certs && c->tls_psk)
+        return failure_set(f, -EINVAL, "--tls-certs and --tls-psk cannot both be used: a client has one or the other");
+    if (c->tls == CONFIG_TLS_OFF && (c->tls_certs || c->tls_psk))
+        return failure_set(f, -EINVAL, "--tls-%s needs --tls on or --tls require", c->tls_certs ? "certs" : "psk");
+    if (c->tls != CONFIG_TLS_OFF && !c->tls_certs && !c->tls_psk)
+        return failure_set(f, -EINVAL,
+                           "--tls %s needs --tls-certs DIR or --tls-psk FILE; qpull certs init DIR makes either",
+                           c->tls == CONFIG_TLS_ON ? "on" : "require");
     return 0;
 }
 
@@ -154,7 +168,7 @@ static int check_vm_places(const struct server_config *c, struct failure *f)
 
 int config_check(struct server_config *c, struct failure *f)
 {
-    int r = 0;
+    int r = check_tls(c, f);
 
     for (size_t i = 0; r == 0 && i < c->nlisteners; i++) {
         struct config_listener *l = &c->listeners[i];

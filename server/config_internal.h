@@ -18,6 +18,7 @@ int config_set_quiesce(enum quiesce_mode *to, const char *value, struct failure 
 int config_set_give_back(enum config_give_back *to, const char *value, struct failure *f);
 /* DIR, or where places are allowed alone (dir NULL) the JSON object of one. */
 int config_set_scratch(char **dir, struct place **place, const char *value, struct failure *f);
+int config_set_tls(enum config_tls *to, const char *value, struct failure *f);
 int config_set_path(char **to, const char *value, struct failure *f);
 int config_set_engine(enum engine *to, const char *value, struct failure *f);
 

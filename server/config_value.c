@@ -154,3 +154,17 @@ int config_set_give_back(enum config_give_back *to, const char *value, struct fa
     }
     return failure_set(f, -EINVAL, "\"%s\" is none of off, trim, read", value);
 }
+
+int config_set_tls(enum config_tls *to, const char *value, struct failure *f)
+{
+    static const char *const words[] = {
+        [CONFIG_TLS_OFF] = "off", [CONFIG_TLS_ON] = "on", [CONFIG_TLS_REQUIRE] = "require"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(words); i++) {
+        if (strcmp(words[i], value) == 0) {
+            *to = (enum config_tls)i;
+            return 0;
+        }
+    }
+    return failure_set(f, -EINVAL, "\"%s\" is none of off, on, require", value);
+}

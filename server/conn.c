@@ -100,6 +100,8 @@ static void shut(struct conn *c, bool await_eof)
         pull_drop(&c->pull);
     nbd_free(TAKE_PTR(c->nbd));
     drop_queue(c);
+    if (c->tls)
+        tls_stop(c->tls);
 }
 
 void conn_kill(struct conn *c, int err, const char *fmt, ...)
@@ -133,6 +135,9 @@ static void on_closed(uv_handle_t *handle)
     struct conn *c = handle->data;
     struct conn_set *s = c->set;
 
+    if (c->tls && c->batch) /* tls_stop() left it to us */
+        conn_batch_done(c, UV_ECANCELED);
+    tls_free(c->tls);
     assert(!c->queue && !c->batch && c->stay_state == STAY_NONE);
     if (c->pulling)
         pull_done(&c->pull);
@@ -145,6 +150,8 @@ static void on_closed(uv_handle_t *handle)
     if (--s->nopen == 0) {
         (void)uv_timer_stop(&s->tick);
         budget_done(&s->budget); /* the spare pieces; glibc keeps what is freed unless it is told */
+        if (s->tls)
+            tls_server_trim(s->tls);
         (void)malloc_trim(0);
         if (s->on_empty)
             s->on_empty(s->arg);
@@ -162,9 +169,8 @@ static void on_shutdown(uv_shutdown_t *req, int status)
 /* -- output -------------------------------------------------------------------------------------------------------- */
 static void conn_output(struct conn *c);
 
-static void on_written(uv_write_t *req, int status)
+void conn_batch_done(struct conn *c, int status)
 {
-    struct conn *c = req->data;
     struct conn_chunk *done = TAKE_PTR(c->batch), *next;
 
     if (status < 0 && status != UV_ECANCELED) /* else we are closing */
@@ -178,6 +184,13 @@ static void on_written(uv_write_t *req, int status)
         c->active_ms = c->progress_ms = now_ms(c);
         conn_output(c);
     }
+}
+
+static void on_written(uv_write_t *req, int status)
+{
+    struct conn *c = req->data;
+
+    conn_batch_done(c, status);
     conn_settle(c);
 }
 
@@ -194,7 +207,7 @@ static unsigned chunk_bufs(struct conn_chunk *chunk, uv_buf_t *bufs)
     return n;
 }
 
-/* Hands the next batch to libuv. One batch at a time: what comes meanwhile makes up the next one. */
+/* Hands the next batch to libuv, or to TLS. One batch at a time: what comes meanwhile makes up the next one. */
 static void conn_output(struct conn *c)
 {
     struct conn_chunk **at = &c->queue;
@@ -202,7 +215,7 @@ static void conn_output(struct conn *c)
     unsigned n = 0, nchunks = 0;
     int r;
 
-    if (c->batch || !c->queue)
+    if (c->batch || !c->queue || (c->tls && tls_state(c->tls) != TLS_UP))
         return;
     while (*at && nchunks < CONN_BATCH_CHUNKS && bytes < CONN_BATCH_BYTES) {
         struct conn_chunk *chunk = *at;
@@ -218,6 +231,10 @@ static void conn_output(struct conn *c)
         c->queue_last = NULL;
     c->submitted += bytes;
     c->progress_ms = now_ms(c);
+    if (c->tls) {
+        tls_write(c->tls, c->bufs, n);
+        return;
+    }
     c->write.data = c;
     r = uv_write(&c->write, &c->sock.stream, c->bufs, n, on_written);
     /* Fails for want of memory only; the chunks return to the queue, and the deadline for unsent bytes ends it. */
@@ -239,7 +256,9 @@ static size_t send_now(struct conn *c, const void *head, size_t len, const struc
     uv_buf_t bufs[] = {uv_buf_init((char *)head, (unsigned)len), {0}};
     int sent;
 
-    if (c->queue || c->batch || c->state >= CONN_SHUT || !payload || payload->len < CONN_NOW_LEAST)
+    /* Nothing goes past TLS, from the moment on in which it was asked for. */
+    if (c->tls || c->tls_wanted || c->queue || c->batch || c->state >= CONN_SHUT || !payload ||
+        payload->len < CONN_NOW_LEAST)
         return 0;
     bufs[1] = uv_buf_init((char *)payload->data, (unsigned)payload->len);
     sent = len > 0 ? uv_try_write(&c->sock.stream, bufs, 2) : uv_try_write(&c->sock.stream, bufs + 1, 1);
@@ -291,8 +310,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && !conn_is_full(c) && !c->parked && nbd_inflight(c->nbd) < CONN_MAX_REQUESTS &&
-           !(c->pulling && pull_reply_is_open(&c->pull));
+    return c->state == CONN_TALKING && !c->tls_wanted && !conn_is_full(c) && !c->parked &&
+           nbd_inflight(c->nbd) < CONN_MAX_REQUESTS && !(c->pulling && pull_reply_is_open(&c->pull));
 }
 
 bool conn_is_full(const struct conn *c)
@@ -344,7 +363,7 @@ static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 {
     struct conn *c = handle->data;
 
-    *buf = uv_buf_init(c->input, sizeof c->input);
+    *buf = c->tls && c->state == CONN_TALKING ? tls_room(c->tls) : uv_buf_init(c->input, sizeof c->input);
 }
 
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
@@ -360,8 +379,12 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
         c->await_eof = false;
         if (nread != UV_EOF)
             conn_kill(c, (int)nread, "the connection broke: %s", uv_strerror((int)nread));
+        else if (c->state == CONN_TALKING && c->tls)
+            tls_received_eof(c->tls);
         else if (c->state == CONN_TALKING)
             nbd_feed_eof(c->nbd);
+    } else if (c->state == CONN_TALKING && c->tls) {
+        tls_received(c->tls, (size_t)nread);
     } else if (c->state == CONN_TALKING) {
         /* A request counts when it is whole: a client that sends one byte now and then asks for nothing. */
         c->input_at = 0;
@@ -406,12 +429,26 @@ static void on_nbd_hangup(void *arg, enum nbd_end end, const struct failure *why
     set_state(c, CONN_FLUSHING);
 }
 
+static void on_nbd_starttls(void *arg)
+{
+    conn_tls_starttls(arg);
+}
+
 static const struct nbd_ops nbd_ops = {
     .ask = on_nbd_ask,
     .request = on_nbd_request,
     .send = on_nbd_send,
     .hangup = on_nbd_hangup,
+    .starttls = on_nbd_starttls,
 };
+
+/* A handshake has nothing to do with nbd; else what comes must have somewhere to go. */
+static bool wants_bytes(const struct conn *c)
+{
+    if (c->tls && tls_room(c->tls).len == 0)
+        return false;
+    return c->tls && tls_state(c->tls) == TLS_HANDSHAKE ? true : c->input_len == 0 && may_feed(c);
+}
 
 /* -- moving on ----------------------------------------------------------------------------------------------------- */
 void conn_settle(struct conn *c)
@@ -422,17 +459,24 @@ void conn_settle(struct conn *c)
         if (c->parked && !conn_is_full(c))
             conn_ask_parked(c);
         conn_input(c);
+        conn_tls_settle(c);
+        while (c->tls && c->input_len == 0 && may_feed(c) && conn_tls_input(c))
+            conn_input(c);
         if (c->broken)
             conn_kill(c, -ENOMEM, "out of memory");
     }
     if (c->state == CONN_TALKING) {
-        set_reading(c, c->input_len == 0 && may_feed(c));
+        set_reading(c, wants_bytes(c));
         return;
     }
-    if (c->state == CONN_FLUSHING)
+    if (c->state == CONN_FLUSHING) {
+        conn_tls_settle(c);
         conn_ask_forget(c);
+    }
     if (!conn_try_leave(c) && c->state > CONN_FLUSHING)
         return;
+    if (c->state == CONN_FLUSHING && c->tls && !conn_is_sending(c))
+        tls_bye(c->tls);
     if (c->state == CONN_FLUSHING && !conn_is_sending(c)) {
         /* A client that we hang up on may still be sending: closing now would take our last words from it (RST). */
         bool await_eof = c->end != NBD_END_DISC && c->end != NBD_END_EOF;
@@ -443,7 +487,8 @@ void conn_settle(struct conn *c)
         if (c->await_eof)
             set_reading(c, true);
     }
-    if (c->state == CONN_SHUT && !c->shutting && !c->await_eof && conn_try_leave(c)) {
+    if (c->state == CONN_SHUT && !c->shutting && !c->await_eof && conn_try_leave(c) &&
+        !(c->tls && tls_is_busy(c->tls))) {
         set_state(c, CONN_CLOSING);
         uv_close(&c->sock.handle, on_closed);
     }
@@ -508,8 +553,8 @@ static int identify(struct conn *c, char *from, size_t size)
         /* SO_SNDBUFFORCE is for root and passes the system's limit; otherwise we take what we get. */
         if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size_wanted, sizeof size_wanted) < 0)
             (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size_wanted, sizeof size_wanted);
-        (void)snprintf(c->identity, sizeof c->identity, "uid:%u", (unsigned)peer.uid);
-        (void)snprintf(from, size, "%s (pid %d)", c->identity, (int)peer.pid);
+        (void)snprintf(c->origin, sizeof c->origin, "uid:%u", (unsigned)peer.uid);
+        (void)snprintf(from, size, "%s (pid %d)", c->origin, (int)peer.pid);
         return fair_join(&c->set->fair, &c->fair, from); /* a client is a process */
     }
     if (a->ss_family == AF_INET) {
@@ -526,9 +571,9 @@ static int identify(struct conn *c, char *from, size_t size)
     }
     notice_vanishing(fd);
     (void)uv_tcp_nodelay(&c->sock.tcp, 1);
-    (void)snprintf(c->identity, sizeof c->identity, "ip:%s", text);
-    (void)snprintf(from, size, "%s port %u", c->identity, port);
-    return fair_join(&c->set->fair, &c->fair, c->identity);
+    (void)snprintf(c->origin, sizeof c->origin, "ip:%s", text);
+    (void)snprintf(from, size, "%s port %u", c->origin, port);
+    return fair_join(&c->set->fair, &c->fair, c->origin);
 }
 
 /* True: there is a place for one more. */
@@ -615,7 +660,9 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
         conn_settle(c);
         return 0;
     }
+    memcpy(c->identity, c->origin, sizeof c->origin);
     log_info("c%llu connected: %s", (unsigned long long)c->id, from);
+    conn_tls_offer(c);
     nbd_start(c->nbd);
     conn_settle(c);
     return 0;
@@ -680,6 +727,8 @@ static struct json_object *to_json(struct conn *c)
 
     json_object_object_add(o, "id", json_object_new_uint64(c->id));
     json_object_object_add(o, "client", json_object_new_string(c->identity));
+    json_object_object_add(o, "origin", json_object_new_string(c->origin));
+    json_object_object_add(o, "tls", conn_tls_to_json(c));
     json_object_object_add(o, "export", c->export_name && c->pulling ? json_object_new_string(c->export_name) : NULL);
     json_object_object_add(o, "session",
                            c->stay_state == STAY_ENTERED ? json_object_new_string(vm_stay_session(&c->stay)) : NULL);

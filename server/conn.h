@@ -6,7 +6,8 @@
  *
  * Loop thread only. A connection belongs to its set and is freed in its socket's close callback, nowhere else.
  *
- * TLS has one seam: conn_input() takes bytes off the socket, conn_output() puts bytes on it; all else sees plain bytes.
+ * TLS has one seam: conn_input() gets its bytes from conn_tls_input(), conn_output() hands its batches to tls_write(),
+ * and all else sees plain bytes.
  */
 #ifndef QPULL_CONN_H
 #define QPULL_CONN_H
@@ -19,12 +20,14 @@
 #include <uv.h>
 
 struct conn;
+struct tls_server;
 
 struct conn_set {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
     const struct access *access;        /* borrowed; may be another one after any turn of the loop */
+    struct tls_server *tls;             /* borrowed; NULL: TLS is off */
     struct budget budget;
     struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */

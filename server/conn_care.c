@@ -7,7 +7,7 @@
 /* -- deadlines ----------------------------------------------------------------------------------------------------- */
 static void check_output(struct conn *c)
 {
-    uint64_t written = c->submitted - uv_stream_get_write_queue_size(&c->sock.stream);
+    uint64_t written = conn_progress(c);
     unsigned bound = c->set->config->idle_timeout_ms > 0 ? c->set->config->idle_timeout_ms : CONN_STUCK_MS;
 
     if (written != c->written || !conn_is_sending(c)) {

@@ -7,6 +7,7 @@
 #include "conn.h"
 #include "nbd/nbd.h"
 #include "pull.h"
+#include "tls.h"
 
 /* In this order; a connection only moves down. */
 enum conn_state {
@@ -39,9 +40,10 @@ struct conn {
         uv_pipe_t pipe;
         uv_tcp_t tcp;
     } sock;
-    char identity[80]; /* "uid:0", "ip:192.0.2.7" */
+    char identity[TLS_IDENTITY_MAX]; /* "uid:0", "ip:192.0.2.7"; with TLS who its certificate or key says it is */
+    char origin[80];                 /* "uid:0", "ip:192.0.2.7", with TLS, too */
     struct access_who who;
-    struct nbd *nbd;   /* owned until CONN_SHUT */
+    struct nbd *nbd; /* owned until CONN_SHUT */
     struct fair_member fair;
     bool has_turn; /* requests may be taken although there are other clients */
 
@@ -62,6 +64,11 @@ struct conn {
     bool broken;    /* a chunk could not be queued: nothing may follow it */
     bool quiet;     /* not worth a line in the log */
     bool await_eof; /* CONN_SHUT: the client gets time to read our last words */
+
+    /* TLS: conn_tls.c */
+    struct tls *tls; /* owned; NULL: bytes go in clear */
+    bool tls_wanted; /* STARTTLS is acknowledged: nothing is fed until TLS is up */
+    bool tls_was_up;
 
     /* negotiation */
     struct catalog_ask ask;
@@ -104,8 +111,15 @@ struct conn {
 void conn_settle(struct conn *c);
 static inline bool conn_is_sending(const struct conn *c)
 {
-    return c->queue || c->batch;
+    return c->queue || c->batch || (c->tls && tls_is_sending(c->tls));
 }
+/* Bytes that the socket has taken: says only that it goes on, or does not. */
+static inline uint64_t conn_progress(const struct conn *c)
+{
+    return c->tls ? tls_progress(c->tls) : c->submitted - uv_stream_get_write_queue_size(&c->sock.stream);
+}
+/* The batch is with the socket, or will never be. */
+void conn_batch_done(struct conn *c, int status);
 /* It has not taken what we have answered: nothing more is made for it. */
 bool conn_is_full(const struct conn *c);
 
@@ -114,6 +128,14 @@ void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
 
 /* -- conn_care.c --------------------------------------------------------------------------------------------------- */
 void conn_care(struct conn *c); /* every CONN_TICK_MS; conn_settle() comes after it */
+
+/* -- conn_tls.c ---------------------------------------------------------------------------------------------------- */
+void conn_tls_offer(struct conn *c);    /* before nbd_start() */
+void conn_tls_starttls(struct conn *c); /* nbd's word */
+void conn_tls_settle(struct conn *c);   /* until CONN_SHUT: begins it, tells nbd how it went */
+/* Fills the empty input buffer with what has come; false: nothing has, or the end. */
+bool conn_tls_input(struct conn *c);
+struct json_object *conn_tls_to_json(const struct conn *c); /* NULL: in clear */
 
 /* -- conn_ask.c ---------------------------------------------------------------------------------------------------- */
 void conn_ask(struct conn *c, const struct nbd_ask *ask);

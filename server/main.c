@@ -61,13 +61,14 @@ static void reload(struct daemon *d)
     d->access = config->access;
     config->access = (struct access){0};
     server_set_access(d->server, &d->access);
-    log_info("SIGHUP: %zu rules say who may do what; all other settings wait for the next start", d->access.nrules);
+    log_info("SIGHUP: %zu rules say who may do what; VMs and all else wait for the next start", d->access.nrules);
     if (access_names_users(&d->access) != access_names_users(&d->config->access))
         log_warning("SIGHUP: the modes of our sockets are those of the start: %s",
                     access_names_users(&d->access) ? "other users cannot connect yet"
                                                    : "other users can still connect");
     access_done(&before);
     config_free(config);
+    server_reload(d->server);
 }
 
 static void on_signal(uv_signal_t *watch, int number)

@@ -5,6 +5,7 @@
 #include "control.h"
 #include "listen.h"
 #include "source/vhost.h"
+#include "tls.h"
 #include "vm.h"
 
 #include <assert.h>
@@ -35,6 +36,9 @@ struct server {
     struct listener **listeners; /* owned, each */
     size_t nlisteners;
     uint64_t started_ms;
+    struct tls_server tls;
+    struct server_reload *reload; /* the workers': is under way */
+    bool has_tls, reload_again;
 
     enum stage stage;
     size_t nstopping; /* VMs whose vm_stop() has not come back */
@@ -95,6 +99,98 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         return failure_set(f, r, "VM \"%s\": %s", from->name, strerror(-r));
     s->nvms++;
     return 0;
+}
+
+/* -- TLS ----------------------------------------------------------------------------------------------------------- */
+/* Files are read by a worker. */
+struct server_reload {
+    struct work work;
+    struct server *server;
+    const char *certs, *psk;
+    struct tls_creds *creds;
+    struct failure note, why;
+};
+
+static void tell_creds(const struct tls_creds *creds, const struct failure *note)
+{
+    log_info("TLS: %s", tls_creds_text(creds));
+    if (note->err)
+        log_warning("TLS: %s", note->text);
+}
+
+static int start_tls(struct server *s, struct failure *f)
+{
+    const struct server_config *c = s->config;
+    struct tls_creds *creds;
+    struct failure note = {0};
+    unsigned nthreads = c->threads ? c->threads : workers_default(TLS_THREADS_DEFAULT_MAX);
+    int r;
+
+    if (c->tls == CONFIG_TLS_OFF)
+        return 0;
+    r = tls_creds_load(c->tls_certs, c->tls_psk, &creds, &note, f);
+    if (r < 0)
+        return r;
+    r = tls_server_init(&s->tls, s->loop, nthreads, creds);
+    if (r < 0) {
+        tls_creds_unref(creds);
+        return failure_set(f, r, "cannot start %u threads for TLS: %s", nthreads, uv_strerror(r));
+    }
+    tell_creds(creds, &note);
+    s->has_tls = true;
+    s->conns.tls = &s->tls;
+    return 0;
+}
+
+static void run_reload(struct work *w)
+{
+    struct server_reload *l = container_of(w, struct server_reload, work);
+
+    (void)tls_creds_load(l->certs, l->psk, &l->creds, &l->note, &l->why);
+}
+
+static void on_reloaded(struct work *w)
+{
+    struct server_reload *l = container_of(w, struct server_reload, work);
+    struct server *s = l->server;
+
+    if (l->why.err) {
+        log_error("reload: %s; the certificates or keys of before stay in use", l->why.text);
+    } else {
+        tls_server_set_creds(&s->tls, l->creds);
+        tell_creds(l->creds, &l->note);
+    }
+    s->reload = NULL;
+    free(l);
+    if (s->reload_again && !server_is_stopping(s)) {
+        s->reload_again = false;
+        server_reload(s);
+    }
+}
+
+void server_reload(struct server *s)
+{
+    struct server_reload *l;
+
+    if (!s->has_tls)
+        return;
+    if (s->reload) { /* it may have read the old ones */
+        s->reload_again = true;
+        return;
+    }
+    l = calloc(1, sizeof *l);
+    if (!l) {
+        log_error("reload: out of memory");
+        return;
+    }
+    *l = (struct server_reload){
+        .work = {.run = run_reload, .done = on_reloaded},
+        .server = s,
+        .certs = s->config->tls_certs,
+        .psk = s->config->tls_psk,
+    };
+    s->reload = l;
+    workers_submit(s->tls.workers, &l->work);
 }
 
 static void on_conns_gone(void *arg);
@@ -167,10 +263,11 @@ static int open_passed(struct server *s, const struct config_listener *config, s
             return failure_set(f, -EINVAL, "--listen fd: descriptor %d is not a listening stream socket", fd);
         if (getsockname(fd, (struct sockaddr *)&address, &len) < 0)
             return failure_set(f, -errno, "--listen fd: descriptor %d: %s", fd, strerror(errno));
-        if (address.ss_family != AF_UNIX && !config_is_loopback(&address) && !s->config->allow_plaintext)
+        if (address.ss_family != AF_UNIX && !config_is_loopback(&address) && s->config->tls == CONFIG_TLS_OFF &&
+            !s->config->allow_plaintext)
             return failure_set(f, -EINVAL,
                                "--listen fd: descriptor %d would offer disks to the network in clear text; "
-                               "listen on loopback, or say --allow-plaintext",
+                               "say --tls on, listen on loopback, or say --allow-plaintext",
                                fd);
         r = listen_open(s->loop, config, fd, access_names_users(s->conns.access), on_client, s,
                         &s->listeners[s->nlisteners], f);
@@ -203,7 +300,7 @@ static int start_listeners(struct server *s, struct failure *f)
 
 int server_start(struct server *s, struct failure *f)
 {
-    int r = 0;
+    int r = start_tls(s, f);
 
     for (size_t i = 0; r == 0 && i < s->config->nvms; i++)
         r = add_vm(s, &s->config->vms[i], f);
@@ -244,11 +341,21 @@ static void on_scratch_closed(void *arg)
     uv_close((uv_handle_t *)&s->timer, on_timer_closed);
 }
 
-static void on_set_closed(void *arg)
+static void on_tls_closed(void *arg)
 {
     struct server *s = arg;
 
     scratch_close(TAKE_PTR(s->scratch), on_scratch_closed, s);
+}
+
+static void on_set_closed(void *arg)
+{
+    struct server *s = arg;
+
+    if (s->has_tls)
+        tls_server_close(&s->tls, on_tls_closed, s);
+    else
+        on_tls_closed(s);
 }
 
 static void on_control_closed(void *arg)
@@ -424,6 +531,18 @@ static struct json_object *scratch_to_json(const struct server *s)
     return o;
 }
 
+static struct json_object *tls_to_json(const struct server *s)
+{
+    struct json_object *o = json_object_new_object();
+
+    json_object_object_add(o, "required", json_object_new_boolean(s->config->tls == CONFIG_TLS_REQUIRE));
+    json_object_object_add(o, "credentials", json_object_new_string(tls_creds_text(s->tls.creds)));
+    json_object_object_add(o, "handshakes", json_object_new_uint64(s->tls.nhandshakes));
+    json_object_object_add(o, "failed", json_object_new_uint64(s->tls.nfailed));
+    json_object_object_add(o, "buffers", json_object_new_uint64(s->tls.sealed));
+    return o;
+}
+
 struct json_object *server_status_to_json(struct server *s)
 {
     struct json_object *o = json_object_new_object(), *listeners = json_object_new_array();
@@ -447,6 +566,7 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(o, "uptime", json_object_new_uint64(server_uptime_ms(s) / 1000));
     json_object_object_add(o, "stopping", json_object_new_boolean(server_is_stopping(s)));
     json_object_object_add(o, "listeners", listeners);
+    json_object_object_add(o, "tls", s->has_tls ? tls_to_json(s) : NULL);
     json_object_object_add(o, "buffers", memory);
     json_object_object_add(o, "scratch", scratch_to_json(s));
     for (size_t i = 0; i < s->nvms; i++)

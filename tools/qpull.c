@@ -131,6 +131,18 @@ static const struct command commands[] = {
      .min_words = 1,
      .max_words = 1,
      .run = run_commit},
+    {.name = "certs init",
+     .usage = "DIR",
+     .summary = "make certificates or keys for TLS, and say how to use them",
+     .help =
+         "An authority, a certificate for qpulld and one for each --client (without one: for \"client\"), or with\n"
+         "--psk a key for each user. Nothing that is there is made anew: say it again with other names to add\n"
+         "clients. Folder DIR is for qpulld's --tls-certs, or DIR/keys.psk for --tls-psk; each DIR/clients/NAME is\n"
+         "for that client, as libnbd (nbdcopy, nbdinfo) and QEMU want it. Keys have mode 0600.",
+     .options = OPTION_CLIENT | OPTION_PSK | OPTION_HOST,
+     .min_words = 1,
+     .max_words = 1,
+     .run = run_certs_init},
     {.name = "metrics",
      .usage = "",
      .summary = "the daemon's numbers, for Prometheus",
@@ -164,6 +176,10 @@ static const struct {
     {OPTION_ACTIVE, "active", "--active", "top is the live image; the guest goes on in base", no_argument},
     {OPTION_DELETE, "delete", "--delete", "delete the merged images' files in the end", no_argument},
     {OPTION_FORCE, "force", "--force", "base keeps no bitmaps: checkpoints may be lost", no_argument},
+    {OPTION_CLIENT, "client", "--client NAME", "a certificate for it; repeatable", required_argument},
+    {OPTION_PSK, "psk", "--psk NAME", "a pre-shared key for it instead; repeatable", required_argument},
+    {OPTION_HOST, "host", "--host NAME",
+     "name or address of this server for its clients (default: its own name); repeatable", required_argument},
     {OPTION_QUIET, "quiet", "--quiet", "no progress bar, no report", no_argument},
     {OPTION_JSON, "json", "--json", "for programs", no_argument},
 };
@@ -271,10 +287,22 @@ static enum exit_status run(struct args *args, char *const *words, size_t nwords
     return c->run(args);
 }
 
+#define OPTIONS_REPEATABLE (OPTION_DISK | OPTION_CLIENT | OPTION_PSK | OPTION_HOST)
+
+static int take_one_more(const char **to, size_t *n, const char *name, const char *value)
+{
+    if (*n == QPULL_DISKS_MAX) {
+        (void)misused("more than %d --%s", QPULL_DISKS_MAX, name);
+        return -1;
+    }
+    to[(*n)++] = value;
+    return 0;
+}
+
 /* One of the switches; negative: it is there twice, and that is said. */
 static int take_switch(struct args *args, unsigned bit, const char *name, const char *value)
 {
-    if (args->given & bit & ~OPTION_DISK) {
+    if (args->given & bit & ~OPTIONS_REPEATABLE) {
         (void)misused("--%s is there twice", name);
         return -1;
     }
@@ -287,13 +315,14 @@ static int take_switch(struct args *args, unsigned bit, const char *name, const 
         args->top = value;
     if (bit == OPTION_BASE)
         args->base = value;
-    if (bit != OPTION_DISK)
-        return 0;
-    if (args->ndisks == QPULL_DISKS_MAX) {
-        (void)misused("more than %d --disk", QPULL_DISKS_MAX);
-        return -1;
-    }
-    args->disks[args->ndisks++] = value;
+    if (bit == OPTION_DISK)
+        return take_one_more(args->disks, &args->ndisks, name, value);
+    if (bit == OPTION_CLIENT)
+        return take_one_more(args->clients, &args->nclients, name, value);
+    if (bit == OPTION_PSK)
+        return take_one_more(args->psks, &args->npsks, name, value);
+    if (bit == OPTION_HOST)
+        return take_one_more(args->hosts, &args->nhosts, name, value);
     return 0;
 }
 

@@ -41,14 +41,19 @@ enum option_bit {
     OPTION_DELETE = 1 << 18,
     OPTION_FORCE = 1 << 19,
     OPTION_QUIET = 1 << 20,
+    OPTION_CLIENT = 1 << 21, /* this and the next ones: of certs */
+    OPTION_PSK = 1 << 22,
+    OPTION_HOST = 1 << 23,
 };
-#define QPULL_DISKS_MAX 64 /* --disk on one command line */
+#define QPULL_DISKS_MAX 64 /* --disk on one command line; --client, --psk and --host likewise */
 
 struct args {
     unsigned given; /* option_bit */
     const char *control;
     const char *disks[QPULL_DISKS_MAX]; /* none: all */
     size_t ndisks;
+    const char *clients[QPULL_DISKS_MAX], *psks[QPULL_DISKS_MAX], *hosts[QPULL_DISKS_MAX];
+    size_t nclients, npsks, nhosts;
     const char *description, *parent;   /* NULL: not given */
     const char *top, *base;             /* likewise */
     const char *words[QPULL_WORDS_MAX]; /* the command's arguments, without its name */
@@ -133,6 +138,7 @@ enum exit_status run_checkpoint_import(const struct args *args);
 enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
+enum exit_status run_certs_init(const struct args *args); /* qpull_certs.c */
 enum exit_status run_metrics(const struct args *args);
 enum exit_status run_commit(const struct args *args);
 enum exit_status run_doctor(const struct args *args); /* qpull_doctor.c */

@@ -21,9 +21,10 @@ def unix_uri(socket_path, export):
     return f'nbd+unix:///{urllib.parse.quote(export)}?socket={urllib.parse.quote(socket_path)}'
 
 
-def connect(uri, contexts=(), tls=None):
+def connect(uri, contexts=()):
     """A connected handle. Leave it with h.shutdown() (says NBD_CMD_DISC) or with drop(h) (says nothing)."""
     h = nbd.NBD()
+    h.set_uri_allow_local_file(True)  # certificates and keys
     for context in contexts:
         h.add_meta_context(context)
     h.connect_uri(uri)

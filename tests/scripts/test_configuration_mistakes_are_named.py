@@ -27,6 +27,14 @@ class Mistakes(harness.Case):
         self.assertEqual(text.count('\n'), 1, text)
         self.assertEqual(sorted(os.listdir(self.folder)), before)
 
+    def failed(self, words, *flags):
+        """What only shows when the files are loaded. No line of them is told: they are secret."""
+        status, text = self.start(*flags)
+        self.assertEqual(status, 1, (flags, text))
+        self.assertRegex(text, words, flags)
+        self.assertNotRegex(text, 'a1a1|xxxx|0011')
+        self.assertFalse(os.path.exists(f'{self.folder}/nbd'))
+
     def test_flags(self):
         for words, *flags in (('--nonsense', '--nonsense'), ('--vm: .*NAME=QMP_SOCKET', '--vm=x'),
                               ('--vm: .*"/"', '--vm=a/b=/x'), ('--vm: .*empty', '--vm==/x'),
@@ -67,6 +75,28 @@ class Mistakes(harness.Case):
         for address in ('tcp:0.0.0.0:0', 'tcp:[::]:0'):
             flags = [f for f in self.base() if not f.startswith('--listen')]
             self.mistake('clear text.*--allow-plaintext', *flags, f'--listen={address}')
+
+    def test_credentials_that_cannot_be_used_are_named(self):
+        certs = f'{self.folder}/certs'
+        flags = [*self.base(), '--tls=require']
+        self.mistake('needs --tls-certs DIR or --tls-psk FILE', *flags)
+        self.mistake('cannot both be used', *flags, '--tls-certs=/x', '--tls-psk=/x')
+        self.failed('ca-cert.pem: No such file.*qpull certs init', *flags, f'--tls-certs={certs}')
+        harness.run([f'{harness.bin_dir()}/qpull', 'certs', 'init', certs])
+        with open(f'{certs}/server-key.pem', 'w', encoding='utf-8') as f:
+            f.write('no key\n')
+        self.failed('server-cert.pem, .*server-key.pem', *flags, f'--tls-certs={certs}')
+        keys = f'{self.folder}/keys'
+        for number, words, text in ((2, 'not USER:HEXKEY', '# comment\nalice\n'),
+                                    (1, 'hexadecimal', 'alice:' + 'x' * 64 + '\n'),
+                                    (1, '16 to 64 bytes', 'alice:0011\n'),
+                                    (2, '"alice" is there twice', ('alice:' + 'a1' * 32 + '\n') * 2)):
+            with open(keys, 'w', encoding='utf-8') as f:
+                f.write(text)
+            self.failed(f'{keys}:{number}: .*{words}', *flags, f'--tls-psk={keys}')
+        with open(keys, 'w', encoding='utf-8') as f:
+            f.write('# nobody\n')
+        self.failed('holds no key', *flags, f'--tls-psk={keys}')
 
     def test_the_file_is_named_with_its_line(self):
         path = f'{self.folder}/conf'

@@ -195,7 +195,7 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[server]\nlisten = tcp:localhost:70000\n", ":2:", "port"},
         {"[server]\nlisten = udp:1\n", ":2:", "none of unix:PATH"},
         {"[server]\nlisten = unix:/a\nlisten = unix:/a\n", ":3:", "twice"},
-        {"[server]\ntls = on\n", ":2:", "not supported by this version"},
+        {"[server]\ntls = maybe\n", ":2:", "\"tls\": \"maybe\" is none of off, on, require"},
         {"[server]\nconfig = /x\n", ":2:", "unknown key \"config\""},
         {"[server]\n[server]\n", ":2:", "[server] is there twice"},
         {"[servant]\n", ":1:", "unknown section"},
@@ -269,12 +269,12 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--image", "a/b=raw:"}, "--image: the image of disk \"b\" has no path"},
         {{"--image", "a/b=/x", "--image", "a/b=/y"}, "--image: the image of disk \"b\" is there twice"},
         {{"--image", "a/b=/x", "--image", "a/c=/x"}, "--image: /x is the image of disk \"b\" already"},
-        {{"--tls", "on"}, "--tls: not supported by this version"},
-        {{"--tls-certs", "/x"}, "not supported"},
-        {{"--tls-psk", "/x"}, "not supported"},
+        {{"--tls", "yes"}, "--tls: \"yes\" is none of off, on, require"},
+        {{"--tls-certs", ""}, "--tls-certs: "},
         {{"--allow", "x=y"}, "--allow: \"x\" is none of user:NAME"},
         {{"--quiesce", "perhaps"}, "--quiesce: \"perhaps\" is none of"},
-        {{"--threads", "2"}, "not supported"},
+        {{"--threads", "0"}, "--threads: "},
+        {{"--threads", "65"}, "--threads: "},
         {{"--scratch-limit", ""}, "--scratch-limit: \"\" is not a size"},
         {{"--scratch-limit", "-1"}, "is not a size"},
         {{"--scratch-limit", "G"}, "is not a size"},
@@ -337,9 +337,9 @@ static int check(struct box *b, const char *listen, const char *scratch, bool al
 static void rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have(void **state)
 {
     struct box *b = *state;
-    const struct access_who key = {.psk = "alice"}, cert = {.dn = "CN=bob,O=x"}, nobody = {0};
+    const struct access_who key = {.psk = "alice"}, cert = {.x509 = "CN=bob,O=x"}, nobody = {0};
 
-    write_file(b, "[allow]\npsk:alice = web-*/list, db\ndn:CN=bob,O=x = db/pull\nany = open/list\n"
+    write_file(b, "[allow]\npsk:alice = web-*/list, db\nx509:CN=bob,O=x = db/pull\nany = open/list\n"
                   "[server]\nallow = any=more/pull\n");
     assert_int_equal(PARSE(b, "--allow", "any=most/control"), 0);
     assert_int_equal(access_rights(&b->config->access, &key, "web-1"), ACCESS_LIST);
@@ -366,6 +366,44 @@ static void a_listener_open_to_the_network_must_be_allowed(void **state)
     assert_int_equal(check(b, "tcp:192.0.2.1:10809", b->dir, false), -EINVAL);
     assert_int_equal(check(b, "tcp:[::ffff:192.0.2.1]:10809", b->dir, false), -EINVAL);
     assert_int_equal(check(b, "tcp:0.0.0.0:10809", b->dir, true), 0);
+}
+
+/* Up to four words of flags, after a listener. */
+static int check_tls(struct box *b, const char *listen, const char *a1, const char *a2, const char *a3, const char *a4)
+{
+    char control[96];
+
+    (void)snprintf(control, sizeof control, "%s/control", b->dir);
+    write_file(b, "");
+    assert_int_equal(
+        PARSE(b, "--listen", listen, "--scratch", b->dir, "--state", b->dir, "--control", control, a1, a2, a3, a4), 0);
+    return config_check(b->config, &b->failure);
+}
+
+static void tls_needs_one_kind_of_credentials(void **state)
+{
+    static const char local[] = "tcp:127.0.0.1:0", all[] = "tcp:0.0.0.0:0";
+    struct box *b = *state;
+
+    assert_int_equal(check_tls(b, local, "--tls=on", "--tls-certs=/x", NULL, NULL), 0);
+    assert_int_equal(b->config->tls, CONFIG_TLS_ON);
+    assert_string_equal(b->config->tls_certs, "/x");
+    assert_int_equal(b->config->threads, 0);
+    assert_int_equal(check_tls(b, all, "--tls=require", "--tls-psk=/x", "--threads=3", NULL), 0);
+    assert_int_equal(b->config->tls, CONFIG_TLS_REQUIRE);
+    assert_string_equal(b->config->tls_psk, "/x");
+    assert_int_equal(b->config->threads, 3);
+    assert_int_equal(check_tls(b, all, "--tls=on", "--tls-psk=/x", NULL, NULL), 0); /* there it is required */
+    assert_int_equal(check_tls(b, local, "--tls=on", NULL, NULL, NULL), -EINVAL);
+    assert_says(b, "--tls on needs --tls-certs DIR or --tls-psk FILE");
+    assert_int_equal(check_tls(b, local, "--tls=require", NULL, NULL, NULL), -EINVAL);
+    assert_says(b, "--tls require needs");
+    assert_int_equal(check_tls(b, local, "--tls-certs=/x", NULL, NULL, NULL), -EINVAL);
+    assert_says(b, "--tls-certs needs --tls on or --tls require");
+    assert_int_equal(check_tls(b, local, "--tls=off", "--tls-psk=/x", NULL, NULL), -EINVAL);
+    assert_says(b, "--tls-psk needs --tls on");
+    assert_int_equal(check_tls(b, local, "--tls=on", "--tls-psk=/x", "--tls-certs=/x", NULL), -EINVAL);
+    assert_says(b, "cannot both be used");
 }
 
 static void paths_that_cannot_be_used_are_named(void **state)
@@ -507,8 +545,8 @@ int main(void)
         TEST(a_file_that_is_named_but_missing_is_refused),
         TEST(help_and_version_come_before_any_mistake_of_the_file),
         TEST(rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have),
-        TEST(rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have),
         TEST(a_listener_open_to_the_network_must_be_allowed),
+        TEST(tls_needs_one_kind_of_credentials),
         TEST(paths_that_cannot_be_used_are_named),
         TEST(a_qmp_path_may_be_missing_but_not_be_something_else),
         TEST(images_are_named_by_vm_and_disk_with_or_without_a_format),
