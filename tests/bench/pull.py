@@ -17,6 +17,7 @@ from bench import GIB, MIB
 from worlds import ONE_AT_A_TIME
 
 TRANSPORTS = ('unix', 'tcp', 'tls x509', 'tls psk')
+PULLERS = ('nbdcopy', 'nbdcopy tuned', 'qemu-img convert', ONE_AT_A_TIME)
 CACHES = ('cached', 'O_DIRECT')
 
 
@@ -80,7 +81,7 @@ def main(argv):
             for transport in args.transport or TRANSPORTS:
                 for cache in args.cache or CACHES:
                     with bench.work_folder() as own:
-                        rows += measure(own, disks, transport, cache, args.client or list(worlds.CLIENTS), args.rounds)
+                        rows += measure(own, disks, transport, cache, args.client or PULLERS, args.rounds)
     finally:
         harness.kill_children()
     bench.finish(args, rows)

@@ -204,6 +204,7 @@ class Daemon(harness.Qpulld):
 
 CLIENTS = {
     'nbdcopy': lambda p: ['nbdcopy', p.uri, 'null:'],
+    'nbdcopy one connection': lambda p: ['nbdcopy', '--connections=1', p.uri, 'null:'],
     'nbdcopy tuned': lambda p: ['nbdcopy', '--connections=1', '--requests=16', '--request-size=262144', p.uri, 'null:'],
     'qemu-img convert': lambda p: ['qemu-img', 'convert', '-n', *p.objects(), '--image-opts', p.image_opts(),
                                    '--target-image-opts', 'driver=null-co,size=1T'],
