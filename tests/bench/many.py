@@ -102,7 +102,7 @@ def idle_memory(folder, vms):
     """What each idle VM adds to the daemon's memory."""
     found = []
     for some in (vms[:1], vms):
-        daemon = worlds.Daemon(folder, {v.name: v for v in some}, name=f'idle{len(some)}')
+        daemon = worlds.Daemon(folder, {v.name: v for v in some}, name=f'idle{len(some)}', linger=0)
         wait_ready(daemon)
         one_session(daemon, some[0])
         found.append(dirty(daemon))
