@@ -5,7 +5,7 @@ A part is a file with main(argv) that takes --rounds N, --quick (tiny sizes, one
 --json FILE. What it finds are rows:
   {"name": "CASE: METRIC", "unit": …, "a": median, "b": median, "ratio": median of b/a of each round, "low":, "high":}
 and "better": "more" or "less", which of both is good. a is what qpull is compared with. A row with "missing" says in
-words why it has no numbers; one with a = None is a number without a counterpart."""
+words why it has no numbers; one with a = None is a number without a counterpart, and low and high are b's own."""
 import argparse
 import json
 import os
@@ -124,10 +124,11 @@ def rounds(variants, count, warm_up=True):
 def row(name, unit, a, b, better='more', **more):
     """One row of two lists of numbers, a[i] and b[i] of the same round."""
     ratios = [y / x for x, y in zip(a, b)] if a and all(x > 0 for x in a) else []
+    spread = ratios or b
     return {'name': name, 'unit': unit, 'better': better, 'rounds': len(b),
             'a': statistics.median(a) if a else None, 'b': statistics.median(b),
             'ratio': statistics.median(ratios) if ratios else None,
-            'low': min(ratios, default=None), 'high': max(ratios, default=None), **more}
+            'low': min(spread), 'high': max(spread), **more}
 
 
 def missing(name, why):
@@ -155,7 +156,8 @@ def print_rows(rows):
         if 'missing' in r:
             print(f'{r["name"]:{width}}  {r["missing"]}')
         elif r.get('ratio') is None:
-            print(f'{r["name"]:{width}}  {number(r["a"]):>8} {number(r["b"]):>8} {r["unit"]}')
+            print(f'{r["name"]:{width}}  {number(r["a"]):>8} {number(r["b"]):>8} {r["unit"]:8}        '
+                  f'({number(r["low"])}-{number(r["high"])})')
         else:
             print(f'{r["name"]:{width}}  {number(r["a"]):>8} {number(r["b"]):>8} {r["unit"]:8} '
                   f'{r["ratio"]:6.2f} ({r["low"]:.2f}-{r["high"]:.2f}) {verdict(r)}')
