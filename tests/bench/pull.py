@@ -43,7 +43,7 @@ def rows_of(case, found):
             pair('CPU of client', 's/GiB', 'client', 'less'), pair('CPU of all', 's/GiB', 'all', 'less')]
 
 
-def measure(folder, disks, transport, cache, clients, count):
+def measure(folder, disks, transport, cache, clients, count, quick):
     tls, how = None, 'unix' if transport == 'unix' else 'tcp'
     if transport.startswith('tls'):
         if not worlds.has_flag('tls-certs'):
@@ -52,11 +52,12 @@ def measure(folder, disks, transport, cache, clients, count):
     vms = [worlds.Vm(folder, name, disks, cache == 'O_DIRECT') for name in ('a', 'b')]
     direct, daemon = worlds.Direct(vms[0], how, tls), worlds.Daemon(folder, {'vm': vms[1]}, how, tls)
     places = {disk: daemon.place(f'vm/{disk}') for disk in disks}
-    holder = nbdpull.connect(places['vda'].uri)  # so all pulls belong to one session, as the other side has one export
+    holder = worlds.connect(places['vda'])  # so all pulls belong to one session, as the other side has one export
     rows, sides = [], {'direct': (direct.places, vms[0], None), 'qpulld': (places, vms[1], daemon)}
     for client in clients:
         disk = 'vdb' if client == ONE_AT_A_TIME else 'vda'
-        found = bench.rounds({n: (lambda s=s: transfer(s, client, disk)) for n, s in sides.items()}, count)
+        found = bench.rounds({n: (lambda s=s: transfer(s, client, disk)) for n, s in sides.items()}, count,
+                             warm_up=not quick)
         rows += rows_of(f'{transport} {cache} {client}', found)
     nbdpull.drop(holder)
     daemon.check_log()
@@ -81,7 +82,8 @@ def main(argv):
             for transport in args.transport or TRANSPORTS:
                 for cache in args.cache or CACHES:
                     with bench.work_folder() as own:
-                        rows += measure(own, disks, transport, cache, args.client or PULLERS, args.rounds)
+                        rows += measure(own, disks, transport, cache, args.client or PULLERS, args.rounds,
+                                        args.quick)
     finally:
         harness.kill_children()
     bench.finish(args, rows)

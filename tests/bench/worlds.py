@@ -11,6 +11,7 @@ import urllib.parse
 
 import bench
 import harness
+import nbd
 from bench import MIB
 from qmpclient import Qmp
 
@@ -175,6 +176,14 @@ class Direct:
                 q('blockdev-del', {'node-name': f'{kind}-{disk}'})
 
 
+def connect(place):
+    """A libnbd handle on it, that may read the keys which the URI names."""
+    h = nbd.NBD()
+    h.set_uri_allow_local_file(True)
+    h.connect_uri(place.uri)
+    return h
+
+
 def has_flag(flag):
     """Is this flag of qpulld built in?"""
     return f'--{flag}' in subprocess.run([f'{harness.bin_dir()}/qpulld', '--help'], capture_output=True, text=True,
@@ -190,6 +199,7 @@ class Daemon(harness.Qpulld):
                          flags=[*flags, *(tls.qpulld_flags() if tls else [])])
         self.flags = [f for f in self.flags if f != '--log=debug'] + ['--log=info']
         self.start()
+        harness.wait_until(lambda: all(v['state'] == 'ready' for v in self.ask('query-vms')), 120, 'all VMs', every=0.05)
 
     def place(self, export):
         if self.transport == 'unix':
