@@ -5,6 +5,7 @@
 #   tools/setup.sh build        compiler and libraries
 #   tools/setup.sh demo         the same, and what tools/quickstart runs
 #   tools/setup.sh test         the same, and what tests/run runs
+#   tools/setup.sh bench        what demo installs, and what tests/bench/run compares with
 #   tools/setup.sh --list SET   prints the packages
 #
 # Says nothing and changes nothing where everything is there. Asks sudo where it is not run by root.
@@ -13,6 +14,7 @@ set -euo pipefail
 build=(build-essential cmake ninja-build pkg-config libuv1-dev libjson-c-dev libnbd-dev libinih-dev libsystemd-dev libgnutls28-dev)
 demo=(qemu-system-x86 qemu-system-common qemu-utils libnbd-bin python3 python3-libnbd)
 tests=(libcmocka-dev nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
+bench=(openssl virtnbdbackup libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients util-linux mount)
 
 die()
 {
@@ -22,7 +24,7 @@ die()
 
 usage()
 {
-    sed -n '3,11s/^# \{0,1\}//p' "$0"
+    sed -n '3,12s/^# \{0,1\}//p' "$0"
     exit "$1"
 }
 
@@ -35,6 +37,7 @@ case "${1:-}" in
 build) packages=("${build[@]}") ;;
 demo) packages=("${build[@]}" "${demo[@]}") ;;
 test) packages=("${build[@]}" "${demo[@]}" "${tests[@]}") ;;
+bench) packages=("${build[@]}" "${demo[@]}" "${bench[@]}") ;;
 -h | --help) usage 0 ;;
 *) usage 2 >&2 ;;
 esac

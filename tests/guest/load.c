@@ -13,6 +13,11 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Of how long operations took: 16 steps for each power of two microseconds, so a figure is at most 6 % too high. */
+#define LATENCY_STEPS 16u
+#define LATENCY_SHIFT 4u
+#define LATENCY_BUCKETS (40u * LATENCY_STEPS)
+
 #define CONTENT_UNKNOWN 0
 #define CONTENT_ZERO UINT32_MAX
 
@@ -27,6 +32,7 @@ struct load {
     void *buf;         /* owned */
     atomic_bool stop, ended;
     atomic_ullong ndone, nerrors, nbad, slowest_us;
+    atomic_uint latency[LATENCY_BUCKETS];
 };
 
 struct order {
@@ -52,12 +58,47 @@ uint64_t now_us(void)
     return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
 }
 
-static void note_slowest(atomic_ullong *slowest, uint64_t start_us)
+static void note_slowest(atomic_ullong *slowest, uint64_t took_us)
 {
-    uint64_t took = now_us() - start_us;
+    if (took_us > atomic_load(slowest))
+        atomic_store(slowest, took_us);
+}
 
-    if (took > atomic_load(slowest))
-        atomic_store(slowest, took);
+static unsigned latency_bucket(uint64_t us)
+{
+    unsigned power, bucket;
+
+    if (us < LATENCY_STEPS)
+        return (unsigned)us;
+    power = 63 - (unsigned)__builtin_clzll(us);
+    bucket = (power - LATENCY_SHIFT + 1) * LATENCY_STEPS + (unsigned)(us >> (power - LATENCY_SHIFT)) % LATENCY_STEPS;
+    return bucket < LATENCY_BUCKETS ? bucket : LATENCY_BUCKETS - 1;
+}
+
+/* The longest time that belongs to a bucket. */
+static uint64_t latency_of(unsigned bucket)
+{
+    unsigned shift;
+
+    if (bucket < LATENCY_STEPS)
+        return bucket;
+    shift = bucket / LATENCY_STEPS - 1;
+    return (((uint64_t)LATENCY_STEPS + bucket % LATENCY_STEPS + 1) << shift) - 1;
+}
+
+/* So many operations of 1,000 took no longer. */
+static uint64_t latency_permille(struct load *l, unsigned permille)
+{
+    uint64_t all = 0, seen = 0, slowest = atomic_load(&l->slowest_us);
+
+    for (unsigned i = 0; i < LATENCY_BUCKETS; i++)
+        all += atomic_load(&l->latency[i]);
+    for (unsigned i = 0; i < LATENCY_BUCKETS; i++) {
+        seen += atomic_load(&l->latency[i]);
+        if (seen * 1000 >= all * permille && seen > 0)
+            return latency_of(i) < slowest ? latency_of(i) : slowest;
+    }
+    return 0;
 }
 
 int disk_zero(int fd, uint64_t offset, uint64_t len)
@@ -154,12 +195,14 @@ static void *load_thread(void *arg)
     const char *what;
 
     for (uint64_t n = 0; !atomic_load(&l->stop) && (l->limit == 0 || n < l->limit); n++) {
-        uint64_t start = now_us();
+        uint64_t start = now_us(), took;
         int error;
 
         load_op_at(&l->plan, n, &op);
         error = load_do(l, n, &op, &what);
-        note_slowest(&l->slowest_us, start);
+        took = now_us() - start;
+        note_slowest(&l->slowest_us, took);
+        atomic_fetch_add(&l->latency[latency_bucket(took)], 1);
         if (error) {
             atomic_fetch_add(&l->nerrors, 1);
             error_note(l->disk, what, op.offset, error);
@@ -194,8 +237,10 @@ static struct load **load_find(const char *disk)
 
 static void load_report(struct load *l, char *answer, size_t len)
 {
-    snprintf(answer, len, "ops=%llu errors=%llu bad=%llu slowest-us=%llu ended=%d", atomic_load(&l->ndone),
-             atomic_load(&l->nerrors), atomic_load(&l->nbad), atomic_load(&l->slowest_us), atomic_load(&l->ended));
+    snprintf(answer, len, "ops=%llu errors=%llu bad=%llu slowest-us=%llu p50-us=%llu p99-us=%llu ended=%d",
+             atomic_load(&l->ndone), atomic_load(&l->nerrors), atomic_load(&l->nbad), atomic_load(&l->slowest_us),
+             (unsigned long long)latency_permille(l, 500), (unsigned long long)latency_permille(l, 990),
+             atomic_load(&l->ended));
 }
 
 int load_start(const char *disk, struct load_plan *plan, uint64_t limit, uint32_t pause_us, char *answer, size_t len)
@@ -298,7 +343,7 @@ static void *order_thread(void *arg)
             uint64_t start = now_us();
             int error = order_write(o, n, disk);
 
-            note_slowest(&o->slowest_us, start);
+            note_slowest(&o->slowest_us, now_us() - start);
             if (error) {
                 atomic_fetch_add(&o->nerrors, 1);
                 error_note(o->disks[disk], "record", n, error);

@@ -167,7 +167,8 @@ class Load:
                                options.get('max', 65536), sum(1 << model.KINDS.index(k) for k in kinds))
 
     def status(self):
-        """{'ops': finished ones, 'errors': …, 'bad': sectors read back wrong, 'slowest-us': …, 'ended': …}"""
+        """{'ops': finished ones, 'errors': …, 'bad': sectors read back wrong, 'slowest-us': …, 'p50-us': …,
+        'p99-us': …, 'ended': …}"""
         return self.guest.numbers(f'load status {self.disk}')
 
     def stop(self):
