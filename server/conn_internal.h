@@ -41,7 +41,8 @@ struct conn {
     } sock;
     char identity[TLS_IDENTITY_MAX]; /* "uid:0", "ip:192.0.2.7"; with TLS who its certificate or key says it is */
     char origin[80];                 /* "uid:0", "ip:192.0.2.7", with TLS, too */
-    struct nbd *nbd;                 /* owned until CONN_SHUT */
+    struct access_who who;
+    struct nbd *nbd; /* owned until CONN_SHUT */
     struct fair_member fair;
     bool has_turn; /* requests may be taken although there are other clients */
 

@@ -73,6 +73,11 @@ static void greet(struct conn *c)
     c->tls_was_up = true;
     c->tls_wanted = false;
     memcpy(c->identity, p->identity, sizeof c->identity);
+    c->who.psk = p->psk;
+    c->who.dn = p->dn;
+    c->who.cn = p->cn;
+    c->who.sans = (const char *const *)p->names;
+    c->who.nsans = p->nnames;
     log_info("c%llu is %s, by TLS %s", (unsigned long long)c->id, c->identity, p->session);
     nbd_tls_ready(c->nbd);
 }

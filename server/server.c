@@ -152,7 +152,7 @@ static void on_reloaded(struct work *w)
     struct server *s = l->server;
 
     if (l->why.err) {
-        log_error("reload: %s; the certificates or keys of before stay in use", l->why.text);
+        log_error("SIGHUP: %s; the certificates or keys of before stay in use", l->why.text);
     } else {
         tls_server_set_creds(&s->tls, l->creds);
         tell_creds(l->creds, &l->note);
@@ -161,25 +161,23 @@ static void on_reloaded(struct work *w)
     free(l);
     if (s->reload_again && !server_is_stopping(s)) {
         s->reload_again = false;
-        server_reload(s);
+        server_reload_tls(s);
     }
 }
 
-void server_reload(struct server *s)
+void server_reload_tls(struct server *s)
 {
     struct server_reload *l;
 
-    if (!s->has_tls) {
-        log_warning("reload: there are no certificates to be read; VMs and all else need a restart");
+    if (!s->has_tls)
         return;
-    }
     if (s->reload) { /* it may have read the old ones */
         s->reload_again = true;
         return;
     }
     l = calloc(1, sizeof *l);
     if (!l) {
-        log_error("reload: out of memory");
+        log_error("SIGHUP: out of memory");
         return;
     }
     *l = (struct server_reload){
@@ -267,7 +265,8 @@ static int open_passed(struct server *s, const struct config_listener *config, s
                                "--listen fd: descriptor %d would offer disks to the network in clear text; "
                                "say --tls on, listen on loopback, or say --allow-plaintext",
                                fd);
-        r = listen_open(s->loop, config, fd, on_client, s, &s->listeners[s->nlisteners], f);
+        r = listen_open(s->loop, config, fd, access_names_users(s->conns.access), on_client, s,
+                        &s->listeners[s->nlisteners], f);
         if (r < 0)
             return r;
         s->nlisteners++;
@@ -284,7 +283,8 @@ static int start_listeners(struct server *s, struct failure *f)
         if (l->type == LISTEN_FD) {
             r = open_passed(s, l, f);
         } else {
-            r = listen_open(s->loop, l, /* fd= */ -1, on_client, s, &s->listeners[s->nlisteners], f);
+            r = listen_open(s->loop, l, /* fd= */ -1, access_names_users(s->conns.access), on_client, s,
+                            &s->listeners[s->nlisteners], f);
             if (r == 0)
                 s->nlisteners++;
         }
@@ -451,6 +451,16 @@ bool server_is_stopping(const struct server *s)
 struct vm *server_vm(const struct server *s, const char *name)
 {
     return catalog_vm(&s->catalog, name);
+}
+
+const struct access *server_access(const struct server *s)
+{
+    return s->conns.access;
+}
+
+void server_set_access(struct server *s, const struct access *access)
+{
+    s->conns.access = access;
 }
 
 size_t server_nvms(const struct server *s)

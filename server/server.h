@@ -33,13 +33,16 @@ int server_start(struct server *s, struct failure *f);
 typedef void (*server_stop_cb)(void *arg, bool clean);
 void server_stop(struct server *s, server_stop_cb cb, void *arg);
 /* SIGHUP: certificates and keys are read anew, for handshakes from then on; where that fails the old ones stay. */
-void server_reload(struct server *s);
+void server_reload_tls(struct server *s);
 bool server_is_stopping(const struct server *s);
 
 /* For the control socket. */
 struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NULL: no such VM */
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
+const struct access *server_access(const struct server *s);
+/* Borrowed from now on, for questions to come: who is in a session stays in it. */
+void server_set_access(struct server *s, const struct access *access);
 struct scratch_place *server_scratch(const struct server *s);
 const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);

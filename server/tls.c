@@ -540,6 +540,9 @@ void tls_free(struct tls *t)
     drop_queue(t);
     box_give(t->server, t->out);
     gnutls_deinit(t->session);
+    free(t->peer.psk);
+    free(t->peer.dn);
+    free(t->peer.cn);
     for (size_t i = 0; i < t->peer.nnames; i++)
         free(t->peer.names[i]);
     tls_creds_unref(t->creds);

@@ -348,10 +348,9 @@ static bool is_plain(const void *text, size_t len)
     return len > 0;
 }
 
-static void add_name(struct tls_peer *p, const char *kind, const char *name, size_t len)
+static void add_name(struct tls_peer *p, const char *name, size_t len)
 {
-    if (p->nnames < TLS_NAMES_MAX && is_plain(name, len) &&
-        asprintf(&p->names[p->nnames], "%s:%.*s", kind, (int)len, name) >= 0)
+    if (p->nnames < TLS_NAMES_MAX && is_plain(name, len) && (p->names[p->nnames] = strndup(name, len)))
         p->nnames++;
 }
 
@@ -364,16 +363,25 @@ static void take_names(struct tls_peer *p, gnutls_x509_crt_t crt)
 
         if (type == GNUTLS_E_REQUESTED_DATA_NOT_AVAILABLE)
             return;
-        if (type == GNUTLS_SAN_DNSNAME)
-            add_name(p, "dns", name, len);
-        else if (type == GNUTLS_SAN_RFC822NAME)
-            add_name(p, "email", name, len);
-        else if (type == GNUTLS_SAN_URI)
-            add_name(p, "uri", name, len);
+        if (type == GNUTLS_SAN_DNSNAME || type == GNUTLS_SAN_RFC822NAME || type == GNUTLS_SAN_URI)
+            add_name(p, name, len);
         else if (type == GNUTLS_SAN_IPADDRESS && (len == 4 || len == 16) &&
                  inet_ntop(len == 4 ? AF_INET : AF_INET6, name, ip, sizeof ip))
-            add_name(p, "ip", ip, strlen(ip));
+            add_name(p, ip, strlen(ip));
     }
+}
+
+/* Where there are several nobody could say which is meant. */
+static void take_cn(struct tls_peer *p, gnutls_x509_crt_t crt)
+{
+    char cn[TLS_IDENTITY_MAX], another[TLS_IDENTITY_MAX];
+    size_t len = sizeof cn, another_len = sizeof another;
+
+    if (gnutls_x509_crt_get_dn_by_oid(crt, GNUTLS_OID_X520_COMMON_NAME, 0, 0, cn, &len) == 0 &&
+        gnutls_x509_crt_get_dn_by_oid(crt, GNUTLS_OID_X520_COMMON_NAME, 1, 0, another, &another_len) ==
+            GNUTLS_E_REQUESTED_DATA_NOT_AVAILABLE &&
+        is_plain(cn, len))
+        p->cn = strndup(cn, len);
 }
 
 /* Two certificates never have one identity unless they have one subject: what is cut or cleaned would not be safe. */
@@ -383,8 +391,12 @@ static int take_subject(struct tls_peer *p, gnutls_x509_crt_t crt)
     size_t hash_len = sizeof hash, len;
     gnutls_datum_t dn = {0};
     int r = gnutls_x509_crt_get_dn3(crt, &dn, 0);
-    bool usable = r == 0 && is_plain(dn.data, dn.size) && dn.size + sizeof "x509:" <= sizeof p->identity;
+    bool usable = r == 0 && is_plain(dn.data, dn.size);
 
+    if (usable)
+        p->dn = strndup((const char *)dn.data, dn.size);
+    take_cn(p, crt);
+    usable = usable && dn.size + sizeof "x509:" <= sizeof p->identity;
     if (usable)
         (void)snprintf(p->identity, sizeof p->identity, "x509:%.*s", (int)dn.size, (const char *)dn.data);
     gnutls_free(dn.data);
@@ -417,7 +429,8 @@ int tls_creds_identify(struct tls *t)
         if (!user || !is_plain(user, strlen(user))) /* cannot be: it was found among ours */
             return GNUTLS_E_NO_CERTIFICATE_FOUND;
         (void)snprintf(p->identity, sizeof p->identity, "psk:%s", user);
-        return 0;
+        p->psk = strdup(user);
+        return p->psk ? 0 : GNUTLS_E_MEMORY_ERROR;
     }
     chain = gnutls_certificate_get_peers(t->session, &n);
     if (!chain || n == 0)

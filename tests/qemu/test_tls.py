@@ -77,6 +77,24 @@ class Certificates(tlsworld.TlsCase):
         self.assertEqual(self.daemon.ask('query-status')['tls']['failed'], 6)
         self.end()
 
+    def test_rules_know_clients_by_subject_and_names(self):
+        rules = ('cn:alice=vm', 'dn:CN=of-dn*=vm/list', 'san:*.backup.example=vm', 'san:spiffe://x/*=vm')
+        self.begin(allow=rules)
+        self.assertGood(self.uri(self.client('alice')))
+        self.daemon.wait_idle()
+        self.assertBad(self.uri(self.client('bob')), 'c2 refused: ')
+        for name, words, well in (('h', 'dns_name = "h.backup.example"', True), ('u', 'uri = "spiffe://x/y"', True),
+                                  ('e', 'dns_name = "h.backup.example.org"', False),
+                                  ('alice2', 'cn = "alice"', False),  # which of the two?
+                                  ('of-dn', '', False)):
+            folder = tlsworld.make_client(self.pki, name, f'tls_www_client\n{words}')
+            (self.assertGood if well else lambda u: self.assertBad(u, ' refused: '))(self.uri(folder))
+            self.daemon.wait_idle()
+        self.assertIn('vm/vda', harness.run(['nbdinfo', '--list', self.uri(f'{self.pki}/of-dn', export='')]).stdout)
+        self.assertNotIn('vda', harness.run(['nbdinfo', '--list', self.uri(self.client('bob'), export='')],
+                                            check=False).stdout)
+        self.end()
+
     def test_reload_takes_new_lists_and_certificates_and_leaves_sessions_alone(self):
         self.begin()
         alice, bob = self.client('alice'), self.client('bob')

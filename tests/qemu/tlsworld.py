@@ -109,7 +109,7 @@ def starttls(raw, folder=None, version=None):
 class TlsCase(harness.Case):
     """begin() makes a QEMU with a disk of known bytes, certificates, and a daemon."""
 
-    def begin(self, mode='require', flags=(), size=16 * MIB + 512, psk=False, **options):
+    def begin(self, mode='require', flags=(), size=16 * MIB + 512, psk=False, allow=('any=*',), **options):
         self.pki, self.keys = f'{self.folder}/pki', f'{self.folder}/psk'
         qpull('certs', 'init', self.pki, '--client=alice', '--client=bob')
         qpull('certs', 'init', self.keys, '--psk=alice', '--psk=bob')
@@ -118,7 +118,8 @@ class TlsCase(harness.Case):
             self.vm.write('vda', i * 2 * MIB, MIB, 1 + i)
         self.before = self.vm.state()
         creds = f'--tls-psk={self.keys}/keys.psk' if psk else f'--tls-certs={self.pki}'
-        self.daemon = self.qpulld(self.vm, tcp=True, linger=0, flags=[f'--tls={mode}', creds, *flags], **options)
+        self.daemon = self.qpulld(self.vm, linger=0, **options, flags=[
+            '--listen=tcp:127.0.0.1:0', f'--tls={mode}', creds, *(f'--allow={a}' for a in allow), *flags])
         self.port = self.daemon.tcp_port()
         self.address = ('127.0.0.1', self.port)
 

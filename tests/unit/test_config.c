@@ -196,10 +196,12 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[server]\nlisten = udp:1\n", ":2:", "none of unix:PATH"},
         {"[server]\nlisten = unix:/a\nlisten = unix:/a\n", ":3:", "twice"},
         {"[server]\ntls = maybe\n", ":2:", "\"tls\": \"maybe\" is none of off, on, require"},
-        {"[server]\nallow = x\n", ":2:", "not supported by this version"},
         {"[server]\nconfig = /x\n", ":2:", "unknown key \"config\""},
         {"[server]\n[server]\n", ":2:", "[server] is there twice"},
         {"[servant]\n", ":1:", "unknown section"},
+        {"[allow]\n[allow]\n", ":2:", "[allow] is there twice"},
+        {"[allow]\npsk:a = *\nb = *\n", ":3:", "none of user:NAME"},
+        {"[server]\nallow = psk:a\n", ":2:", "not WHO="},
         {"[vm \"a\"]\n[vm \"a\"]\n", ":2:", "there twice"},
         {"[vm \"a\"]\nqmp = /a\nqmp = /b\n", ":3:", "\"qmp\" is there twice"},
         {"[vm \"a\"]\ncolour = red\n", ":2:", "unknown key \"colour\" in [vm \"a\"]"},
@@ -269,7 +271,7 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--image", "a/b=/x", "--image", "a/c=/x"}, "--image: /x is the image of disk \"b\" already"},
         {{"--tls", "yes"}, "--tls: \"yes\" is none of off, on, require"},
         {{"--tls-certs", ""}, "--tls-certs: "},
-        {{"--allow", "x=y"}, "not supported"},
+        {{"--allow", "x=y"}, "--allow: \"x\" is none of user:NAME"},
         {{"--quiesce", "perhaps"}, "--quiesce: \"perhaps\" is none of"},
         {{"--threads", "0"}, "--threads: "},
         {{"--threads", "65"}, "--threads: "},
@@ -329,6 +331,24 @@ static int check(struct box *b, const char *listen, const char *scratch, bool al
                            allow_plaintext ? "--allow-plaintext" : NULL),
                      0);
     return config_check(b->config, &b->failure);
+}
+
+/* inih cuts a line at its first ":" or "=". */
+static void rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have(void **state)
+{
+    struct box *b = *state;
+    const struct access_who key = {.psk = "alice"}, cert = {.dn = "CN=bob,O=x"}, nobody = {0};
+
+    write_file(b, "[allow]\npsk:alice = web-*/list, db\ndn:CN=bob,O=x = db/pull\nany = open/list\n"
+                  "[server]\nallow = any=more/pull\n");
+    assert_int_equal(PARSE(b, "--allow", "any=most/control"), 0);
+    assert_int_equal(access_rights(&b->config->access, &key, "web-1"), ACCESS_LIST);
+    assert_int_equal(access_rights(&b->config->access, &cert, "web-1"), 0);
+    assert_int_equal(access_rights(&b->config->access, &cert, "db"), ACCESS_PULL);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "db"), 0);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "open"), ACCESS_LIST);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "more"), ACCESS_PULL);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "most"), ACCESS_CONTROL);
 }
 
 static void a_listener_open_to_the_network_must_be_allowed(void **state)
@@ -524,6 +544,7 @@ int main(void)
         TEST(each_mistake_of_a_flag_is_named_with_the_flag),
         TEST(a_file_that_is_named_but_missing_is_refused),
         TEST(help_and_version_come_before_any_mistake_of_the_file),
+        TEST(rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have),
         TEST(a_listener_open_to_the_network_must_be_allowed),
         TEST(tls_needs_one_kind_of_credentials),
         TEST(paths_that_cannot_be_used_are_named),
