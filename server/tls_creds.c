@@ -28,13 +28,12 @@ static void note_open_file(const char *path, const char *what, struct failure *n
                           path, (unsigned)(st.st_mode & 0777));
 }
 
-static int join_path(char **ret_path, const char *dir, const char *name, struct failure *f)
+/* NULL: no memory. */
+static char *join_path(const char *dir, const char *name)
 {
-    if (asprintf(ret_path, "%s/%s", dir, name) < 0) {
-        *ret_path = NULL;
-        return failure_set(f, -ENOMEM, "out of memory");
-    }
-    return 0;
+    char *path;
+
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
 }
 
 /* -- pre-shared keys ----------------------------------------------------------------------------------------------- */
@@ -53,7 +52,7 @@ static int add_key(struct tls_creds *c, const char *user, size_t user_len, const
     for (size_t i = 0; i < user_len; i++)
         if (!isgraph((unsigned char)user[i]))
             return failure_set(f, -EINVAL, "the user's name has a character that cannot be printed");
-    if (hex_len % 2 || hex_len < 2u * PSK_KEY_MIN || hex_len > 2u * PSK_KEY_MAX)
+    if (hex_len % 2 || hex_len / 2 < PSK_KEY_MIN || hex_len / 2 > PSK_KEY_MAX)
         return failure_set(f, -EINVAL, "the key is not %u to %u bytes in hexadecimal", PSK_KEY_MIN, PSK_KEY_MAX);
     for (size_t i = 0; i < c->nkeys; i++)
         if (strlen(c->keys[i].user) == user_len && memcmp(c->keys[i].user, user, user_len) == 0)
@@ -197,13 +196,13 @@ static void note_dates(struct tls_creds *c, const char *path, struct failure *no
 
 static int load_x509(struct tls_creds *c, const char *dir, struct failure *note, struct failure *f)
 {
-    _cleanup_free_ char *ca = NULL, *cert = NULL, *key = NULL, *crl = NULL;
+    _cleanup_free_ char *ca = join_path(dir, "ca-cert.pem"), *cert = join_path(dir, "server-cert.pem");
+    _cleanup_free_ char *key = join_path(dir, "server-key.pem"), *crl = join_path(dir, "ca-crl.pem");
     bool has_crl;
     int r;
 
-    if (join_path(&ca, dir, "ca-cert.pem", f) < 0 || join_path(&cert, dir, "server-cert.pem", f) < 0 ||
-        join_path(&key, dir, "server-key.pem", f) < 0 || join_path(&crl, dir, "ca-crl.pem", f) < 0)
-        return f->err;
+    if (!ca || !cert || !key || !crl)
+        return failure_set(f, -ENOMEM, "out of memory");
     for (const char *const *path = (const char *const[]){ca, cert, key, NULL}; *path; path++)
         if (access(*path, R_OK) < 0)
             return failure_set(f, -errno, "cannot read %s: %s (qpull certs init DIR makes what is needed)", *path,

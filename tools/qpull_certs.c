@@ -259,7 +259,7 @@ static enum exit_status make_client(const char *dir, const char *name, const cha
     _cleanup_free_ char *folder = path_of(dir, name), *ca_path = path_of(folder, "ca-cert.pem");
     struct pair client = {0};
     gnutls_datum_t pem = {0};
-    bool is_new;
+    bool is_new = false;
     enum exit_status status = make_dir(folder);
     int r;
 
@@ -289,7 +289,7 @@ static enum exit_status make_certificates(const char *dir, const char *clients, 
     const char *host = args->nhosts ? args->hosts[0] : own;
     struct pair ca = {0}, server = {0};
     char ca_name[NAME_MAX_LEN + 32];
-    bool is_new;
+    bool is_new = false;
     enum exit_status status;
 
     if (args->nhosts && access(server_path, F_OK) == 0)

@@ -96,7 +96,7 @@ def main():
                  lambda port, export: f'nbds://localhost:{port}/{export}?tls-certificates={client}'),
                 ('PSK', f'tls-creds-psk,id=t,endpoint=server,dir={folder}/psk', f'--tls-psk={keys}',
                  lambda port, export: f'nbds://c@127.0.0.1:{port}/{export}?tls-psk-file={keys}')):
-            daemon = harness.Qpulld(folder, {'vm': guest}, tcp=True, linger=0, flags=['--tls=require', flag])
+            daemon = harness.Qpulld(folder, {'vm': guest}, tcp=True, linger=0, flags=['--tls=require', flag, '--allow=any=*'])
             compare(folder, guest, daemon, image, size, rounds, words, creds, uri)
             daemon.stop()
         guest.quit()
