@@ -211,7 +211,7 @@ class Init(tlsworld.TlsCase):
         if not shutil.which('nbdkit'):
             self.skipTest('missing: nbdkit')
         pki, keys = f'{self.folder}/pki', f'{self.folder}/psk'
-        tlsworld.qpull('certs', 'init', pki, '--host=storage.example', '--host=192.0.2.1')  # one client, called "client"
+        tlsworld.qpull('certs', 'init', pki, '--host=storage.example', '--host=192.0.2.1')  # a client called "client"
         tlsworld.qpull('certs', 'init', keys, '--psk=alice')
         for flags, uri in (([f'--tls-certificates={pki}', '--tls-verify-peer'],
                             f'nbds+unix:///?socket=$unixsocket&tls-certificates={pki}/clients/client'),

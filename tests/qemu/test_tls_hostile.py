@@ -218,6 +218,16 @@ class Hostile(tlsworld.TlsCase):
         self.assertEqual((status['tls']['buffers'], status['buffers']['used']), (0, 0))
         self.end()
 
+    def test_a_client_that_takes_nothing_is_closed_in_time(self):
+        self.begin(size=40 * MIB, flags=['--idle-timeout=2'])
+        raw = tlsworld.starttls(rawnbd.Raw(self.address, receive_buffer=4096), self.client('alice'))
+        self.addCleanup(raw.close)
+        raw.go('vm/vda')
+        raw.put(b''.join(struct.pack('>IHHQQI', rawnbd.REQUEST_MAGIC, 0, rawnbd.CMD_READ, i, 0, 32 * MIB)
+                         for i in range(8)))
+        self.logged('took no byte of its replies for 2 seconds')
+        self.end()
+
     def test_a_client_killed_in_mid_transfer_leaves_nothing(self):
         self.begin(size=40 * MIB)
         alice = self.client('alice')

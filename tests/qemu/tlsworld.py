@@ -176,8 +176,8 @@ def gnutls_cli(port, *words, timeout=30):
     """The finished process of a TLS client that asks for the list of exports if it gets so far."""
     if not shutil.which('gnutls-cli'):
         raise unittest.SkipTest('missing: gnutls-cli (Debian: gnutls-bin)')
-    return subprocess.run(['gnutls-cli', '--insecure', f'--port={port}', *words, '127.0.0.1'], input=option(rawnbd.OPT_LIST),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+    return subprocess.run(['gnutls-cli', '--insecure', f'--port={port}', *words, '127.0.0.1'],
+                          input=option(rawnbd.OPT_LIST), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False)
 
 
 def option(number, data=b''):
