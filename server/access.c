@@ -10,7 +10,7 @@
 #include <pwd.h>
 #include <unistd.h>
 
-enum kind { USER, GROUP, PSK, X509, SAN, ADDRESS, ANY };
+enum kind { USER, GROUP, PSK, DN, CN, SAN, ADDRESS, ANY };
 
 struct access_rule {
     enum kind kind;
@@ -18,7 +18,7 @@ struct access_rule {
     struct in6_addr address; /* ADDRESS; IPv4 as v4-mapped */
     unsigned bits;           /* of address */
     unsigned rights;         /* enum access_right */
-    char *who, *vm;          /* owned: globs; who is of PSK (no glob), X509, SAN */
+    char *who, *vm;          /* owned: globs; who is of PSK (no glob), DN, CN, SAN */
 };
 
 static const struct {
@@ -27,7 +27,7 @@ static const struct {
     bool is_number;
 } kinds[] = {
     {"user", USER, false}, {"uid", USER, true}, {"group", GROUP, false}, {"gid", GROUP, true},   {"psk", PSK, false},
-    {"x509", X509, false},   {"san", SAN, false},     {"ip", ADDRESS, false},
+    {"dn", DN, false},     {"cn", CN, false},   {"san", SAN, false},     {"ip", ADDRESS, false},
 };
 
 static const struct {
@@ -129,7 +129,7 @@ static int parse_who(struct access_rule *r, const char *who, struct failure *f)
         return r->who ? 0 : no_memory(f);
     }
     return failure_set(f, -EINVAL,
-                       "\"%s\" is none of user:NAME, uid:N, group:NAME, gid:N, psk:NAME, x509:GLOB, san:GLOB, "
+                       "\"%s\" is none of user:NAME, uid:N, group:NAME, gid:N, psk:NAME, dn:GLOB, cn:GLOB, san:GLOB, "
                        "ip:ADDRESS[/BITS], any",
                        who);
 }
@@ -266,8 +266,10 @@ static bool is_meant(const struct access_rule *r, const struct access_who *who)
         return false;
     case PSK:
         return who->psk && strcmp(who->psk, r->who) == 0;
-    case X509:
-        return is_like(r->who, who->x509);
+    case DN:
+        return is_like(r->who, who->dn);
+    case CN:
+        return is_like(r->who, who->cn);
     case SAN:
         for (size_t i = 0; i < who->nsans; i++)
             if (is_like(r->who, who->sans[i]))

@@ -6,8 +6,8 @@
  *
  *   user:NAME uid:N group:NAME gid:N   the process at the other end of a unix socket (a group of it)
  *   psk:NAME                           TLS with a pre-shared key
- *   x509:GLOB san:GLOB                 TLS with a client certificate: its subject as RFC 4514 writes it ("CN=alice"), or
- *                                      a name of its subjectAltName with its kind ("dns:alice.example.org")
+ *   dn:GLOB cn:GLOB san:GLOB           TLS with a client certificate: its subject, the CN in it, a name of its
+ *                                      subjectAltName
  *   ip:ADDRESS[/BITS]                  an address; no proof of anything where others are in the network
  *   any                                whoever can connect
  *
@@ -36,8 +36,8 @@ struct access_who {
     gid_t *groups; /* owned: all of the peer's */
     size_t ngroups;
     struct sockaddr_storage address; /* of TCP, or AF_UNSPEC */
-    const char *psk, *x509;          /* borrowed: of TLS, verified; NULL: not told */
-    char *const *sans;               /* likewise */
+    const char *psk, *dn, *cn;       /* borrowed: of TLS, verified; NULL: not told */
+    const char *const *sans;         /* likewise */
     size_t nsans;
 };
 

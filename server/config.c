@@ -193,7 +193,7 @@ static const struct {
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
     [ROW_ALLOW] = {"allow", REPEATABLE, "WHO=VM-GLOB[/RIGHTS][,…]",
-                   "who may do what; WHO: user:NAME, group:NAME, psk:NAME, x509:GLOB, ip:ADDRESS, … (default: root and "
+                   "who may do what; WHO: user:NAME, group:NAME, psk:NAME, cn:GLOB, ip:ADDRESS, … (default: root and "
                    "our user on unix sockets)"},
     [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
                             "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},

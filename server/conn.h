@@ -26,8 +26,8 @@ struct conn_set {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
-    const struct access *access;        /* borrowed; may be another one after any turn of the loop */
     struct tls_server *tls;             /* borrowed; NULL: TLS is off */
+    const struct access *access;        /* borrowed; may be another one after any turn of the loop */
     struct budget budget;
     struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */

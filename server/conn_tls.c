@@ -73,11 +73,10 @@ static void greet(struct conn *c)
     c->tls_was_up = true;
     c->tls_wanted = false;
     memcpy(c->identity, p->identity, sizeof c->identity);
-    if (strncmp(c->identity, TLS_X509, sizeof TLS_X509 - 1) == 0)
-        c->who.x509 = c->identity + sizeof TLS_X509 - 1;
-    else
-        c->who.psk = c->identity + sizeof TLS_PSK - 1;
-    c->who.sans = p->names;
+    c->who.psk = p->psk;
+    c->who.dn = p->dn;
+    c->who.cn = p->cn;
+    c->who.sans = (const char *const *)p->names;
     c->who.nsans = p->nnames;
     log_info("c%llu is %s, by TLS %s", (unsigned long long)c->id, c->identity, p->session);
     nbd_tls_ready(c->nbd);

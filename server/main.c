@@ -47,7 +47,8 @@ static void on_stopped(void *arg, bool clean)
         uv_close((uv_handle_t *)&d->watches[i], NULL);
 }
 
-/* Who may do what, from flags and file as they are now; all else stays until the next start. */
+/* Who may do what, from flags and file as they are now, and certificates and keys; all else stays until the next start.
+ */
 static void reload(struct daemon *d)
 {
     struct server_config *config = NULL;
@@ -58,6 +59,7 @@ static void reload(struct daemon *d)
         log_error("SIGHUP: nothing was changed: %s", why.text);
         return;
     }
+    server_reload_tls(d->server);
     d->access = config->access;
     config->access = (struct access){0};
     server_set_access(d->server, &d->access);
@@ -68,7 +70,6 @@ static void reload(struct daemon *d)
                                                    : "other users can still connect");
     access_done(&before);
     config_free(config);
-    server_reload(d->server);
 }
 
 static void on_signal(uv_signal_t *watch, int number)

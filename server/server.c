@@ -155,7 +155,7 @@ static void on_reloaded(struct work *w)
     struct server *s = l->server;
 
     if (l->why.err) {
-        log_error("reload: %s; the certificates or keys of before stay in use", l->why.text);
+        log_error("SIGHUP: %s; the certificates or keys of before stay in use", l->why.text);
     } else {
         tls_server_set_creds(&s->tls, l->creds);
         tell_creds(l->creds, &l->note);
@@ -164,11 +164,11 @@ static void on_reloaded(struct work *w)
     free(l);
     if (s->reload_again && !server_is_stopping(s)) {
         s->reload_again = false;
-        server_reload(s);
+        server_reload_tls(s);
     }
 }
 
-void server_reload(struct server *s)
+void server_reload_tls(struct server *s)
 {
     struct server_reload *l;
 
@@ -180,7 +180,7 @@ void server_reload(struct server *s)
     }
     l = calloc(1, sizeof *l);
     if (!l) {
-        log_error("reload: out of memory");
+        log_error("SIGHUP: out of memory");
         return;
     }
     *l = (struct server_reload){

@@ -33,7 +33,7 @@ int server_start(struct server *s, struct failure *f);
 typedef void (*server_stop_cb)(void *arg, bool clean);
 void server_stop(struct server *s, server_stop_cb cb, void *arg);
 /* SIGHUP: certificates and keys are read anew, for handshakes from then on; where that fails the old ones stay. */
-void server_reload(struct server *s);
+void server_reload_tls(struct server *s);
 bool server_is_stopping(const struct server *s);
 
 /* For the control socket. */

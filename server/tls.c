@@ -337,6 +337,7 @@ static void on_job_done(struct work *w)
 {
     struct tls *t = container_of(w, struct tls, work);
     enum tls_job job = t->job;
+    bool bad;
 
     t->job = TLS_JOB_NONE;
     queue_out(t);
@@ -344,9 +345,10 @@ static void on_job_done(struct work *w)
         t->ops->moved(t->arg);
         return;
     }
+    bad = job == TLS_JOB_SEAL ? t->result < 0 : t->result != 0 && t->result != GNUTLS_E_AGAIN;
     if (t->state == TLS_FAILED) {
         t->bufs = NULL; /* the socket broke meanwhile */
-    } else if (job == TLS_JOB_SEAL && t->result < 0) {
+    } else if (bad) {
         fail(t, 0, NULL, NULL);
     } else if (job == TLS_JOB_SEAL) {
         /* The next part is sealed while the kernel copies this one. */
@@ -355,8 +357,6 @@ static void on_job_done(struct work *w)
         go_on(t);
     } else if (t->result == 0) {
         t->state = TLS_UP;
-    } else if (t->result != GNUTLS_E_AGAIN) {
-        fail(t, 0, NULL, NULL);
     } else if (t->in_eof && t->in_len == 0) {
         fail(t, -ECONNRESET, "the TLS handshake failed", "the client left in its middle");
     }
@@ -540,6 +540,9 @@ void tls_free(struct tls *t)
     drop_queue(t);
     box_give(t->server, t->out);
     gnutls_deinit(t->session);
+    free(t->peer.psk);
+    free(t->peer.dn);
+    free(t->peer.cn);
     for (size_t i = 0; i < t->peer.nnames; i++)
         free(t->peer.names[i]);
     tls_creds_unref(t->creds);

@@ -60,14 +60,11 @@ void tls_server_close(struct tls_server *s, void (*cb)(void *arg), void *arg);
 /* -- one connection ------------------------------------------------------------------------------------------------ */
 struct tls;
 
-/* How an identity begins. */
-#define TLS_X509 "x509:"
-#define TLS_PSK "psk:"
-
-/* Who the client has shown to be: for access rules, the log and the status. */
+/* Who the client has shown to be: for access rules, the log and the status. All can be printed; NULL: not told. */
 struct tls_peer {
     char identity[TLS_IDENTITY_MAX]; /* "x509:CN=…" (RFC 4514), "x509:sha256:…", "psk:USER" */
-    char *names[TLS_NAMES_MAX];      /* owned: "dns:…", "email:…", "uri:…", "ip:…" of its certificate */
+    char *psk, *dn, *cn;             /* owned: the key's user; or the certificate's subject, and the only CN in it */
+    char *names[TLS_NAMES_MAX];      /* owned: its alternative names: hosts, addresses, URIs, mail */
     size_t nnames;
     char session[96]; /* how: "(TLS1.3)-(ECDHE-…)-…" */
 };

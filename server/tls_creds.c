@@ -28,13 +28,12 @@ static void note_open_file(const char *path, const char *what, struct failure *n
                           path, (unsigned)(st.st_mode & 0777));
 }
 
-static int join_path(char **ret_path, const char *dir, const char *name, struct failure *f)
+/* NULL: no memory. */
+static char *join_path(const char *dir, const char *name)
 {
-    if (asprintf(ret_path, "%s/%s", dir, name) < 0) {
-        *ret_path = NULL;
-        return failure_set(f, -ENOMEM, "out of memory");
-    }
-    return 0;
+    char *path;
+
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
 }
 
 /* -- pre-shared keys ----------------------------------------------------------------------------------------------- */
@@ -53,7 +52,7 @@ static int add_key(struct tls_creds *c, const char *user, size_t user_len, const
     for (size_t i = 0; i < user_len; i++)
         if (!isgraph((unsigned char)user[i]))
             return failure_set(f, -EINVAL, "the user's name has a character that cannot be printed");
-    if (hex_len % 2 || hex_len < 2u * PSK_KEY_MIN || hex_len > 2u * PSK_KEY_MAX)
+    if (hex_len % 2 || hex_len / 2 < PSK_KEY_MIN || hex_len / 2 > PSK_KEY_MAX)
         return failure_set(f, -EINVAL, "the key is not %u to %u bytes in hexadecimal", PSK_KEY_MIN, PSK_KEY_MAX);
     for (size_t i = 0; i < c->nkeys; i++)
         if (strlen(c->keys[i].user) == user_len && memcmp(c->keys[i].user, user, user_len) == 0)
@@ -197,13 +196,13 @@ static void note_dates(struct tls_creds *c, const char *path, struct failure *no
 
 static int load_x509(struct tls_creds *c, const char *dir, struct failure *note, struct failure *f)
 {
-    _cleanup_free_ char *ca = NULL, *cert = NULL, *key = NULL, *crl = NULL;
+    _cleanup_free_ char *ca = join_path(dir, "ca-cert.pem"), *cert = join_path(dir, "server-cert.pem");
+    _cleanup_free_ char *key = join_path(dir, "server-key.pem"), *crl = join_path(dir, "ca-crl.pem");
     bool has_crl;
     int r;
 
-    if (join_path(&ca, dir, "ca-cert.pem", f) < 0 || join_path(&cert, dir, "server-cert.pem", f) < 0 ||
-        join_path(&key, dir, "server-key.pem", f) < 0 || join_path(&crl, dir, "ca-crl.pem", f) < 0)
-        return f->err;
+    if (!ca || !cert || !key || !crl)
+        return failure_set(f, -ENOMEM, "out of memory");
     for (const char *const *path = (const char *const[]){ca, cert, key, NULL}; *path; path++)
         if (access(*path, R_OK) < 0)
             return failure_set(f, -errno, "cannot read %s: %s (qpull certs init DIR makes what is needed)", *path,
@@ -348,10 +347,9 @@ static bool is_plain(const void *text, size_t len)
     return len > 0;
 }
 
-static void add_name(struct tls_peer *p, const char *kind, const char *name, size_t len)
+static void add_name(struct tls_peer *p, const char *name, size_t len)
 {
-    if (p->nnames < TLS_NAMES_MAX && is_plain(name, len) &&
-        asprintf(&p->names[p->nnames], "%s:%.*s", kind, (int)len, name) >= 0)
+    if (p->nnames < TLS_NAMES_MAX && is_plain(name, len) && (p->names[p->nnames] = strndup(name, len)))
         p->nnames++;
 }
 
@@ -364,16 +362,25 @@ static void take_names(struct tls_peer *p, gnutls_x509_crt_t crt)
 
         if (type == GNUTLS_E_REQUESTED_DATA_NOT_AVAILABLE)
             return;
-        if (type == GNUTLS_SAN_DNSNAME)
-            add_name(p, "dns", name, len);
-        else if (type == GNUTLS_SAN_RFC822NAME)
-            add_name(p, "email", name, len);
-        else if (type == GNUTLS_SAN_URI)
-            add_name(p, "uri", name, len);
+        if (type == GNUTLS_SAN_DNSNAME || type == GNUTLS_SAN_RFC822NAME || type == GNUTLS_SAN_URI)
+            add_name(p, name, len);
         else if (type == GNUTLS_SAN_IPADDRESS && (len == 4 || len == 16) &&
                  inet_ntop(len == 4 ? AF_INET : AF_INET6, name, ip, sizeof ip))
-            add_name(p, "ip", ip, strlen(ip));
+            add_name(p, ip, strlen(ip));
     }
+}
+
+/* Where there are several nobody could say which is meant. */
+static void take_cn(struct tls_peer *p, gnutls_x509_crt_t crt)
+{
+    char cn[TLS_IDENTITY_MAX], another[TLS_IDENTITY_MAX];
+    size_t len = sizeof cn, another_len = sizeof another;
+
+    if (gnutls_x509_crt_get_dn_by_oid(crt, GNUTLS_OID_X520_COMMON_NAME, 0, 0, cn, &len) == 0 &&
+        gnutls_x509_crt_get_dn_by_oid(crt, GNUTLS_OID_X520_COMMON_NAME, 1, 0, another, &another_len) ==
+            GNUTLS_E_REQUESTED_DATA_NOT_AVAILABLE &&
+        is_plain(cn, len))
+        p->cn = strndup(cn, len);
 }
 
 /* Two certificates never have one identity unless they have one subject: what is cut or cleaned would not be safe. */
@@ -383,17 +390,21 @@ static int take_subject(struct tls_peer *p, gnutls_x509_crt_t crt)
     size_t hash_len = sizeof hash, len;
     gnutls_datum_t dn = {0};
     int r = gnutls_x509_crt_get_dn3(crt, &dn, 0);
-    bool usable = r == 0 && is_plain(dn.data, dn.size) && dn.size + sizeof TLS_X509 <= sizeof p->identity;
+    bool usable = r == 0 && is_plain(dn.data, dn.size);
 
     if (usable)
-        (void)snprintf(p->identity, sizeof p->identity, TLS_X509 "%.*s", (int)dn.size, (const char *)dn.data);
+        p->dn = strndup((const char *)dn.data, dn.size);
+    take_cn(p, crt);
+    usable = usable && dn.size + sizeof "x509:" <= sizeof p->identity;
+    if (usable)
+        (void)snprintf(p->identity, sizeof p->identity, "x509:%.*s", (int)dn.size, (const char *)dn.data);
     gnutls_free(dn.data);
     if (usable)
         return 0;
     r = gnutls_x509_crt_get_fingerprint(crt, GNUTLS_DIG_SHA256, hash, &hash_len);
     if (r < 0)
         return r;
-    len = (size_t)snprintf(p->identity, sizeof p->identity, TLS_X509 "sha256:");
+    len = (size_t)snprintf(p->identity, sizeof p->identity, "x509:sha256:");
     for (size_t i = 0; i < hash_len; i++)
         len += (size_t)snprintf(p->identity + len, sizeof p->identity - len, "%02x", hash[i]);
     return 0;
@@ -416,8 +427,9 @@ int tls_creds_identify(struct tls *t)
 
         if (!user || !is_plain(user, strlen(user))) /* cannot be: it was found among ours */
             return GNUTLS_E_NO_CERTIFICATE_FOUND;
-        (void)snprintf(p->identity, sizeof p->identity, TLS_PSK "%s", user);
-        return 0;
+        (void)snprintf(p->identity, sizeof p->identity, "psk:%s", user);
+        p->psk = strdup(user);
+        return p->psk ? 0 : GNUTLS_E_MEMORY_ERROR;
     }
     chain = gnutls_certificate_get_peers(t->session, &n);
     if (!chain || n == 0)

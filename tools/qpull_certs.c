@@ -259,7 +259,7 @@ static enum exit_status make_client(const char *dir, const char *name, const cha
     _cleanup_free_ char *folder = path_of(dir, name), *ca_path = path_of(folder, "ca-cert.pem");
     struct pair client = {0};
     gnutls_datum_t pem = {0};
-    bool is_new;
+    bool is_new = false;
     enum exit_status status = make_dir(folder);
     int r;
 
@@ -289,7 +289,7 @@ static enum exit_status make_certificates(const char *dir, const char *clients, 
     const char *host = args->nhosts ? args->hosts[0] : own;
     struct pair ca = {0}, server = {0};
     char ca_name[NAME_MAX_LEN + 32];
-    bool is_new;
+    bool is_new = false;
     enum exit_status status;
 
     if (args->nhosts && access(server_path, F_OK) == 0)
@@ -303,7 +303,8 @@ static enum exit_status make_certificates(const char *dir, const char *clients, 
         status = load_or_make_pair(dir, KIND_SERVER, host, &ca, args, &server, &is_new);
     }
     if (status == EXIT_DONE)
-        printf("server (%s):    qpulld --tls require --tls-certs %s\n", is_new ? "new" : "kept", dir);
+        printf("server (%s):    qpulld --tls require --tls-certs %s --allow 'cn:%s=*'\n", is_new ? "new" : "kept", dir,
+               names[0]);
     for (size_t i = 0; status == EXIT_DONE && i < (args->nclients ? args->nclients : 1); i++)
         status = make_client(clients, names[i], host, &ca, args);
     pair_done(&server);
@@ -390,7 +391,7 @@ static enum exit_status make_keys(const char *dir, const char *clients, const ch
     _cleanup_free_ char *path = path_of(dir, KEYS_FILE);
     enum exit_status status = EXIT_DONE;
 
-    printf("server: qpulld --tls require --tls-psk %s\n", path);
+    printf("server: qpulld --tls require --tls-psk %s --allow 'psk:%s=*'\n", path, args->psks[0]);
     for (size_t i = 0; status == EXIT_DONE && i < args->npsks; i++)
         status = make_psk(path, clients, args->psks[i], args->nhosts ? args->hosts[0] : own);
     return status;

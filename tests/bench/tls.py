@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A whole disk by nbdcopy over TLS: from qpulld, and straight from QEMU's own NBD server, in turns (A B A B …), from the
-page cache. Throughput, and processor time of each process.
+"""A whole disk by nbdcopy over TLS: from qpulld, and straight from QEMU's own NBD server, in turns (A B A B …), from
+the page cache. Throughput, and processor time of each process.
 
     tests/bench/tls.py [ROUNDS [MIB]]      (default: 7 rounds of 512 MiB)"""
 import os
@@ -68,8 +68,8 @@ def compare(folder, guest, daemon, image, size, rounds, words, creds, uri):
         rates = [gib / took for took, _ in values]
         spent = [statistics.median(v[1][i] for v in values) / gib for i in range(len(values[0][1]))]
         names = ('QEMU', 'qpulld', 'client') if len(spent) == 3 else ('QEMU', 'client')
-        print(f'{words:5} {name}: {statistics.median(rates):.2f} GiB/s ({min(rates):.2f} to {max(rates):.2f}); CPU s/GiB '
-              + ', '.join(f'{n} {s:.2f}' for n, s in zip(names, spent)), flush=True)
+        print(f'{words:5} {name}: {statistics.median(rates):.2f} GiB/s ({min(rates):.2f} to {max(rates):.2f}); '
+              'CPU s/GiB ' + ', '.join(f'{n} {s:.2f}' for n, s in zip(names, spent)), flush=True)
     ratios = [b[0] / a[0] for a, b in zip(found['qpulld'], found['direct'])]
     print(f'{words:5} qpulld to direct: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})',
           flush=True)
@@ -96,7 +96,8 @@ def main():
                  lambda port, export: f'nbds://localhost:{port}/{export}?tls-certificates={client}'),
                 ('PSK', f'tls-creds-psk,id=t,endpoint=server,dir={folder}/psk', f'--tls-psk={keys}',
                  lambda port, export: f'nbds://c@127.0.0.1:{port}/{export}?tls-psk-file={keys}')):
-            daemon = harness.Qpulld(folder, {'vm': guest}, tcp=True, linger=0, flags=['--tls=require', flag])
+            daemon = harness.Qpulld(folder, {'vm': guest}, tcp=True, linger=0,
+                                    flags=['--tls=require', flag, '--allow=any=*'])
             compare(folder, guest, daemon, image, size, rounds, words, creds, uri)
             daemon.stop()
         guest.quit()

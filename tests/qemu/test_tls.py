@@ -48,18 +48,6 @@ class Certificates(tlsworld.TlsCase):
         self.assertGood(self.uri(self.client('bob')))
         self.end()
 
-    def test_a_certificate_opens_what_its_rule_names_and_nothing_else(self):
-        self.begin()
-        for rules in (['x509:CN=alice=vm'], ['x509:*lic*=v*'], ['x509:CN=bob=other', 'x509:CN=alice=vm/pull']):
-            self.allow(*rules)
-            self.assertGood(self.uri(self.client('alice')))
-            self.daemon.wait_idle()
-            for export in ('vm/vda', 'xy/vda'):
-                well, words = self.reads(self.uri(self.client('bob'), export))
-                self.assertFalse(well)
-                self.assertIn(f"no export named '{export}'", words)
-        self.end()
-
     def test_who_has_no_good_certificate_gets_nothing(self):
         self.begin()
         other = f'{self.folder}/other'
@@ -87,6 +75,24 @@ class Certificates(tlsworld.TlsCase):
         os.symlink(f'{self.pki}/ca-cert.pem', f'{only_ca}/ca-cert.pem')
         self.assertBad(self.uri(only_ca), 'Certificate is required')
         self.assertEqual(self.daemon.ask('query-status')['tls']['failed'], 6)
+        self.end()
+
+    def test_rules_know_clients_by_subject_and_names(self):
+        rules = ('cn:alice=vm', 'dn:CN=of-dn*=vm/list', 'san:*.backup.example=vm', 'san:spiffe://x/*=vm')
+        self.begin(allow=rules)
+        self.assertGood(self.uri(self.client('alice')))
+        self.daemon.wait_idle()
+        self.assertBad(self.uri(self.client('bob')), 'c2 refused: ')
+        for name, words, well in (('h', 'dns_name = "h.backup.example"', True), ('u', 'uri = "spiffe://x/y"', True),
+                                  ('e', 'dns_name = "h.backup.example.org"', False),
+                                  ('alice2', 'cn = "alice"', False),  # which of the two?
+                                  ('of-dn', '', False)):
+            folder = tlsworld.make_client(self.pki, name, f'tls_www_client\n{words}')
+            (self.assertGood if well else lambda u: self.assertBad(u, ' refused: '))(self.uri(folder))
+            self.daemon.wait_idle()
+        self.assertIn('vm/vda', harness.run(['nbdinfo', '--list', self.uri(f'{self.pki}/of-dn', export='')]).stdout)
+        self.assertNotIn('vda', harness.run(['nbdinfo', '--list', self.uri(self.client('bob'), export='')],
+                                            check=False).stdout)
         self.end()
 
     def test_reload_takes_new_lists_and_certificates_and_leaves_sessions_alone(self):
@@ -164,14 +170,6 @@ class Keys(tlsworld.TlsCase):
         self.daemon.wait_idle()
         self.end()
 
-    def test_a_key_opens_what_its_rule_names_and_nothing_else(self):
-        self.begin(psk=True)
-        self.allow('psk:alice=vm', 'x509:*=*')
-        self.assertGood(self.psk_uri('alice'))
-        self.daemon.wait_idle()
-        self.assertFalse(self.reads(self.psk_uri('bob'))[0])
-        self.end()
-
     def test_wrong_keys_and_unknown_users_look_alike_and_get_nothing(self):
         self.begin(psk=True)
         wrong = f'{self.folder}/wrong'
@@ -213,7 +211,7 @@ class Init(tlsworld.TlsCase):
         if not shutil.which('nbdkit'):
             self.skipTest('missing: nbdkit')
         pki, keys = f'{self.folder}/pki', f'{self.folder}/psk'
-        tlsworld.qpull('certs', 'init', pki, '--host=storage.example', '--host=192.0.2.1')  # one client, called "client"
+        tlsworld.qpull('certs', 'init', pki, '--host=storage.example', '--host=192.0.2.1')  # a client called "client"
         tlsworld.qpull('certs', 'init', keys, '--psk=alice')
         for flags, uri in (([f'--tls-certificates={pki}', '--tls-verify-peer'],
                             f'nbds+unix:///?socket=$unixsocket&tls-certificates={pki}/clients/client'),

@@ -50,7 +50,7 @@ static void without_rules_root_and_our_own_user_may_do_all_and_nobody_else_anyth
 {
     struct access a = {0};
     const struct access_who root = {.has_peer = true}, own = {.has_peer = true, .uid = geteuid()},
-                            stranger = {.has_peer = true, .uid = STRANGER}, tls = {.psk = "root", .x509 = "CN=root"},
+                            stranger = {.has_peer = true, .uid = STRANGER}, tls = {.psk = "root", .dn = "CN=root"},
                             zero_without_a_peer = {0}, local = at("127.0.0.1");
     const struct access_who *const others[] = {&stranger, &tls, &zero_without_a_peer, &local};
 
@@ -82,19 +82,18 @@ static void users_and_groups_are_those_of_the_peer(void **state)
 
 static void tls_names_match_only_what_tls_has_verified(void **state)
 {
-    static char dns[] = "dns:a.backup.example", uri[] = "uri:x";
-    static char *const sans[] = {dns, uri};
-    const struct access_who cert = {.x509 = "CN=alice,O=Example", .sans = sans, .nsans = 2},
+    static const char *const sans[] = {"a.backup.example", "uri:x"};
+    const struct access_who cert = {.dn = "CN=alice,O=Example", .cn = "alice", .sans = sans, .nsans = 2},
                             psk = {.psk = "alice"};
 
-    assert_int_equal(rights("x509:CN=alice,O=Example=web-*", &cert, "web-1"), DEFAULT);
-    assert_int_equal(rights("x509:CN=alice,O=Example=web-*", &cert, "db"), 0);
-    assert_int_equal(rights("x509:CN=alice=*", &cert, "vm"), 0);
-    assert_int_equal(rights("x509:*,O=Example=*", &cert, "vm"), DEFAULT);
-    assert_int_equal(rights("x509:CN=alice*=*", &cert, "vm"), DEFAULT);
-    assert_int_equal(rights("x509:*=*", &psk, "vm"), 0);
-    assert_int_equal(rights("san:dns:*.backup.example=*", &cert, "vm"), DEFAULT);
-    assert_int_equal(rights("san:dns:*.example.org=*", &cert, "vm"), 0);
+    assert_int_equal(rights("dn:CN=alice,O=Example=web-*", &cert, "web-1"), DEFAULT);
+    assert_int_equal(rights("dn:CN=alice,O=Example=web-*", &cert, "db"), 0);
+    assert_int_equal(rights("dn:CN=alice=*", &cert, "vm"), 0);
+    assert_int_equal(rights("dn:*,O=Example=*", &cert, "vm"), DEFAULT);
+    assert_int_equal(rights("cn:alice=*", &cert, "vm"), DEFAULT);
+    assert_int_equal(rights("cn:alice=*", &psk, "vm"), 0);
+    assert_int_equal(rights("san:*.backup.example=*", &cert, "vm"), DEFAULT);
+    assert_int_equal(rights("san:*.example.org=*", &cert, "vm"), 0);
     assert_int_equal(rights("psk:alice=*", &psk, "vm"), DEFAULT);
     assert_int_equal(rights("psk:*=*", &psk, "vm"), 0); /* a name, not a glob: whoever has a key is one of them */
     assert_int_equal(rights("psk:alice=*", &cert, "vm"), 0);
@@ -197,7 +196,7 @@ static void only_rules_of_the_system_s_users_open_the_sockets(void **state)
     static const struct {
         const char *rule;
         bool opens;
-    } cases[] = {{"psk:a=*", false}, {"ip:192.0.2.1=*", false}, {"x509:a=*", false},
+    } cases[] = {{"psk:a=*", false}, {"ip:192.0.2.1=*", false}, {"cn:a=*", false},
                  {"uid:1=*", true},  {"gid:1=*", true},         {"any=*", true}};
 
     for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {

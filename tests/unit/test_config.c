@@ -337,9 +337,9 @@ static int check(struct box *b, const char *listen, const char *scratch, bool al
 static void rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have(void **state)
 {
     struct box *b = *state;
-    const struct access_who key = {.psk = "alice"}, cert = {.x509 = "CN=bob,O=x"}, nobody = {0};
+    const struct access_who key = {.psk = "alice"}, cert = {.dn = "CN=bob,O=x"}, nobody = {0};
 
-    write_file(b, "[allow]\npsk:alice = web-*/list, db\nx509:CN=bob,O=x = db/pull\nany = open/list\n"
+    write_file(b, "[allow]\npsk:alice = web-*/list, db\ndn:CN=bob,O=x = db/pull\nany = open/list\n"
                   "[server]\nallow = any=more/pull\n");
     assert_int_equal(PARSE(b, "--allow", "any=most/control"), 0);
     assert_int_equal(access_rights(&b->config->access, &key, "web-1"), ACCESS_LIST);
