@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * control: the daemon's control socket. It speaks QMP's wire form (greeting, "execute", "return", "error", "event"), so
- * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves
- * are in control_commands.c.
+ * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it, and others as
+ * server/access says. The commands themselves are in control_commands.c.
  *
  * "doctor" ("vm": one, else all) answers with a list of checks, the daemon's own first: {"vm", "disk": null or a name,
  * "check": "daemon" | "scratch" | "state" | "qmp" | "engine" | "last session" | "disks" | "checkpoints" | "leftovers" |
