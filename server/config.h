@@ -57,6 +57,8 @@
 /* -- limits of one NBD connection (server/conn, server/pull) ------------------------------------------------------- */
 #define CONN_READ_BUFFER 4096u  /* bytes read from the socket at once: 146 requests */
 #define CONN_PIECE (256u << 10) /* bytes asked of a source at once; nbdcopy's size, and the best one measured */
+#define CONN_SLOW \
+    (128u << 20)      /* bytes in a tick: who takes less, as over any network up to 2 Gbit/s, waits for itself */
 #define CONN_LOANS 4u /* pieces that wait for the client in memory of the source's, which is short: a quarter of it */
 #define CONN_WINDOW (4u << 20) /* bytes of payload being read or sent: 16 pieces, QEMU's own depth */
 #define CONN_MAX_REQUESTS 64u  /* requests in flight past which nothing more is read from the socket */

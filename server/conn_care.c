@@ -58,6 +58,7 @@ static void share_memory(struct conn *c)
     uint64_t allowed = MIN(fair_part(&c->fair, BUDGET_TOTAL), CONN_WINDOW);
 
     c->taken_seen = c->pull.ntaken;
+    c->pull.slow = c->pull.unsent > 0 && taken < CONN_SLOW;
     if (c->pull.unsent > 0)
         allowed = MIN(allowed, 2 * taken);
     pull_allow(&c->pull, MAX(allowed, CONN_PIECE));

@@ -320,6 +320,21 @@ static void send_hole(struct pull_job *job, uint64_t length)
     nbd_reply_hole(r, at, (uint32_t)length);
 }
 
+/*
+ * A client that is slow has no need of more than it may keep on loan: what came besides would be copied. And it gets
+ * that in one go when nearly all is sent, so that QEMU is woken once for several pieces.
+ */
+static bool is_resting(struct pull *p)
+{
+    size_t held = p->nlent + p->nreading;
+
+    if (!p->slow || held <= 1)
+        p->resting = false;
+    else if (held >= CONN_LOANS)
+        p->resting = true;
+    return p->resting;
+}
+
 /* Starts the next piece; false: nothing to do, or nothing possible now. */
 static bool start_piece(struct pull *p)
 {
@@ -345,6 +360,8 @@ static bool start_piece(struct pull *p)
     most = budget_is_short(p->c.budget) ? CONN_PIECE_SHORT : CONN_PIECE;
     length = MIN(job->end - job->at, most - job->at % most);
     if (p->window > 0 && p->window + length > p->allowed)
+        return false;
+    if (zeros == 0 && is_resting(p))
         return false;
     if (zeros == 0 && !fair_may_read(p->c.fair))
         return false;

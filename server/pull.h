@@ -49,6 +49,7 @@ struct pull {
     uint64_t nbytes;         /* payload handed to nbd */
     uint64_t ntaken;         /* of it: what the client has taken */
     size_t max_extents;      /* the connection's to set: in one answer about the disk's status */
+    bool slow;               /* the connection's to set: the client takes so little that depth brings nothing */
     bool read_failed;        /* a READ was answered with an error */
     bool lost;               /* the source says that the frozen disk is gone */
     /* private */
@@ -56,6 +57,7 @@ struct pull {
     struct pull_job *first, *last; /* owned: READs not finally answered, or with reads in flight, in order */
     struct pull_job *unstarted;    /* the first one with bytes not asked for yet */
     struct pull_job *open;         /* its reply is begun, and nothing else may be sent before its end */
+    bool resting;                  /* slow, and has enough for now */
     bool pumping, again, flushing, stopped;
 };
 

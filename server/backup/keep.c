@@ -83,8 +83,11 @@ int step_probe_and_close(struct seq *q, struct failure *f)
 
         if (!d->keep)
             continue;
-        d->probe = (struct source_read){
-            .length = MIN(sizeof(d->probe_buffer), d->disk->size), .buffer = d->probe_buffer, .cb = on_probe, .arg = d};
+        d->probe = (struct source_read){.length = MIN(sizeof(d->probe_buffer), d->disk->size),
+                                        .buffer = d->probe_buffer,
+                                        .sure = true,
+                                        .cb = on_probe,
+                                        .arg = d};
         r = d->source ? source_read(d->source, &d->probe) : -ENOTCONN;
         if (r < 0)
             session_drop_keep(s, d, "its frozen view cannot be read any more");

@@ -27,8 +27,11 @@ static void look_at_views(struct session *s)
 
         if (d->looking || !d->source)
             continue;
-        d->look = (struct source_read){
-            .length = MIN(sizeof(d->look_buffer), d->disk->size), .buffer = d->look_buffer, .cb = on_looked, .arg = d};
+        d->look = (struct source_read){.length = MIN(sizeof(d->look_buffer), d->disk->size),
+                                       .buffer = d->look_buffer,
+                                       .sure = true,
+                                       .cb = on_looked,
+                                       .arg = d};
         d->looking = source_read(d->source, &d->look) == 0;
     }
 }

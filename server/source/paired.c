@@ -36,7 +36,7 @@ static int paired_read(struct source *source, struct source_read *r)
 {
     struct paired_source *s = to_paired(source);
 
-    if (s->fast && r->offset + r->length <= s->fast->size) {
+    if (s->fast && !r->sure && r->offset + r->length <= s->fast->size) {
         r->own_cb = r->cb;
         r->own_arg = r->arg;
         r->cb = on_fast_read;

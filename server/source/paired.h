@@ -3,7 +3,7 @@
  * source/paired: two sources of one frozen disk as one: reads go through the fast one as long as it lives, and through
  * the sure one where the fast one does not reach (the end of a disk of odd size), fails, or has been lost. Nobody who
  * reads notices. What the sure one says of a read is the truth (it tells a broken snapshot from another error), and
- * only its loss is the pair's.
+ * only its loss is the pair's. A read that is marked so (source_read.sure) goes to it alone.
  *
  * Loop thread only.
  */

@@ -20,7 +20,7 @@
 #define VHOST_LENT_MAX 12u
 /* Slots that one request may fill, where reads are neighbours: each costs QEMU a thread's waking, however long it is.
  */
-#define VHOST_MERGED 2u
+#define VHOST_MERGED 4u
 /* Requests of a slot where reads must not cross a cluster of 64 KiB. */
 #define VHOST_PARTS 4u
 

@@ -111,6 +111,26 @@ static void clients_that_are_stuck_leave_the_memory_to_the_others(void **state)
 }
 
 /* The daemon has so many VMs that their list is longer than what may be unsent. */
+static void a_client_that_does_not_read_keeps_few_loans(void **state)
+{
+    struct world *w = *state;
+    struct client *c = client_open(w, 0, "web/vda", SIMPLE);
+    struct bytes b = {0};
+
+    client_read(c, false);
+    say_read(&b, 1, FIRST, FAR);
+    client_say(c, &b);
+    do {
+        loop_turn(&w->loop, 1);
+        assert_true(w->vms[0].source.nlent <= CONN_LOANS);
+    } while (w->set.first->pull.ncopied == 0);
+    client_read(c, true);
+    want_simple(&b, 0, 1);
+    put_raw(&b, w->vms[0].source.data + FIRST, FAR);
+    client_expect(w, c, &b);
+    assert_int_equal(w->vms[0].source.nlent, 0);
+}
+
 static void lists_that_nobody_reads_are_not_made(void **state)
 {
     struct world *w = *state;
@@ -209,6 +229,7 @@ int main(void)
         LENT(structured_replies_that_were_given_up_come_whole_all_the_same),
         TEST(clients_that_are_stuck_leave_the_memory_to_the_others),
         LENT(clients_that_are_stuck_leave_the_memory_to_the_others),
+        LENT(a_client_that_does_not_read_keeps_few_loans),
         TEST(lists_that_nobody_reads_are_not_made),
         TEST(a_client_that_reads_late_gets_all_its_lists),
         TEST(a_client_that_sends_a_byte_now_and_then_is_idle),

@@ -327,6 +327,7 @@ static int start_read(struct rig *rig, size_t i, uint64_t offset, size_t length)
     r->length = length;
     r->buffer = NULL;
     r->borrow = random_below(2);
+    r->sure = random_below(2);
     r->cb = on_read;
     r->arg = rig;
     rig->inside = true;

@@ -126,6 +126,17 @@ static void reads_go_through_the_fast_source(void **state)
     assert_int_equal(w->nfrom_fast, NREADS);
 }
 
+static void who_wants_to_be_sure_is_answered_by_the_sure_source(void **state)
+{
+    struct world *w = *state;
+
+    source_paired_add(w->pair, w->fast);
+    w->reads[0] = (struct source_read){.length = READ, .buffer = w->buffers[0], .sure = true, .cb = on_read, .arg = w};
+    assert_int_equal(source_read(w->pair, &w->reads[0]), 0);
+    loop_until(&w->loop, w->nanswered == 1);
+    assert_int_equal(w->nfrom_sure, 1);
+}
+
 static void what_the_fast_source_does_not_reach_comes_from_the_sure_one(void **state)
 {
     struct world *w = *state;
@@ -226,6 +237,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(without_a_fast_source_the_sure_one_answers),
         TEST(reads_go_through_the_fast_source),
+        TEST(who_wants_to_be_sure_is_answered_by_the_sure_source),
         TEST(what_the_fast_source_does_not_reach_comes_from_the_sure_one),
         TEST(nobody_notices_that_the_fast_source_is_lost),
         TEST(a_fast_source_that_is_taken_away_in_mid_read_is_made_up_for),
