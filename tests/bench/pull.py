@@ -46,8 +46,9 @@ def rows_of(case, found):
 def measure(folder, disks, transport, cache, clients, count, quick):
     tls, how = None, 'unix' if transport == 'unix' else 'tcp'
     if transport.startswith('tls'):
-        if not worlds.has_flag('tls-certs'):
-            return [bench.missing(f'{transport} {cache} {c}', 'TLS is not built into this qpulld') for c in clients]
+        why = worlds.why_no_tls()
+        if why:
+            return [bench.missing(f'{transport} {cache} {c}', why) for c in clients]
         tls = worlds.Tls(folder, transport.split()[1])
     vms = [worlds.Vm(folder, name, disks, cache == 'O_DIRECT') for name in ('a', 'b')]
     direct, daemon = worlds.Direct(vms[0], how, tls), worlds.Daemon(folder, {'vm': vms[1]}, how, tls)

@@ -5,6 +5,7 @@ Direct is QEMU's own NBD server on a frozen node that is built as qpulld builds 
 device, snapshot-access on top). Where both sides are up at once they are twins: two QEMUs with the same arguments and
 the same image file, since a QEMU has but one NBD server and qpulld may need it; nobody writes."""
 import os
+import shutil
 import socket
 import subprocess
 import urllib.parse
@@ -184,10 +185,12 @@ def connect(place):
     return h
 
 
-def has_flag(flag):
-    """Is this flag of qpulld built in?"""
-    return f'--{flag}' in subprocess.run([f'{harness.bin_dir()}/qpulld', '--help'], capture_output=True, text=True,
-                                         check=True).stdout
+def why_no_tls():
+    """What is missing for TLS, or None."""
+    words = subprocess.run([f'{harness.bin_dir()}/qpulld', '--help'], capture_output=True, text=True, check=True).stdout
+    if '--tls-certs' not in words:
+        return 'TLS is not built into this qpulld'
+    return None if shutil.which('openssl') else 'openssl is not installed (tools/setup.sh bench)'
 
 
 class Daemon(harness.Qpulld):
