@@ -60,6 +60,7 @@ struct vm {
     bool give_back;
     char *server_socket; /* owned: "nbd-NAME.sock" */
     int state_dir;       /* O_PATH */
+    int state_fd;        /* tells others that these notes are in use (backup/alive), -1: is a twin, or cannot */
     char **only;         /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
@@ -113,6 +114,8 @@ struct vm {
     size_t nstays;
     char *identity; /* owned: whose session it is */
     bool starting;  /* disks are being asked for it */
+    bool swept;     /* for this start, because a node of a session stood on a disk */
+    struct failure left; /* what the last sweep could not do */
     struct vm_query start_query;
     bool ending;                    /* session_stop() was said */
     bool was_up;                    /* it came up */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/sweep.h"
 
+#include "backup/alive.h"
 #include "backup/hold.h"
 #include "backup/lock.h"
 #include "qmp/commands.h"
@@ -24,6 +25,7 @@ struct sweep {
         enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
+    bool others_live;
     char living[NAMES_ID_SIZE];
     struct failure problems;
 };
@@ -177,7 +179,7 @@ static void next_id(struct sweep *s)
         .server_dir = s->config.server_dir,
     };
 
-    if (s->next > s->nfound) {
+    if (s->next > s->nfound || (last && s->others_live)) {
         s->cb(s->arg, s->nfound, s->problems.err ? &s->problems : NULL);
         free(s);
         return;
@@ -188,6 +190,29 @@ static void next_id(struct sweep *s)
     s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
+}
+
+/*
+ * Another qpulld or nbdkit looks after this QEMU over another monitor. Its NBD server is not touched, either: where all
+ * sessions are dead the last walk sees to that.
+ */
+static void spare_the_living(struct sweep *s)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < s->nfound; i++) {
+        pid_t pid = alive_holder(s->found[i].id);
+
+        if (pid)
+            (void)failure_set(&s->problems, -EBUSY,
+                              "another qpulld or nbdkit (process %d) is at work in this QEMU over another monitor "
+                              "(session %s); pull through that one, or wait for its end",
+                              (int)pid, s->found[i].id);
+        else
+            s->found[n++] = s->found[i];
+    }
+    s->others_live = n < s->nfound;
+    s->nfound = n;
 }
 
 /* A guest that was left paused goes on before anything else is done. */
@@ -212,6 +237,7 @@ static void on_searched(struct calls *c, const struct failure *f)
         free(s);
         return;
     }
+    spare_the_living(s);
     paused_first(s);
     next_id(s);
 }
