@@ -49,7 +49,7 @@ static void spoil(struct own *own, const char *session, const struct failure *wh
     if (own->spoiled.err)
         return;
     own->spoiled = *why;
-    (void)strncat(own->spoiled_session, session, sizeof(own->spoiled_session) - 1);
+    (void)snprintf(own->spoiled_session, sizeof(own->spoiled_session), "%s", session);
 }
 
 /* -- what waits for QEMU ------------------------------------------------------------------------------------------- */

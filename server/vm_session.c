@@ -605,6 +605,10 @@ void vm_pump(struct vm *vm)
         vm->life.sweep_due = false;
         vm_sweep(vm);
     }
+    if (vm->life.leftovers && vm->left.err == -EBUSY) { /* looked at just now: somebody else is at work */
+        vm_refuse_waiting(vm, &vm->left);
+        return;
+    }
     if (!vm->tested) {
         vm_test(vm);
         return;

@@ -26,6 +26,7 @@ struct sweep {
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
     bool others_live;
+    bool exported_ours, exported_others; /* over QEMU's NBD server: by a session, by somebody else */
     char living[NAMES_ID_SIZE];
     struct failure problems;
 };
@@ -115,8 +116,16 @@ static int on_exports(struct calls *c, unsigned index, struct json_object *ret, 
 {
     struct sweep *s = container_of(c, struct sweep, calls);
 
-    for (size_t i = 0; i < qmp_array_length(ret); i++)
-        found(s, qmp_get_string(json_object_array_get_idx(ret, i), "id"));
+    for (size_t i = 0; i < qmp_array_length(ret); i++) {
+        struct json_object *export = json_object_array_get_idx(ret, i);
+        const char *type = qmp_get_string(export, "type");
+
+        found(s, qmp_get_string(export, "id"));
+        if (type && strcmp(type, "nbd") == 0) {
+            s->exported_ours |= names_is_ours(qmp_get_string(export, "id"));
+            s->exported_others |= !names_is_ours(qmp_get_string(export, "id"));
+        }
+    }
     return 0;
 }
 
@@ -185,7 +194,12 @@ static void next_id(struct sweep *s)
         return;
     }
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
-    s->rig.server = SERVER_UNKNOWN;
+    /*
+     * A session exports nothing over a server that it has not started. So one that has an export there has left us the
+     * server, too, wherever its socket was: the dead one may have had another state directory.
+     */
+    s->rig.server = s->exported_ours && !s->exported_others && !s->others_live ? SERVER_OURS : SERVER_UNKNOWN;
+    s->exported_ours = false;
     s->rig.pause = !last && s->found[s->next].paused ? PAUSE_OURS : PAUSE_NONE;
     s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);

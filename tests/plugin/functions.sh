@@ -14,30 +14,34 @@ if [ ! -e "$plugin" ]; then
 fi
 mkdir -p "$work/scratch" "$work/state"
 nbdkit_log=$work/nbdkit.log
-here_dirs=(scratch="$work/scratch" state="$work/state" max-pause=30)
+# What every test says: the machine may be slow, and nothing shall be written outside of its folder.
+common=(scratch="$work/scratch" state="$work/state" max-pause=30)
 
-# A plugin with a sanitizer needs its library in nbdkit from the start. The programs that nbdkit starts need it not.
+# A plugin with a sanitizer needs its library in nbdkit from the start (see wake_sanitizer.c).
 preload=
 for library in asan tsan; do
     if ldd "$plugin" | grep -q "lib$library\.so"; then
-        preload=$(ldd "$plugin" | sed -n "s,.*=> \(/.*/lib$library\.so[^ ]*\) .*,\1,p")
+        preload=$(ldd "$plugin" | sed -n "s,.*=> \(/.*/lib$library\.so[^ ]*\) .*,\1,p"):$QPULL_TEST_TOOLS/wake_sanitizer.so
     fi
 done
 
-# nbdkit_qpull PARAMETER…: in the foreground of a subshell, so that --run and & work as they do with nbdkit. Words of
-# nbdkit's own go before: nbdkit_qpull --filter=log … qmp=…
-nbdkit_qpull()
+sanitized_nbdkit()
 {
-    local own=() given=() word
-    for word; do
-        case $word in
-        -*) own+=("$word") ;;
-        *) break ;;
-        esac
+    LD_PRELOAD=$preload ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} timeout -k 10 120 nbdkit "$@"
+}
+
+# run_nbdkit COMMAND WORD… -- PARAMETER…: "nbdkit --run", the command sees $uri. Words of nbdkit's own go before "--".
+run_nbdkit()
+{
+    local command=$1 own=()
+    shift
+    while [ "$1" != -- ]; do
+        own+=("$1")
         shift
     done
-    given=("$@")
-    LD_PRELOAD=$preload ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} nbdkit "${own[@]}" "$plugin" "${given[@]}"
+    shift
+    # The sanitizer is not for the programs that nbdkit starts.
+    sanitized_nbdkit -v -U - "${own[@]}" --run "unset LD_PRELOAD; $command" "$plugin" "$@" 2>>"$nbdkit_log"
 }
 
 # start_nbdkit WORD… -- PARAMETER…: at $socket, its process is $nbdkit_pid; returns when it accepts clients.
@@ -76,10 +80,10 @@ check_nbdkit_log()
 nothing_left()
 {
     wait_for 20 /usr/bin/python3 -c '
-import sys, qmpclient
+import re, sys, qmpclient
 qmp = qmpclient.Qmp(sys.argv[1])
 state = [qmp(c) for c in ("query-named-block-nodes", "query-block-exports", "query-fdsets", "query-jobs")]
-sys.exit("qpull-" in str(state))' "$work/$1.look"
+sys.exit(bool(re.search("qpull-[0-9a-f]{8}-", str(state))))' "$work/$1.look"
 }
 
 # bitmaps VM: names of all bitmaps of its nodes.
@@ -88,7 +92,19 @@ bitmaps()
     look "$1" "sorted(b['name'] for n in qmp('query-named-block-nodes') for b in n.get('dirty-bitmaps', []) if 'name' in b)"
 }
 
-# frozen_copy VM DISK FILE: what the disk holds now, as QEMU itself reads it, while nobody writes.
+# increments VM: two checkpoints' worth of work: "monday" is made, then the guest writes, zeroes what held data, and
+# discards. What the disk held on monday is $work/monday.img; every byte of the disk now is in $work/now.img.
+make_increment()
+{
+    run_nbdkit "nbdcopy \"\$uri\" $work/monday.img" -- qmp="$work/$1.qmp" disk=vda checkpoint=monday "${common[@]}"
+    guest_write "$1" vda 'write -q -P 0x33 5M 1M' # where nothing was
+    guest_write "$1" vda 'write -q -P 0x44 256k 128k'
+    guest_write "$1" vda 'write -q -z 2M 512k' # zeroes over data
+    guest_write "$1" vda 'discard -q 2560k 256k'
+    run_nbdkit "nbdcopy \"\$uri\" $work/now.img" -- qmp="$work/$1.qmp" disk=vda "${common[@]}"
+}
+
+# same FILE FILE: byte by byte.
 same()
 {
     if ! cmp "$1" "$2"; then
