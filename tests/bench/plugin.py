@@ -21,13 +21,13 @@ from qmpclient import Qmp  # noqa: E402
 NODE = 'node-vda'
 
 
-def qemu(folder, name, image):
+def qemu(folder, name, image, device=True):
     look = f'{folder}/{name}.look'
     harness.spawn(['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'pc', '-m', '64', '-nodefaults', '-no-user-config',
                    '-display', 'none', '-qmp', f'unix:{folder}/{name}.qmp,server=on,wait=off',
                    '-qmp', f'unix:{look},server=on,wait=off',
-                   '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.filename={image}',
-                   '-device', f'virtio-blk-pci,id=vda,drive={NODE}'])
+                   '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.locking=off,file.filename={image}',
+                   *(['-device', f'virtio-blk-pci,id=vda,drive={NODE}'] if device else [])])
     harness.wait_until(lambda: os.path.exists(look), 20, 'QEMU')
     return look
 
@@ -69,7 +69,7 @@ def worlds(folder, programs, size):
     qemu(folder, 'plugin', image)
     plugin = nbdkit(folder, 'plugin', f'{programs}/nbdkit-qpull-plugin.so', f'{folder}/plugin.qmp', 'disk=vda',
                     f'scratch={folder}', f'state={folder}/plugin.state', 'linger=600', 'max-pause=30')
-    by_hand = frozen_by_hand(folder, qemu(folder, 'hand', image), size)
+    by_hand = frozen_by_hand(folder, qemu(folder, 'hand', image, device=False), size)
     proxy = nbdkit(folder, 'proxy', 'nbd', f'socket={folder}/qemu.nbd', 'export=x')
     qemu(folder, 'daemon', image)
     daemon = harness.Qpulld(folder, {'vm': f'{folder}/daemon.qmp'}, linger=600, program=f'{programs}/qpulld')

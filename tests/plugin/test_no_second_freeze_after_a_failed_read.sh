@@ -12,7 +12,7 @@ import os, signal
 h.pread(4096, 0)
 os.kill($qemu, signal.SIGKILL)
 try:
-    h.pread(4096, 1 << 20)
+    h.pread(4096, 2 << 20)
     raise SystemExit('a read without a QEMU')
 except nbd.Error as e:
     assert e.errno == 'EIO', e

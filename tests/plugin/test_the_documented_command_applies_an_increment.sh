@@ -14,6 +14,6 @@ run_nbdkit "nbdcopy --destination-is-zero --sparse=0 -- \"\$uri\" [ nbdkit --exi
 same "$work/copy.img" "$work/now.img"
 nothing_left vm
 test "$(bitmaps vm)" = "['monday', 'tuesday']"
-# Only what changed was read: 1 MiB, 128, 512 and 256 KiB.
-expect "$(cat "$work/stats")" 'read: .* 1\.8[0-9]* MiB'
+# Only what changed was read, 1 MiB, 512, 256 and 128 KiB, in nbdcopy's requests of 256 KiB.
+expect "$(cat "$work/stats")" 'read: .*, (1\.88|2\.00) MiB,'
 check_nbdkit_log
