@@ -123,6 +123,28 @@ static int read_piece(struct handle *h, void *buffer, size_t length, uint64_t of
     return t.err;
 }
 
+struct busy_task {
+    struct task task;
+    struct handle *handle;
+    bool busy;
+};
+
+static void begin_busy(struct task *task)
+{
+    struct busy_task *t = container_of(task, struct busy_task, task);
+
+    t->busy = t->handle->nreads > 0;
+    task_done(task);
+}
+
+bool door_is_busy(struct handle *h)
+{
+    struct busy_task t = {.task.fn = begin_busy, .handle = h};
+
+    loop_call(h->door->loop, &t.task);
+    return t.busy;
+}
+
 static int read_for_nobody(struct handle *h, size_t length, uint64_t offset, struct failure *f)
 {
     _cleanup_free_ char *buffer = malloc(MIN(length, (size_t)PIECE));

@@ -20,6 +20,7 @@ struct door;
 struct handle {
     struct door *door;     /* borrowed */
     struct frozen *frozen; /* a reference */
+    struct handle *next;   /* its opener's */
     /* loop thread */
     struct source *source; /* NULL: lost */
     unsigned nreads;       /* in flight */
@@ -56,6 +57,8 @@ struct frozen *door_find(struct door *d, const char *disk, const char *session);
 void door_keep(struct door *d, struct frozen *f);                                /* takes a reference */
 bool door_let_go(struct door *d, struct frozen *f); /* gives one back; true: it was the last, f is the caller's */
 
+/* Whether reads of it are in flight. */
+bool door_is_busy(struct handle *h);
 /* Into buffer, or (NULL) only so that it has been read. The range is inside the disk. Negative errno. */
 int door_read(struct handle *h, void *buffer, size_t length, uint64_t offset, struct failure *f);
 

@@ -21,6 +21,9 @@ static struct loop loop;
 static struct door *door; /* owned; NULL: not started, or ended */
 static bool runs;         /* the loop */
 
+static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct handle *handles; /* open ones */
+
 static int refuse(const struct failure *f)
 {
     nbdkit_error("%s", f->text);
@@ -84,8 +87,48 @@ static int qpull_after_fork(void)
     return r < 0 ? refuse(&f) : 0;
 }
 
+static void add_handle(struct handle *h)
+{
+    (void)pthread_mutex_lock(&handles_lock);
+    h->next = handles;
+    handles = h;
+    (void)pthread_mutex_unlock(&handles_lock);
+}
+
+static void remove_handle(struct handle *h)
+{
+    struct handle **at = &handles;
+
+    (void)pthread_mutex_lock(&handles_lock);
+    while (*at != h)
+        at = &(*at)->next;
+    *at = h->next;
+    (void)pthread_mutex_unlock(&handles_lock);
+}
+
+/*
+ * nbdkit (1.32) closes no handle any more once it has been told to end, which --run does as soon as its command has
+ * ended: those of clients that have said goodbye just before are closed here. All its threads are gone, or (after some
+ * seconds) given up on: who still reads then is left to the end of the session.
+ */
+static void close_the_rest(void)
+{
+    struct handle *h = handles;
+
+    handles = NULL;
+    while (h) {
+        struct handle *next = h->next;
+
+        if (!door_is_busy(h))
+            door->ops->close(h);
+        h = next;
+    }
+}
+
 static void qpull_cleanup(void)
 {
+    if (door)
+        close_the_rest();
     if (door)
         door->ops->stop(TAKE_PTR(door));
     if (runs && loop_stop(&loop) < 0)
@@ -193,11 +236,13 @@ static void *qpull_open(int readonly)
         (void)refuse(&f);
         return NULL;
     }
+    add_handle(h);
     return h;
 }
 
 static void qpull_close(void *handle)
 {
+    remove_handle(handle);
     door->ops->close(handle);
 }
 

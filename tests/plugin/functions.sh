@@ -19,9 +19,11 @@ common=(scratch="$work/scratch" state="$work/state" max-pause=30)
 
 # A plugin with a sanitizer needs its library in nbdkit from the start (see wake_sanitizer.c).
 preload=
+libraries=$(ldd "$plugin")
 for library in asan tsan; do
-    if ldd "$plugin" | grep -q "lib$library\.so"; then
-        preload=$(ldd "$plugin" | sed -n "s,.*=> \(/.*/lib$library\.so[^ ]*\) .*,\1,p"):$QPULL_TEST_TOOLS/wake_sanitizer.so
+    path=$(sed -n "s,.*=> \(/.*/lib$library\.so[^ ]*\) .*,\1,p" <<<"$libraries")
+    if [ -n "$path" ]; then
+        preload=$path:$QPULL_TEST_TOOLS/wake_sanitizer.so
     fi
 done
 
@@ -119,4 +121,5 @@ at_exit_show_log()
         tail -n 60 "$nbdkit_log" >&2
     fi
 }
+set -o errtrace
 trap 'echo "$0: line $LINENO: \"$BASH_COMMAND\" failed" >&2; at_exit_show_log' ERR
