@@ -25,6 +25,7 @@ static_assert(ARRAY_SIZE(levels) == LOG_LEVEL_DEBUG + 1, "a level without a name
 /* The only global state of the daemon: a log line must be possible from anywhere. */
 static enum log_level threshold = LOG_LEVEL_INFO;
 static bool to_journal;
+static void (*to_sink)(enum log_level level, const char *line);
 
 int log_level_parse(const char *name, enum log_level *ret_level)
 {
@@ -53,6 +54,12 @@ void log_init(enum log_level level)
         (void)snprintf(ours, sizeof ours, "%ju:%ju", (uintmax_t)st.st_dev, (uintmax_t)st.st_ino);
         to_journal = strcmp(ours, stream) == 0;
     }
+}
+
+void log_init_sink(enum log_level level, void (*sink)(enum log_level, const char *))
+{
+    log_init(level);
+    to_sink = sink;
 }
 
 /* Bytes of the UTF-8 character at s, 0 if it is none (overlong forms and surrogates are none: RFC 3629). */
@@ -128,6 +135,10 @@ void log_line(enum log_level level, const char *fmt, ...)
     va_end(ap);
     log_escape(clean, sizeof clean, text);
 
+    if (to_sink) {
+        to_sink(level, clean);
+        return;
+    }
     if (to_journal) {
         len = snprintf(line, sizeof line, "%s%s\n", levels[level].prefix, clean);
     } else {

@@ -19,6 +19,10 @@ const char *log_level_name(enum log_level level);
 /* With stderr on the journal (JOURNAL_STREAM, see systemd.exec(5)) lines carry a priority instead of time and level. */
 void log_init(enum log_level level);
 
+/* Lines go to sink, clean but without time and level, and not to stderr: where a library's user has a log of its own.
+ * NULL: to stderr. Before any other thread logs. */
+void log_init_sink(enum log_level level, void (*sink)(enum log_level level, const char *line));
+
 void log_line(enum log_level level, const char *fmt, ...) _printf_(2, 3);
 
 #define log_error(...) log_line(LOG_LEVEL_ERROR, __VA_ARGS__)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "vm_internal.h"
 
+#include "backup/alive.h"
 #include "backup/names.h"
 #include "backup/selftest.h"
 #include "backup/sweep.h"
@@ -9,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* -- life ---------------------------------------------------------------------------------------------------------- */
@@ -30,6 +32,8 @@ static void vm_free(struct vm *vm)
     free(vm->renames);
     if (vm->state_dir >= 0)
         (void)close(vm->state_dir);
+    if (vm->state_fd >= 0)
+        (void)close(vm->state_fd);
     free(vm->name);
     free(vm->qmp_path);
     free(vm->server_socket);
@@ -117,6 +121,27 @@ static void ignore_closed(void *arg)
 {
 }
 
+/* Two that write the notes of one VM, or take its NBD socket from each other, would both be wrong. */
+static int claim_state(struct vm *vm)
+{
+    char word[64 + CONFIG_NAME_MAX];
+    struct stat st;
+    int r;
+
+    if (vm->keeper != vm)
+        return 0;
+    if (fstat(vm->state_dir, &st) < 0)
+        return -errno;
+    (void)snprintf(word, sizeof(word), "state/%jx:%jx/%s", (uintmax_t)st.st_dev, (uintmax_t)st.st_ino, vm->name);
+    r = alive_hold(word, &vm->state_fd);
+    if (r != -EBUSY)
+        return 0; /* such a socket cannot be had here: as good as it gets */
+    log_error("VM %s: another qpulld or nbdkit (process %d) keeps the notes of a VM of this name in the same state "
+              "directory; give this one another name or directory, or end the other",
+              vm->name, (int)alive_holder(word));
+    return r;
+}
+
 int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
@@ -125,12 +150,13 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     if (!vm)
         return -ENOMEM;
     vm->loop = loop;
-    vm->state_dir = -1;
+    vm->state_dir = vm->state_fd = -1;
     vm->keeper = config->twin_of ? config->twin_of : vm;
     r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {
         vm->state_dir = open(config->state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        r = vm->state_dir < 0 ? -errno : vm->keeper == vm ? vm_notes_load(vm) : 0;
+        r = vm->state_dir < 0 ? -errno : claim_state(vm);
+        r = r == 0 && vm->keeper == vm ? vm_notes_load(vm) : r;
         r = r < 0 ? r : vm_watch_load(vm);
     }
     if (r == 0)
@@ -335,12 +361,17 @@ static void on_swept(void *arg, unsigned nsessions, const struct failure *f)
     struct vm *vm = arg;
 
     vm->life.leftovers = f && qmp_client_is_ready(vm->qmp);
+    memset(&vm->left, 0, sizeof(vm->left));
+    if (f)
+        vm->left = *f;
     vm->keeper->counters.sweeps++;
     vm->keeper->counters.leftovers += nsessions;
     vm->keeper->counters.sweep_problems += vm->life.leftovers;
     if (f && !vm->life.leftovers)
         log_info("VM %s: QEMU went away while leftovers of an earlier session were being undone: %s", vm->name,
                  f->text);
+    else if (f && f->err == -EBUSY)
+        log_warning("VM %s: %s", vm->name, f->text);
     else if (f)
         log_error("VM %s: leftovers of an earlier session are still in QEMU: %s", vm->name, f->text);
     else if (nsessions)

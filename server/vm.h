@@ -39,6 +39,7 @@ struct vm_config {
     unsigned keep_checkpoints; /* 0: all */
     enum engine engine;        /* the wish */
     const char *qga_path;      /* its guest agent's socket, or NULL */
+    const char *watchdog;      /* program that thaws in our stead (backup/watchdog), NULL: our own */
     enum quiesce_mode quiesce;
     unsigned session_timeout_ms; /* a session that has been up for so long is given up; 0: never */
     /*

@@ -61,7 +61,8 @@ struct vm {
     struct vhost_room *vhost_room; /* borrowed, or NULL */
     char *server_socket;           /* owned: "nbd-NAME.sock" */
     int state_dir;                 /* O_PATH */
-    char **only;                   /* owned */
+    int state_fd; /* tells others that these notes are in use (backup/alive), -1: is a twin, or cannot */
+    char **only;  /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;
@@ -112,8 +113,10 @@ struct vm {
     struct session *session;
     struct vm_stay *stays;
     size_t nstays;
-    char *identity; /* owned: whose session it is */
-    bool starting;  /* disks are being asked for it */
+    char *identity;      /* owned: whose session it is */
+    bool starting;       /* disks are being asked for it */
+    bool swept;          /* for this start, because a node of a session stood on a disk */
+    struct failure left; /* what the last sweep could not do */
     struct vm_query start_query;
     bool ending;                    /* session_stop() was said */
     bool was_up;                    /* it came up */

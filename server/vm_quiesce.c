@@ -30,7 +30,7 @@ int vm_quiesce_new(struct vm *vm, const struct vm_config *config)
         .vm = vm->name,
         .path = config->qga_path,
         .mode = config->quiesce,
-        .program = WATCHDOG_SELF,
+        .program = config->watchdog ? config->watchdog : WATCHDOG_SELF,
         .on_rescued = on_rescued,
         .arg = vm,
     };

@@ -374,6 +374,35 @@ static int check_stay(const struct vm *vm, const struct vm_stay *stay, const str
     return 0;
 }
 
+/*
+ * A session of somebody else stands on a disk: of a dead one, the sweep makes an end; on a living one nothing is built.
+ * Says whether the start has to wait, or is over.
+ */
+static bool meets_others(struct vm *vm, const struct disk_list *disks)
+{
+    const struct disk *d = disks->disks;
+    struct failure f = {0};
+
+    if (vm->images)
+        return false;
+    while (d < disks->disks + disks->ndisks && !*d->session)
+        d++;
+    if (d == disks->disks + disks->ndisks) {
+        vm->swept = false;
+        return false;
+    }
+    if (!vm->swept) {
+        vm->swept = true;
+        vm_sweep(vm);
+        return true;
+    }
+    vm->swept = false;
+    (void)failure_set(&f, -EBUSY, "disk '%s' of VM '%s' is in session %s already: %s", d->name, vm->name, d->session,
+                      vm->left.err ? vm->left.text : "it could not be undone");
+    vm_refuse_waiting(vm, &f);
+    return true;
+}
+
 static void on_start_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
 {
     struct vm *vm = container_of(q, struct vm, start_query);
@@ -388,6 +417,8 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
         vm_refuse_waiting(vm, f);
         return;
     }
+    if (meets_others(vm, disks))
+        return;
     if (check_stay(vm, stay, disks, &mine) == 0) {
         struct session_config config = {
             .loop = vm->loop,
@@ -582,6 +613,10 @@ void vm_pump(struct vm *vm)
     if (vm->life.sweep_due) {
         vm->life.sweep_due = false;
         vm_sweep(vm);
+    }
+    if (vm->life.leftovers && vm->left.err == -EBUSY) { /* looked at just now: somebody else is at work */
+        vm_refuse_waiting(vm, &vm->left);
+        return;
     }
     if (!vm->tested) {
         vm_test(vm);

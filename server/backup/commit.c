@@ -568,6 +568,7 @@ int commit_start(const struct commit_config *config, const struct commit_ops *op
         commit_free(c);
         return failure_set(f, r, "out of memory");
     }
+    rig_announce(&c->rig);
     seq_start(&c->rig.seq);
     *ret = c;
     return 0;

@@ -417,8 +417,12 @@ static int parse_disk(struct json_object *entry, struct json_object *named, stru
 {
     struct json_object *inserted = qmp_get(entry, "inserted"), *top_node, *cache;
     const char *qdev = qmp_get_string(entry, "qdev"), *node = qmp_get_string(inserted, "node-name");
+    enum names_kind kind;
+    unsigned n;
     int r;
 
+    if (!names_parse(node, d->session, &kind, &n))
+        d->session[0] = '\0';
     node = graph_first_foreign(graph, node);
     if (!node)
         return -EPROTO;

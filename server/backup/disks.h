@@ -6,6 +6,7 @@
 #ifndef QPULL_BACKUP_DISKS_H
 #define QPULL_BACKUP_DISKS_H
 
+#include "backup/names.h"
 #include "qmp/base.h"
 
 #include <json-c/json.h>
@@ -76,6 +77,7 @@ struct disk {
     bool host_cache; /* what the guest writes may wait in the host's memory for a flush: a flush may take long */
     bool tracked;    /* can keep a checkpoint over a restart */
     bool iothread;   /* its I/O runs in an iothread, as far as QEMU tells */
+    char session[NAMES_ID_SIZE]; /* whose node is the device's root now, "" where it is none of ours */
     size_t nimages;
     struct image *images; /* owned: top first; images[0].node is top */
     size_t ncheckpoints;

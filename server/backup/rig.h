@@ -46,6 +46,7 @@ struct rig {
         SERVER_OURS
     } server;      /* PASSED: not started, but QEMU may hold our socket */
     int listen_fd; /* until QEMU has it */
+    int alive_fd;  /* tells others that what carries our id is no leftover (backup/alive) */
     /*
      * Whether we have stopped the guest's CPUs. OURS: our mark stands in QEMU, or may stand; a VM that is "paused"
      * while it does was paused by us. MARKED: the mark may stand, but the guest runs, or others have stopped it.
@@ -85,6 +86,8 @@ struct rig_config {
 /* config is borrowed for the call, what it points to for the rig's life (id is copied). */
 int rig_init(struct rig *r, const struct rig_config *config, const struct seq_step *steps, unsigned nsteps,
              const struct seq_ops *ops);
+/* What carries the rig's id belongs to a living process until rig_done(): before anything of it is made in QEMU. */
+void rig_announce(struct rig *r);
 /* Frees what the rig itself holds, in or after on_end. */
 void rig_done(struct rig *r);
 

@@ -266,6 +266,7 @@ int selftest_start(const struct selftest_config *config, selftest_cb cb, void *a
     t->arg = arg;
     t->fds[0] = t->fds[1] = -1;
     (void)rig_init(&t->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
+    rig_announce(&t->rig);
     seq_start(&t->rig.seq);
     return 0;
 }

@@ -307,6 +307,7 @@ int session_start(const struct session_config *config, const struct session_ops 
     s->rig.hold_wanted = config->hold_shutdown && !s->still;
     (void)uv_timer_init(config->loop, &s->tell);
     (void)uv_timer_init(config->loop, &s->look);
+    rig_announce(&s->rig);
     seq_start(&s->rig.seq);
     *ret_session = s;
     return 0;

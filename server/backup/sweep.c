@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/sweep.h"
 
+#include "backup/alive.h"
 #include "backup/hold.h"
 #include "backup/lock.h"
 #include "qmp/commands.h"
@@ -24,6 +25,8 @@ struct sweep {
         enum hold hold;
     } found[SWEEP_MAX_IDS];
     unsigned nfound, next;
+    bool others_live;
+    bool exported_ours, exported_others; /* over QEMU's NBD server: by a session, by somebody else */
     char living[NAMES_ID_SIZE];
     struct failure problems;
 };
@@ -114,8 +117,16 @@ static int on_exports(struct calls *c, unsigned index, struct json_object *ret, 
 {
     struct sweep *s = container_of(c, struct sweep, calls);
 
-    for (size_t i = 0; i < qmp_array_length(ret); i++)
-        found(s, qmp_get_string(json_object_array_get_idx(ret, i), "id"));
+    for (size_t i = 0; i < qmp_array_length(ret); i++) {
+        struct json_object *export = json_object_array_get_idx(ret, i);
+        const char *type = qmp_get_string(export, "type");
+
+        found(s, qmp_get_string(export, "id"));
+        if (type && strcmp(type, "nbd") == 0) {
+            s->exported_ours |= names_is_ours(qmp_get_string(export, "id"));
+            s->exported_others |= !names_is_ours(qmp_get_string(export, "id"));
+        }
+    }
     return 0;
 }
 
@@ -178,17 +189,45 @@ static void next_id(struct sweep *s)
         .server_dir = s->config.server_dir,
     };
 
-    if (s->next > s->nfound) {
+    if (s->next > s->nfound || (last && s->others_live)) {
         s->cb(s->arg, s->nfound, s->problems.err ? &s->problems : NULL);
         free(s);
         return;
     }
     (void)rig_init(&s->rig, &rig, steps, ARRAY_SIZE(steps), &ops); /* a timer only: cannot fail */
-    s->rig.server = SERVER_UNKNOWN;
+    /*
+     * A session exports nothing over a server that it has not started. So one that has an export there has left us the
+     * server, too, wherever its socket was: the dead one may have had another state directory.
+     */
+    s->rig.server = s->exported_ours && !s->exported_others && !s->others_live ? SERVER_OURS : SERVER_UNKNOWN;
+    s->exported_ours = false;
     s->rig.pause = !last && s->found[s->next].paused ? PAUSE_OURS : PAUSE_NONE;
     s->rig.hold = last ? HOLD_NONE : s->found[s->next].hold;
     seq_start_at_top(&s->rig.seq);
     seq_stop(&s->rig.seq, false);
+}
+
+/*
+ * Another qpulld or nbdkit looks after this QEMU over another monitor. Its NBD server is not touched, either: where all
+ * sessions are dead the last walk sees to that.
+ */
+static void spare_the_living(struct sweep *s)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < s->nfound; i++) {
+        pid_t pid = alive_holder(s->found[i].id);
+
+        if (pid)
+            (void)failure_set(&s->problems, -EBUSY,
+                              "another qpulld or nbdkit (process %d) is at work in this QEMU over another monitor "
+                              "(session %s); pull through that one, or wait for its end",
+                              (int)pid, s->found[i].id);
+        else
+            s->found[n++] = s->found[i];
+    }
+    s->others_live = n < s->nfound;
+    s->nfound = n;
 }
 
 /* A guest that was left paused goes on before anything else is done. */
@@ -213,6 +252,7 @@ static void on_searched(struct calls *c, const struct failure *f)
         free(s);
         return;
     }
+    spare_the_living(s);
     paused_first(s);
     next_id(s);
 }
