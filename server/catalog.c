@@ -216,17 +216,24 @@ static void on_only_answer(struct vm_query *q, const struct disk_list *disks, co
 }
 
 /* -- both ---------------------------------------------------------------------------------------------------------- */
+static bool sees(const struct catalog_ask *a, const struct vm *vm)
+{
+    return !a->sees || a->sees(a, vm);
+}
+
 typedef void query_fn(struct vm_query *q, const struct disk_list *disks, const struct failure *f);
 
 static int ask_vms(struct catalog_ask *a, struct vm **vms, size_t nvms, query_fn *on_answer)
 {
-    a->queries = calloc(nvms, sizeof *a->queries);
+    a->queries = calloc(nvms + 1, sizeof *a->queries);
     if (!a->queries)
         return -ENOMEM;
     for (size_t i = 0; i < nvms; i++) {
         struct catalog_query *q = &a->queries[a->nqueries];
         int r;
 
+        if (!sees(a, vms[i]))
+            continue;
         q->ask = a;
         q->vm = vms[i];
         r = vm_query_start(vms[i], &q->query, on_answer, a);
@@ -264,6 +271,8 @@ int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const cha
     if (*export_name && slash) {
         vm_part = strndup(export_name, (size_t)(slash - export_name));
         vm = vm_part ? catalog_vm(c, vm_part) : NULL;
+        if (vm && !sees(a, vm))
+            vm = NULL;
     }
     if (*export_name && !vm)
         return failure_set(f, -ENOENT,
@@ -277,7 +286,7 @@ int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const cha
         : *export_name ? ask_vms(a, &vm, 1, on_find_answer)
                        : ask_vms(a, c->vms, c->nvms, on_only_answer);
     if (r == 0 && a->npending == 0)
-        r = a->failure.err;
+        r = a->failure.err ? a->failure.err : failure_set(&a->failure, -ENOENT, "there is no VM to export from");
     if (r < 0) {
         (void)failure_copy(f, &a->failure);
         (void)failure_set(f, r, "out of memory");

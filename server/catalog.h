@@ -31,6 +31,9 @@ struct catalog_hit {
 };
 
 struct catalog_ask {
+    /* Whether this VM is there for who asks; one that is not makes no difference to the answer, nor to its time. NULL:
+     * all are. */
+    bool (*sees)(const struct catalog_ask *a, const struct vm *vm);
     /* entries of a list (borrowed until the callback returns); what cannot be asked now is left out */
     void (*on_list)(struct catalog_ask *a, const struct catalog_entry *entries, size_t nentries);
     /* one of hit and f is NULL */
@@ -46,7 +49,7 @@ struct catalog_ask {
 };
 
 /*
- * Each answers once, later; or returns negative and never answers. on_list or on_find is set by the caller, the rest
+ * Each answers once, later; or returns negative and never answers. sees, and on_list or on_find are set by the caller, the rest
  * zeroed or left as the last callback left it.
  */
 int catalog_list_start(const struct catalog *c, struct catalog_ask *a);

@@ -131,6 +131,7 @@ enum row {
     ROW_PIDFILE,
     ROW_LOG,
     ROW_ALLOW_PLAINTEXT,
+    ROW_ALLOW,
     ROW_STORAGE_DAEMON,
     ROW_QGA,
     ROW_QUIESCE,
@@ -185,6 +186,9 @@ static const struct {
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
     [ROW_LOG] = {"log", 0, "LEVEL", "error, warning, info or debug (default info)"},
     [ROW_ALLOW_PLAINTEXT] = {"allow-plaintext", NO_VALUE, "", "let TCP listeners beyond loopback speak without TLS"},
+    [ROW_ALLOW] = {"allow", REPEATABLE, "WHO=VM-GLOB[/RIGHTS][,…]",
+                   "who may do what; WHO: user:NAME, group:NAME, psk:NAME, cn:GLOB, ip:ADDRESS, … (default: root and "
+                   "our user on unix sockets)"},
     [ROW_STORAGE_DAEMON] = {"storage-daemon", 0, "PROGRAM",
                             "opens images (default " CONFIG_STORAGE_DAEMON ", found by PATH)"},
     [ROW_QGA] = {"qga", REPEATABLE, "NAME=SOCKET", "the guest agent of a VM; repeatable"},
@@ -195,7 +199,6 @@ static const struct {
     [ROW_NOT_YET] = {"tls", 0, NULL, NULL},
     {"tls-certs", 0, NULL, NULL},
     {"tls-psk", 0, NULL, NULL},
-    {"allow", REPEATABLE, NULL, NULL},
     {"threads", 0, NULL, NULL},
 };
 static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
@@ -264,6 +267,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
     case ROW_ALLOW_PLAINTEXT:
         c->allow_plaintext = true;
         return value ? config_set_bool(&c->allow_plaintext, value, f) : 0;
+    case ROW_ALLOW:
+        return access_add(&c->access, value, f);
     case ROW_STORAGE_DAEMON:
         return config_set_path(&c->storage_daemon, value, f);
     case ROW_QGA:
@@ -287,9 +292,9 @@ struct reader {
     struct server_config *c;
     FILE *file;
     struct spot spot;
-    bool goes_on;   /* the line continues the value of the one before */
-    bool in_server; /* else in a VM's section, or in none */
-    bool server_said;
+    bool goes_on;             /* the line continues the value of the one before */
+    bool in_server, in_allow; /* else in a VM's section, or in none */
+    bool server_said, allow_said;
     size_t vm;              /* index + 1 of the VM whose section this is, or 0 */
     struct failure failure; /* without the spot */
     char *scratch;          /* owned: the text of the last scratch=, which may go on */
@@ -304,7 +309,7 @@ static int begin_section(struct reader *r, const char *line)
     const char *end = strrchr(line, ']'), *open, *close;
     struct config_vm *vm;
 
-    r->in_server = false;
+    r->in_server = r->in_allow = false;
     r->vm = 0;
     if (!end)
         return failure_set(&r->failure, -EINVAL, "a section's name has no \"]\"");
@@ -314,11 +319,17 @@ static int begin_section(struct reader *r, const char *line)
         r->in_server = r->server_said = true;
         return 0;
     }
+    if (strncmp(line, "[allow]", 7) == 0) {
+        if (r->allow_said)
+            return failure_set(&r->failure, -EINVAL, "the section [allow] is there twice");
+        r->in_allow = r->allow_said = true;
+        return 0;
+    }
     open = strchr(line, '"');
     close = strrchr(line, '"');
     if (strncmp(line, "[vm ", 4) != 0 || !open || close == open || close + 1 != end ||
         strspn(line + 4, " ") != (size_t)(open - line - 4))
-        return failure_set(&r->failure, -EINVAL, "unknown section; there are [server] and [vm \"NAME\"]");
+        return failure_set(&r->failure, -EINVAL, "unknown section; there are [server], [allow] and [vm \"NAME\"]");
     name = strndup(open + 1, (size_t)(close - open - 1));
     if (!name)
         return failure_set(&r->failure, -ENOMEM, "out of memory");
@@ -411,6 +422,16 @@ static int set_scratch(struct reader *r, const char *value)
     return 0;
 }
 
+/* WHO = VM-GLOB…; inih has cut the line at its first ":" or "=", which a WHO may have. */
+static int allow(struct reader *r, const char *key, const char *value)
+{
+    _cleanup_free_ char *rule = NULL;
+
+    if (asprintf(&rule, "%s%c%s", key, strchr(value, '=') ? ':' : '=', value) < 0)
+        return failure_set(&r->failure, -ENOMEM, "out of memory");
+    return access_add(&r->c->access, rule, &r->failure);
+}
+
 static int set_key(struct reader *r, const char *key, const char *value)
 {
     if (r->in_server && strcmp(key, rows[ROW_SCRATCH].name) == 0)
@@ -428,6 +449,8 @@ static int set_key(struct reader *r, const char *key, const char *value)
         }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [server]", key);
     }
+    if (r->in_allow)
+        return allow(r, key, value);
     if (r->vm > 0) {
         struct config_vm *vm = &r->c->vms[r->vm - 1];
         if (strcmp(key, "qmp") == 0)
@@ -605,6 +628,7 @@ void config_free(struct server_config *c)
     free(c->storage_daemon);
     free(c->pidfile);
     free(c->file);
+    access_done(&c->access);
     free(c);
 }
 

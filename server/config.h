@@ -9,6 +9,7 @@
 #ifndef QPULL_CONFIG_H
 #define QPULL_CONFIG_H
 
+#include "access.h"
 #include "backup/engine.h"
 #include "backup/place.h"
 #include "backup/quiesce.h"
@@ -43,6 +44,7 @@
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
 #define CONFIG_VMS_MAX 4096u
 #define CONFIG_LISTENERS_MAX 64u
+#define CONFIG_RULES_MAX 4096u     /* of who may do what */
 #define CONFIG_DISKS_MAX 1024u     /* names in one VM's disks=, and disk.NAME= lines */
 #define CONFIG_NAME_MAX 64u        /* bytes of a VM's or a disk's name; the VM's is part of a socket's file name */
 #define CONFIG_SECONDS_MAX 604800u /* of any --…-timeout and of --linger */
@@ -80,8 +82,8 @@
 #define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
 
 /* -- how clients share us (server/fair) ---------------------------------------------------------------------------- */
-#define FAIR_REQUESTS 16u   /* that one client's turn takes, while there are others */
-#define FAIR_READS 32u      /* of sources in flight, of all clients, while several read; QEMU works on 16 of a connection */
+#define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
+#define FAIR_READS 32u /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
 #define FAIR_READS_LEAST 2u /* … that each may have at least */
 
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
@@ -205,6 +207,7 @@ struct server_config {
     enum config_give_back give_back;
     enum log_level log_level;
     bool allow_plaintext;
+    struct access access; /* owned */
     enum quiesce_mode quiesce;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];

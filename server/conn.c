@@ -137,6 +137,7 @@ static void on_closed(uv_handle_t *handle)
     if (c->pulling)
         pull_done(&c->pull);
     fair_leave(&c->fair);
+    access_who_done(&c->who);
     conn_ask_done(c);
     *(c->prev ? &c->prev->next : &s->first) = c->next;
     *(c->next ? &c->next->prev : &s->last) = c->prev;
@@ -450,17 +451,20 @@ static void notice_vanishing(int fd)
 /* Who is it, and from where. */
 static int identify(struct conn *c, char *from, size_t size)
 {
-    struct sockaddr_storage a = {0};
-    socklen_t len = sizeof a;
+    const struct sockaddr_storage *a = &c->who.address;
     struct ucred peer;
     socklen_t peer_len = sizeof peer;
     char text[INET6_ADDRSTRLEN] = "?";
     uint16_t port = 0;
     uv_os_fd_t fd;
+    int r;
     int size_wanted = (int)MIN((size_t)CONN_SOCKET_BUFFER, CONN_SOCKET_TOTAL / MAX(c->set->nconns, (size_t)1));
 
     if (uv_fileno(&c->sock.handle, &fd) < 0)
         return -EBADF;
+    r = access_peer(fd, &c->who);
+    if (r < 0)
+        return r;
     if (c->sock.handle.type == UV_NAMED_PIPE) {
         if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_len) < 0)
             return -errno;
@@ -471,14 +475,12 @@ static int identify(struct conn *c, char *from, size_t size)
         (void)snprintf(from, size, "%s (pid %d)", c->identity, (int)peer.pid);
         return fair_join(&c->set->fair, &c->fair, from); /* a client is a process */
     }
-    if (getpeername(fd, (struct sockaddr *)&a, &len) < 0)
-        return -errno;
-    if (a.ss_family == AF_INET) {
-        const struct sockaddr_in *in = (const struct sockaddr_in *)&a;
+    if (a->ss_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)a;
         (void)inet_ntop(AF_INET, &in->sin_addr, text, sizeof text);
         port = ntohs(in->sin_port);
-    } else if (a.ss_family == AF_INET6) {
-        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)&a;
+    } else if (a->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)a;
         if (IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr)) /* one client, whichever way it came */
             (void)inet_ntop(AF_INET, &in6->sin6_addr.s6_addr[12], text, sizeof text);
         else
@@ -586,7 +588,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
 int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_config *config,
                   const struct catalog *catalog)
 {
-    *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog};
+    *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog, .access = &config->access};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
     s->tick.data = s;
     (void)fair_init(&s->fair, loop); /* an idle handle: never fails */

@@ -24,6 +24,7 @@ struct conn_set {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
+    const struct access *access;        /* borrowed; may be another one after any turn of the loop */
     struct budget budget;
     struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */
@@ -40,6 +41,7 @@ struct conn_set {
     void *arg;
 };
 
+/* Who may do what stands in config, until the owner sets s->access. */
 int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_config *config,
                   const struct catalog *catalog);
 /* With no connection left. cb, with the arg of on_empty, is the last touch. */

@@ -167,6 +167,32 @@ static void on_pull_read(void *arg)
     conn_settle(c);
 }
 
+/* -- what it may -----------------------------------------------------------------------------------------------------
+ */
+static unsigned rights_of(const struct conn *c, const struct vm *vm)
+{
+    return access_rights(c->set->access, &c->who, vm_name(vm));
+}
+
+static bool sees(const struct catalog_ask *a, const struct vm *vm)
+{
+    const struct conn *c = container_of(a, struct conn, ask);
+
+    return rights_of(c, vm) & (c->ask_type == NBD_ASK_LIST ? ACCESS_LIST : ACCESS_LIST | ACCESS_PULL);
+}
+
+static int may_open(const struct conn *c, const struct catalog_hit *hit, struct failure *f)
+{
+    unsigned rights = rights_of(c, hit->vm);
+
+    if (!(rights & ACCESS_PULL))
+        return failure_set(f, -EPERM, "%s may not pull disks of VM \"%s\" (--allow)", c->identity, vm_name(hit->vm));
+    if (hit->checkpoint && !(rights & ACCESS_CHECKPOINT))
+        return failure_set(f, -EPERM, "%s may not make checkpoints of VM \"%s\" (--allow)", c->identity,
+                           vm_name(hit->vm));
+    return 0;
+}
+
 /* The stay is entered: maps and source stand. */
 static int begin_pull(struct conn *c, struct failure *f)
 {
@@ -194,7 +220,7 @@ static int begin_pull(struct conn *c, struct failure *f)
         if (!maps[i])
             return failure_set(f, -EIO, "the map \"%s\" of disk \"%s\" could not be read", c->contexts[i], c->disk);
     }
-    if (pull_init(&c->pull, &config) < 0)
+    if (fair_join_reads(&c->set->fair, &c->fair, vm_name(c->vm)) < 0 || pull_init(&c->pull, &config) < 0)
         return failure_set(f, -ENOMEM, "the server is out of memory");
     c->size = config.source->size;
     c->pulling = true;
@@ -282,7 +308,10 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
 static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const struct failure *f)
 {
     struct conn *c = container_of(a, struct conn, ask);
+    struct failure why = {0};
 
+    if (!f && c->ask_type == NBD_ASK_OPEN && may_open(c, hit, &why) < 0)
+        f = &why;
     if (f && c->ask_type == NBD_ASK_OPEN)
         refuse_open(c, f);
     else if (f)
@@ -317,6 +346,7 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
     c->asking = true;
     c->asked_ms = uv_now(c->set->loop);
     c->ask_type = ask->type;
+    c->ask.sees = sees;
     c->ask.on_list = on_list;
     c->ask.on_find = on_find;
     if (ask->type == NBD_ASK_LIST) {

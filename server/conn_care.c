@@ -50,17 +50,17 @@ static void check_deadlines(struct conn *c)
 
 /*
  * Who does not take what we have for it gets no more memory than it takes bytes in two ticks: what a stuck or a slow
- * client holds, the others cannot have.
+ * client holds, the others cannot have. Nor has one client more of it by having more connections.
  */
 static void share_memory(struct conn *c)
 {
     uint64_t taken = c->pull.ntaken - c->taken_seen;
+    uint64_t allowed = MIN(fair_part(&c->fair, BUDGET_TOTAL), CONN_WINDOW);
 
     c->taken_seen = c->pull.ntaken;
-    if (c->pull.unsent == 0)
-        pull_allow(&c->pull, CONN_WINDOW);
-    else
-        pull_allow(&c->pull, MIN(MAX(2 * taken, CONN_PIECE), CONN_WINDOW));
+    if (c->pull.unsent > 0)
+        allowed = MIN(allowed, 2 * taken);
+    pull_allow(&c->pull, MAX(allowed, CONN_PIECE));
 }
 
 void conn_care(struct conn *c)

@@ -39,6 +39,7 @@ struct conn {
         uv_tcp_t tcp;
     } sock;
     char identity[80]; /* "uid:0", "ip:192.0.2.7" */
+    struct access_who who;
     struct nbd *nbd;   /* owned until CONN_SHUT */
     struct fair_member fair;
     bool has_turn; /* requests may be taken although there are other clients */

@@ -2,6 +2,7 @@
 #include "control_internal.h"
 #include "listen.h"
 #include "qmp/stream.h"
+#include "vm.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -14,6 +15,7 @@ struct control_client {
     struct control *control; /* borrowed */
     struct control_client *next, *prev;
     uint64_t id;
+    struct access_who who;
     uv_pipe_t pipe;
     struct qmp_stream stream;
     bool negotiated; /* qmp_capabilities was said */
@@ -81,6 +83,7 @@ static void on_client_closed(uv_handle_t *handle)
     if (client->next)
         client->next->prev = client->prev;
     qmp_stream_done(&client->stream);
+    access_who_done(&client->who);
     free(client);
     if (--c->nclients == 0)
         (void)uv_timer_stop(&c->tick);
@@ -173,6 +176,47 @@ static void send_document(struct control_client *client, struct json_object *doc
     json_object_put(doc);
 }
 
+/* -- what it may --------------------------------------------------------------------------------------------------- */
+static unsigned rights_of(const struct control_client *client, const char *vm)
+{
+    return access_rights(server_access(client->control->server), &client->who, vm);
+}
+
+bool control_sees(const struct control_call *call, const struct vm *vm)
+{
+    return rights_of(call->client, vm_name(vm)) & ACCESS_LIST;
+}
+
+static bool may_hear(const struct control_client *client, struct json_object *data)
+{
+    struct json_object *vm;
+
+    return json_object_object_get_ex(data, "vm", &vm) && (rights_of(client, json_object_get_string(vm)) & ACCESS_LIST);
+}
+
+static void refuse(struct control_client *client, struct json_object *id, const char *class, const char *fmt, ...)
+    _printf_(4, 5);
+
+/* Otherwise it is answered. A VM that it may do nothing with is not there. */
+static bool check_rights(struct control_client *client, struct json_object *id, const struct control_command *command,
+                         struct json_object *args)
+{
+    const char *vm = control_string(args, "vm");
+    unsigned rights = vm ? rights_of(client, vm) : 0;
+
+    if (command->right == 0 || access_is_admin(server_access(client->control->server), &client->who))
+        return true;
+    if (vm && rights == 0) {
+        refuse(client, id, CONTROL_NO_DEVICE, CONTROL_NO_VM, vm);
+        return false;
+    }
+    if (vm && (rights & command->right))
+        return true;
+    refuse(client, id, CONTROL_GENERIC, "user %u may not say %s here (--allow)", (unsigned)client->who.uid,
+           command->name);
+    return false;
+}
+
 void control_event(struct control *c, const char *event, struct json_object *data)
 {
     struct json_object *doc = json_object_new_object(), *timestamp = json_object_new_object();
@@ -187,7 +231,8 @@ void control_event(struct control *c, const char *event, struct json_object *dat
     json_object_object_add(doc, "data", data);
     text = json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &len);
     for (struct control_client *client = c->clients; client; client = client->next) {
-        int r = client->negotiated && !client->closing && !client->doomed ? send_text(client, text, len) : 0;
+        bool told = client->negotiated && !client->closing && !client->doomed && may_hear(client, data);
+        int r = told ? send_text(client, text, len) : 0;
 
         if (r < 0)
             tell_unsent(client, r);
@@ -252,9 +297,6 @@ void control_fail(struct control_call *call, const struct failure *f)
 }
 
 /* -- commands ------------------------------------------------------------------------------------------------------ */
-static void refuse(struct control_client *client, struct json_object *id, const char *class, const char *fmt, ...)
-    _printf_(4, 5);
-
 static void refuse(struct control_client *client, struct json_object *id, const char *class, const char *fmt, ...)
 {
     char text[sizeof((struct failure *)NULL)->text];
@@ -407,7 +449,7 @@ static int on_document(void *arg, struct json_object *doc)
     }
     if (!args)
         args = empty = json_object_new_object();
-    if (check_arguments(client, id, command, args))
+    if (check_arguments(client, id, command, args) && check_rights(client, id, command, args))
         start_call(client, id, command, args);
     json_object_put(empty);
     return 0;
@@ -510,18 +552,15 @@ static struct json_object *greeting(void)
     return doc;
 }
 
-/* Root and our own user. The socket's mode says so already; a socket that was passed on or made accessible does not. */
 static bool is_welcome(struct control_client *client)
 {
-    struct ucred peer;
-    socklen_t len = sizeof peer;
     uv_os_fd_t fd;
 
-    if (uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0)
+    if (uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 || access_peer(fd, &client->who) < 0)
         return false;
-    if (peer.uid == 0 || peer.uid == geteuid())
+    if (access_may_connect(server_access(client->control->server), &client->who))
         return true;
-    log_warning("control: user %u may not use this socket (pid %d)", (unsigned)peer.uid, (int)peer.pid);
+    log_warning("control: user %u may not use this socket", (unsigned)client->who.uid);
     return false;
 }
 
@@ -568,7 +607,8 @@ int control_open(struct server *server, const char *path, struct control **ret_c
     if (!c)
         return failure_set(f, -ENOMEM, "out of memory");
     c->server = server;
-    r = listen_open_unix(server_loop(server), path, on_connection, c, &c->listener, f);
+    r = listen_open_unix(server_loop(server), path, access_names_users(server_access(server)), on_connection, c,
+                         &c->listener, f);
     if (r < 0) {
         free(c);
         return r;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * control: the daemon's control socket. It speaks QMP's wire form (greeting, "execute", "return", "error", "event"), so
- * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it. The commands themselves
- * are in control_commands.c.
+ * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it, and others as
+ * server/access says. The commands themselves are in control_commands.c.
  *
  * "doctor" ("vm": one, else all) answers with a list of checks, the daemon's own first: {"vm", "disk": null or a name,
  * "check": "daemon" | "scratch" | "state" | "qmp" | "engine" | "last session" | "disks" | "checkpoints" | "leftovers" |
@@ -14,12 +14,12 @@
  *   CHECKPOINT_DELETED  "name", "disks"                     from these disks
  *   CHECKPOINT_BROKEN   "name", "disk", "reason", "text"    a look has found that it cannot be used any more
  *   SESSION_UP          "session", "checkpoint", "setup-ms"
- *   SESSION_LOST        "session", "disk", "reason", "text", "step"   it is given up, or its set-up failed; "disk": whose
- *                       frozen view is lost, or null; "reason": as in SESSION_DOWN; SESSION_DOWN follows
- *   SESSION_DOWN        "session", "reason", "checkpoint", "kept", "dropped", "problems"   all is undone, but for the
- *                       problems (text or null); on which disks the checkpoint was kept; "reason": done, client (left
- *                       too early), setup, broken, scratch, timeout, qemu, shutdown, other
- *   JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded" ("error": why)
+ *   SESSION_LOST        "session", "disk", "reason", "text", "step"   it is given up, or its set-up failed; "disk":
+ * whose frozen view is lost, or null; "reason": as in SESSION_DOWN; SESSION_DOWN follows SESSION_DOWN        "session",
+ * "reason", "checkpoint", "kept", "dropped", "problems"   all is undone, but for the problems (text or null); on which
+ * disks the checkpoint was kept; "reason": done, client (left too early), setup, broken, scratch, timeout, qemu,
+ * shutdown, other JOB_STATUS_CHANGE   "id", "type", "disk", "status"      a commit: "running", "aborting", "concluded"
+ * ("error": why)
  *
  * Loop thread only. Owned by the server until control_close().
  */

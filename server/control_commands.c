@@ -35,7 +35,7 @@ struct vm *control_vm(struct control_call *call, struct json_object *args)
     struct vm *vm = server_vm(call->server, name);
 
     if (!vm)
-        control_error(call, CONTROL_NO_DEVICE, "There is no VM \"%s\" here", name);
+        control_error(call, CONTROL_NO_DEVICE, CONTROL_NO_VM, name);
     return vm;
 }
 
@@ -70,7 +70,8 @@ static void query_vms(struct control_call *call, struct json_object *args)
     struct json_object *all = json_object_new_array();
 
     for (size_t i = 0; i < server_nvms(call->server); i++)
-        json_object_array_add(all, vm_to_json(server_vm_at(call->server, i)));
+        if (control_sees(call, server_vm_at(call->server, i)))
+            json_object_array_add(all, vm_to_json(server_vm_at(call->server, i)));
     control_return(call, all);
 }
 
@@ -79,7 +80,9 @@ static void query_sessions(struct control_call *call, struct json_object *args)
     struct json_object *all = json_object_new_array();
 
     for (size_t i = 0; i < server_nvms(call->server); i++) {
-        struct json_object *o = vm_session_to_json(server_vm_at(call->server, i));
+        struct vm *vm = server_vm_at(call->server, i);
+        struct json_object *o = control_sees(call, vm) ? vm_session_to_json(vm) : NULL;
+
         if (o)
             json_object_array_add(all, o);
     }
@@ -218,21 +221,24 @@ static void consult_forget(struct control_call *call)
 static const struct control_command commands[] = {
     {.name = "query-version", .run = query_version},
     {.name = "query-commands", .run = query_commands},
-    {.name = "query-status", .run = query_status},
+    {.name = "query-status", .right = CONTROL_ADMIN, .run = query_status},
     {.name = "query-vms", .run = query_vms},
     {.name = "query-sessions", .run = query_sessions},
-    {.name = "doctor", .params = {{"vm"}}, .size = sizeof(struct consult), .run = consult, .forget = consult_forget},
+    {.name = "doctor", .right = ACCESS_CONTROL, .params = {{"vm"}}, .size = sizeof(struct consult), .run = consult, .forget = consult_forget},
     {.name = "query-disks",
+     .right = ACCESS_LIST,
      .params = {{"vm", REQUIRED}},
      .size = sizeof(struct ask),
      .run = query_disks,
      .forget = ask_forget},
     {.name = "query-checkpoints",
+     .right = ACCESS_LIST,
      .params = {{"vm", REQUIRED}, {"disk"}},
      .size = sizeof(struct ask),
      .run = query_checkpoints,
      .forget = ask_forget},
     {.name = "can-increment",
+     .right = ACCESS_LIST,
      .params = {{"vm", REQUIRED}, {"name", REQUIRED}, {"disk"}},
      .size = sizeof(struct ask),
      .run = can_increment,

@@ -57,7 +57,8 @@ static void query_jobs(struct control_call *call, struct json_object *args)
     struct json_object *all = json_object_new_array();
 
     for (size_t i = 0; i < server_nvms(call->server); i++) {
-        struct json_object *o = vm_commit_to_json(server_vm_at(call->server, i));
+        struct vm *vm = server_vm_at(call->server, i);
+        struct json_object *o = control_sees(call, vm) ? vm_commit_to_json(vm) : NULL;
 
         if (o)
             (void)json_object_array_add(all, o);
@@ -80,6 +81,7 @@ static void job_cancel(struct control_call *call, struct json_object *args)
 
 static const struct control_command commands[] = {
     {.name = "block-commit",
+     .right = ACCESS_CONTROL,
      .params = {{"vm", REQUIRED},
                 {"disk", REQUIRED},
                 {"top"},
@@ -91,6 +93,6 @@ static const struct control_command commands[] = {
      .size = sizeof(struct control_commit),
      .run = block_commit},
     {.name = "query-jobs", .run = query_jobs},
-    {.name = "job-cancel", .params = {{"id", REQUIRED}}, .run = job_cancel},
+    {.name = "job-cancel", .right = CONTROL_ADMIN, .params = {{"id", REQUIRED}}, .run = job_cancel},
 };
 const struct control_table control_jobs = {commands, ARRAY_SIZE(commands)};

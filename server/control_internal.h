@@ -22,8 +22,13 @@ struct control_param {
 };
 #define REQUIRED true
 
+/* A command with "vm" wants the right for that VM; one without is for everybody (0: it shows what they may see), or for
+ * who may do all with all. */
+#define CONTROL_ADMIN (ACCESS_ALL + 1u)
+
 struct control_command {
     const char *name;
+    unsigned right; /* enum access_right, CONTROL_ADMIN, or 0 */
     struct control_param params[CONTROL_ARGS_MAX];
     size_t size; /* bytes of the structure that begins with a struct control_call; 0: of that alone */
     /* Ends, now or later, with one of control_return() and control_error(). args is borrowed for the call, never NULL.
@@ -51,6 +56,7 @@ void control_fail(struct control_call *call, const struct failure *f);
 #define CONTROL_GENERIC "GenericError"
 #define CONTROL_NO_COMMAND "CommandNotFound"
 #define CONTROL_NO_DEVICE "DeviceNotFound"
+#define CONTROL_NO_VM "There is no VM \"%s\" here"
 
 /* One file of commands each. */
 struct control_table {
@@ -64,6 +70,8 @@ extern const struct control_table *const control_tables[CONTROL_TABLES];
 
 /* Shared by the files with commands. The string argument of that name, or NULL. */
 const char *control_string(struct json_object *args, const char *name);
+/* Whether this VM is there for the client. */
+bool control_sees(const struct control_call *call, const struct vm *vm);
 /* The VM that "vm" names; NULL: the call is answered, and gone. */
 struct vm *control_vm(struct control_call *call, struct json_object *args);
 

@@ -20,6 +20,6 @@ static void metrics(struct control_call *call, struct json_object *args)
 }
 
 static const struct control_command commands[] = {
-    {.name = "metrics", .run = metrics},
+    {.name = "metrics", .right = CONTROL_ADMIN, .run = metrics},
 };
 const struct control_table control_metrics = {commands, ARRAY_SIZE(commands)};

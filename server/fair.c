@@ -5,22 +5,29 @@
 #include <assert.h>
 #include <errno.h>
 
-enum { REQUESTS, READS }; /* index of a member's queues */
+/* QEMU of a VM, which those who read from it share. */
+struct fair_vm {
+    struct fair_vm *next, *prev;
+    size_t nclients, nreading;
+    char name[];
+};
 
+/* A client, of one queue; in that of reads, of one VM. */
 struct fair_client {
     struct fair *fair;
+    struct fair_vm *vm; /* NULL in the queue of requests */
     struct fair_client *next, *prev;
-    bool reading; /* counted in fair->nreading */
+    bool reading; /* has reads in flight or waiting; counted in fair->nreading and vm->nreading */
     size_t nmembers, nreads;
-    struct fair_list waiting[2];
+    struct fair_list waiting;
     char name[];
 };
 
 /* -- lists --------------------------------------------------------------------------------------------------------- */
 
-static void append(struct fair_member *m, int q)
+static void append(struct fair_member *m, enum fair_queue q)
 {
-    struct fair_list *l = &m->client->waiting[q];
+    struct fair_list *l = &m->client[q]->waiting;
 
     m->queued[q] = true;
     m->next[q] = NULL;
@@ -29,9 +36,9 @@ static void append(struct fair_member *m, int q)
     l->last = m;
 }
 
-static void drop(struct fair_client *c, struct fair_member *m, int q)
+static void drop(struct fair_member *m, enum fair_queue q)
 {
-    struct fair_list *l = &c->waiting[q];
+    struct fair_list *l = &m->client[q]->waiting;
 
     *(m->prev[q] ? &m->prev[q]->next[q] : &l->first) = m->next[q];
     *(m->next[q] ? &m->next[q]->prev[q] : &l->last) = m->prev[q];
@@ -40,9 +47,11 @@ static void drop(struct fair_client *c, struct fair_member *m, int q)
 
 static void count_reading(struct fair_client *c)
 {
-    bool is = c->nreads || c->waiting[READS].first;
+    bool is = c->nreads || c->waiting.first;
+    size_t more = (size_t)is - (size_t)c->reading;
 
-    c->fair->nreading += (size_t)is - (size_t)c->reading;
+    c->fair->nreading += more;
+    c->vm->nreading += more;
     c->reading = is;
 }
 
@@ -54,11 +63,11 @@ static void on_idle(uv_idle_t *idle)
     struct fair *f = container_of(idle, struct fair, idle);
 
     for (struct fair_client *c = f->clients; c; c = c->next) {
-        struct fair_member *m = c->waiting[REQUESTS].first;
+        struct fair_member *m = c->waiting.first;
 
-        if (!m)
+        if (!m || c->vm)
             continue;
-        drop(c, m, REQUESTS);
+        drop(m, FAIR_QUEUE_REQUESTS);
         f->nready--;
         m->on_requests(m);
     }
@@ -68,53 +77,64 @@ static void on_idle(uv_idle_t *idle)
 
 void fair_queue(struct fair_member *m)
 {
-    if (!m->client || m->queued[REQUESTS])
+    struct fair_client *c = m->client[FAIR_QUEUE_REQUESTS];
+
+    if (!c || m->queued[FAIR_QUEUE_REQUESTS])
         return;
-    append(m, REQUESTS);
-    if (m->client->fair->nready++ == 0)
-        (void)uv_idle_start(&m->client->fair->idle, on_idle); /* never fails for one that has a callback */
+    append(m, FAIR_QUEUE_REQUESTS);
+    if (c->fair->nready++ == 0)
+        (void)uv_idle_start(&c->fair->idle, on_idle); /* never fails for one that has a callback */
 }
 
 /* -- reads --------------------------------------------------------------------------------------------------------- */
 
-static size_t part_of(const struct fair *f)
+static size_t reads_of(const struct fair_client *c)
 {
-    return f->nreading <= 1 ? SIZE_MAX : MAX(FAIR_READS / f->nreading, (size_t)FAIR_READS_LEAST);
+    return c->vm->nreading <= 1 ? SIZE_MAX : MAX(FAIR_READS / c->vm->nreading, (size_t)FAIR_READS_LEAST);
 }
 
 bool fair_may_read(struct fair_member *m)
 {
-    struct fair_client *c = m->client;
+    struct fair_client *c = m->client[FAIR_QUEUE_READS];
 
-    if (!c || c->nreads < part_of(c->fair))
+    if (!c || c->nreads < reads_of(c))
         return true;
-    if (!m->queued[READS])
-        append(m, READS);
+    if (!m->queued[FAIR_QUEUE_READS])
+        append(m, FAIR_QUEUE_READS);
     return false;
 }
 
 void fair_read_begun(struct fair_member *m)
 {
-    if (!m->client)
+    struct fair_client *c = m->client[FAIR_QUEUE_READS];
+
+    if (!c)
         return;
-    m->client->nreads++;
+    c->nreads++;
     m->nreads++;
-    count_reading(m->client);
+    count_reading(c);
 }
 
 void fair_read_done(struct fair_member *m)
 {
-    struct fair_client *c = m->client;
+    struct fair_client *c = m->client[FAIR_QUEUE_READS];
 
     if (!c)
         return;
     c->nreads--;
     m->nreads--;
-    while ((m = c->waiting[READS].first) && c->nreads < part_of(c->fair)) {
-        drop(c, m, READS);
+    while ((m = c->waiting.first) && c->nreads < reads_of(c)) {
+        drop(m, FAIR_QUEUE_READS);
         m->on_read(m); /* asks again if it cannot begin all that it has */
     }
     count_reading(c);
+}
+
+size_t fair_part(const struct fair_member *m, size_t all)
+{
+    const struct fair_client *c = m->client[FAIR_QUEUE_READS];
+
+    return !c || c->fair->nreading <= 1 ? all : all / c->fair->nreading / c->nmembers;
 }
 
 /* -- clients ------------------------------------------------------------------------------------------------------- */
@@ -131,50 +151,112 @@ void fair_close(struct fair *f, uv_close_cb cb)
     uv_close((uv_handle_t *)&f->idle, cb);
 }
 
-int fair_join(struct fair *f, struct fair_member *m, const char *client)
+static int vm_of(struct fair *f, const char *name, struct fair_vm **found)
+{
+    struct fair_vm *v = f->vms;
+
+    while (v && strcmp(v->name, name) != 0)
+        v = v->next;
+    if (!v) {
+        v = calloc(1, sizeof(*v) + strlen(name) + 1);
+        if (!v)
+            return -ENOMEM;
+        memcpy(v->name, name, strlen(name) + 1);
+        v->next = f->vms;
+        if (v->next)
+            v->next->prev = v;
+        f->vms = v;
+    }
+    *found = v;
+    return 0;
+}
+
+static void vm_try_free(struct fair *f, struct fair_vm *v)
+{
+    if (!v || v->nclients)
+        return;
+    *(v->prev ? &v->prev->next : &f->vms) = v->next;
+    if (v->next)
+        v->next->prev = v->prev;
+    free(v);
+}
+
+static int join(struct fair *f, struct fair_member *m, enum fair_queue q, const char *name, struct fair_vm *vm)
 {
     struct fair_client *c = f->clients;
 
-    while (c && strcmp(c->name, client) != 0)
+    while (c && (c->vm != vm || strcmp(c->name, name) != 0))
         c = c->next;
     if (!c) {
-        c = calloc(1, sizeof(*c) + strlen(client) + 1);
+        c = calloc(1, sizeof(*c) + strlen(name) + 1);
         if (!c)
             return -ENOMEM;
-        memcpy(c->name, client, strlen(client) + 1);
+        memcpy(c->name, name, strlen(name) + 1);
         c->fair = f;
+        c->vm = vm;
         c->next = f->clients;
         if (c->next)
             c->next->prev = c;
         f->clients = c;
-        f->nclients++;
+        *(vm ? &vm->nclients : &f->nclients) += 1;
     }
     c->nmembers++;
-    m->client = c;
+    m->client[q] = c;
     return 0;
 }
 
-void fair_leave(struct fair_member *m)
+static void leave(struct fair_member *m, enum fair_queue q)
 {
-    struct fair_client *c = TAKE_PTR(m->client);
+    struct fair_client *c = m->client[q];
     struct fair *f;
 
     if (!c)
         return;
     f = c->fair;
-    assert(m->nreads == 0);
-    if (m->queued[REQUESTS]) {
-        drop(c, m, REQUESTS);
-        f->nready--;
+    if (m->queued[q]) {
+        drop(m, q);
+        if (q == FAIR_QUEUE_REQUESTS)
+            f->nready--;
+        else
+            count_reading(c);
     }
-    if (m->queued[READS])
-        drop(c, m, READS);
-    count_reading(c);
+    m->client[q] = NULL;
     if (--c->nmembers)
         return;
     *(c->prev ? &c->prev->next : &f->clients) = c->next;
     if (c->next)
         c->next->prev = c->prev;
-    f->nclients--;
+    *(c->vm ? &c->vm->nclients : &f->nclients) -= 1;
+    vm_try_free(f, c->vm);
     free(c);
+}
+
+int fair_join(struct fair *f, struct fair_member *m, const char *client)
+{
+    return join(f, m, FAIR_QUEUE_REQUESTS, client, NULL);
+}
+
+int fair_join_reads(struct fair *f, struct fair_member *m, const char *vm)
+{
+    const struct fair_client *me = m->client[FAIR_QUEUE_REQUESTS];
+    struct fair_vm *v;
+    int r;
+
+    leave(m, FAIR_QUEUE_READS);
+    if (!me)
+        return 0;
+    r = vm_of(f, vm, &v);
+    if (r < 0)
+        return r;
+    r = join(f, m, FAIR_QUEUE_READS, me->name, v);
+    if (r < 0)
+        vm_try_free(f, v);
+    return r;
+}
+
+void fair_leave(struct fair_member *m)
+{
+    assert(m->nreads == 0);
+    leave(m, FAIR_QUEUE_READS);
+    leave(m, FAIR_QUEUE_REQUESTS);
 }

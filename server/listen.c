@@ -91,7 +91,7 @@ static int probe(const struct sockaddr_un *a)
     return r == -EAGAIN ? -EADDRINUSE : r; /* EAGAIN: somebody listens, and its queue is full */
 }
 
-static int open_unix(const char *path, int *ret_fd, struct failure *f)
+static int open_unix(const char *path, bool open_to_all, int *ret_fd, struct failure *f)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     struct stat st;
@@ -115,7 +115,7 @@ static int open_unix(const char *path, int *ret_fd, struct failure *f)
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return failure_set(f, -errno, "cannot make a socket: %s", strerror(errno));
-    mask = umask(0177);
+    mask = umask(open_to_all ? 0111 : 0177);
     r = bind(fd, (const struct sockaddr *)&a, sizeof a) < 0 ? -errno : 0;
     (void)umask(mask);
     if (r < 0) {
@@ -211,23 +211,23 @@ static int begin(uv_loop_t *loop, int fd, const char *path, listen_cb cb, void *
     return 0;
 }
 
-int listen_open_unix(uv_loop_t *loop, const char *path, listen_cb cb, void *arg, struct listener **ret_listener,
-                     struct failure *f)
+int listen_open_unix(uv_loop_t *loop, const char *path, bool open_to_all, listen_cb cb, void *arg,
+                     struct listener **ret_listener, struct failure *f)
 {
     int fd = -1, r;
 
-    r = open_unix(path, &fd, f);
+    r = open_unix(path, open_to_all, &fd, f);
     return r < 0 ? r : begin(loop, fd, path, cb, arg, ret_listener, f);
 }
 
-int listen_open(uv_loop_t *loop, const struct config_listener *config, int fd, listen_cb cb, void *arg,
-                struct listener **ret_listener, struct failure *f)
+int listen_open(uv_loop_t *loop, const struct config_listener *config, int fd, bool open_to_all, listen_cb cb,
+                void *arg, struct listener **ret_listener, struct failure *f)
 {
     int r;
 
     switch (config->type) {
     case LISTEN_UNIX:
-        return listen_open_unix(loop, config->path, cb, arg, ret_listener, f);
+        return listen_open_unix(loop, config->path, open_to_all, cb, arg, ret_listener, f);
     case LISTEN_TCP:
         r = open_tcp(config, &fd, f);
         return r < 0 ? r : begin(loop, fd, NULL, cb, arg, ret_listener, f);

@@ -18,7 +18,10 @@ static const int signals[] = {SIGTERM, SIGINT, SIGHUP};
 
 struct daemon {
     uv_loop_t loop;
+    int argc;
+    char **argv; /* main()'s */
     const struct server_config *config;
+    struct access access;                     /* owned: since the last SIGHUP; else that of config */
     struct server *server;                    /* owned until server_stop() */
     uv_signal_t watches[ARRAY_SIZE(signals)]; /* closed when the server is gone */
     enum exit_status status;
@@ -44,12 +47,36 @@ static void on_stopped(void *arg, bool clean)
         uv_close((uv_handle_t *)&d->watches[i], NULL);
 }
 
+/* Who may do what, from flags and file as they are now; all else stays until the next start. */
+static void reload(struct daemon *d)
+{
+    struct server_config *config = NULL;
+    struct failure why = {0};
+    struct access before = d->access;
+
+    if (config_parse(d->argc, d->argv, &config, &why) < 0) {
+        log_error("SIGHUP: nothing was changed: %s", why.text);
+        return;
+    }
+    d->access = config->access;
+    config->access = (struct access){0};
+    server_set_access(d->server, &d->access);
+    log_info("SIGHUP: %zu rules say who may do what; all other settings wait for the next start", d->access.nrules);
+    if (access_names_users(&d->access) != access_names_users(&d->config->access))
+        log_warning("SIGHUP: the modes of our sockets are those of the start: %s",
+                    access_names_users(&d->access) ? "other users cannot connect yet"
+                                                   : "other users can still connect");
+    access_done(&before);
+    config_free(config);
+}
+
 static void on_signal(uv_signal_t *watch, int number)
 {
     struct daemon *d = watch->data;
 
     if (number == SIGHUP) {
-        log_warning("SIGHUP: reloading is not supported by this version; nothing was changed");
+        if (!server_is_stopping(d->server))
+            reload(d);
         return;
     }
     if (server_is_stopping(d->server)) {
@@ -109,9 +136,9 @@ static void tell_ready(struct daemon *d)
     (void)sd_notify(/* unset_environment= */ 0, "READY=1");
 }
 
-static enum exit_status run(const struct server_config *config)
+static enum exit_status run(int argc, char **argv, const struct server_config *config)
 {
-    struct daemon d = {.config = config, .status = EXIT_DONE};
+    struct daemon d = {.argc = argc, .argv = argv, .config = config, .status = EXIT_DONE};
     struct failure why = {0};
     int r;
 
@@ -139,6 +166,7 @@ static enum exit_status run(const struct server_config *config)
     }
     (void)uv_run(&d.loop, UV_RUN_DEFAULT);
     remove_pidfile(&d);
+    access_done(&d.access);
     r = uv_loop_close(&d.loop);
     if (r < 0)
         log_error("something was left open: %s", uv_strerror(r));
@@ -177,7 +205,7 @@ int main(int argc, char **argv)
             (void)fprintf(stderr, "qpulld: %s\n", why.text);
             status = EXIT_USAGE;
         } else {
-            status = run(config);
+            status = run(argc, argv, config);
         }
         break;
     }

@@ -168,7 +168,8 @@ static int open_passed(struct server *s, const struct config_listener *config, s
                                "--listen fd: descriptor %d would offer disks to the network in clear text; "
                                "listen on loopback, or say --allow-plaintext",
                                fd);
-        r = listen_open(s->loop, config, fd, on_client, s, &s->listeners[s->nlisteners], f);
+        r = listen_open(s->loop, config, fd, access_names_users(s->conns.access), on_client, s,
+                        &s->listeners[s->nlisteners], f);
         if (r < 0)
             return r;
         s->nlisteners++;
@@ -185,7 +186,8 @@ static int start_listeners(struct server *s, struct failure *f)
         if (l->type == LISTEN_FD) {
             r = open_passed(s, l, f);
         } else {
-            r = listen_open(s->loop, l, /* fd= */ -1, on_client, s, &s->listeners[s->nlisteners], f);
+            r = listen_open(s->loop, l, /* fd= */ -1, access_names_users(s->conns.access), on_client, s,
+                            &s->listeners[s->nlisteners], f);
             if (r == 0)
                 s->nlisteners++;
         }
@@ -342,6 +344,16 @@ bool server_is_stopping(const struct server *s)
 struct vm *server_vm(const struct server *s, const char *name)
 {
     return catalog_vm(&s->catalog, name);
+}
+
+const struct access *server_access(const struct server *s)
+{
+    return s->conns.access;
+}
+
+void server_set_access(struct server *s, const struct access *access)
+{
+    s->conns.access = access;
 }
 
 size_t server_nvms(const struct server *s)

@@ -38,6 +38,9 @@ bool server_is_stopping(const struct server *s);
 struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NULL: no such VM */
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
+const struct access *server_access(const struct server *s);
+/* Borrowed from now on, for questions to come: who is in a session stays in it. */
+void server_set_access(struct server *s, const struct access *access);
 struct scratch_place *server_scratch(const struct server *s);
 const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);

@@ -25,6 +25,11 @@ static void log_choice(const struct vm *vm)
     else
         log_info("VM %s: QEMU %s has %s; sessions are frozen by %s: %s", vm->name, vm->qemu_version, text,
                  engine_name(vm->engine.engine), vm->engine.why);
+    if (capabilities_cbw_timeout(vm->qemu_version, vm->cbw_timeout_s) != vm->cbw_timeout_s)
+        log_info("VM %s: QEMU %s cannot count more than %u seconds: a guest's write waits no longer for its copy "
+                 "(--cbw-timeout %u)",
+                 vm->name, vm->qemu_version, capabilities_cbw_timeout(vm->qemu_version, vm->cbw_timeout_s),
+                 vm->cbw_timeout_s);
 }
 
 static void on_asked(struct calls *c, const struct failure *f)

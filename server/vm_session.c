@@ -428,7 +428,7 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
             .job_breaks = vm->capabilities.has[CAPABILITY_JOB_ON_ERROR],
             .narrow_reads = vm->narrow,
             .max_pause_ms = vm->max_pause_ms,
-            .cbw_timeout_s = vm->cbw_timeout_s,
+            .cbw_timeout_s = capabilities_cbw_timeout(vm->qemu_version, vm->cbw_timeout_s),
             .give_back = vm->give_back,
             .call_timeout_ms = VM_CALL_TIMEOUT_MS,
             .quiesce = vm->quiesce,

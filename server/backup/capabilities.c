@@ -7,6 +7,9 @@
 #include <errno.h>
 #include <stdio.h>
 
+/* 2^32 ns are 4.29 s. Fixed in QEMU 9.1: "block/copy-before-write: use uint64_t for timeout in nanoseconds". */
+#define CBW_TIMEOUT_32_BITS_S 4u
+
 /* First versions: QEMU's docs ("Since:" in its QMP reference). */
 static const struct {
     const char *name, *since;
@@ -121,4 +124,13 @@ struct json_object *capabilities_to_json(const struct capabilities *c)
     for (unsigned i = 0; i < CAPABILITY_COUNT; i++)
         (void)json_object_object_add(o, table[i].name, json_object_new_boolean(c->has[i]));
     return o;
+}
+
+unsigned capabilities_cbw_timeout(const char *version, unsigned wish_s)
+{
+    unsigned major = 0, minor = 0;
+
+    if (sscanf(version, "%u.%u", &major, &minor) == 2 && (major > 9 || (major == 9 && minor >= 1)))
+        return wish_s;
+    return MIN(wish_s, CBW_TIMEOUT_32_BITS_S);
 }

@@ -44,4 +44,10 @@ const char *capabilities_text(const struct capabilities *c, char out[CAPABILITIE
 /* {NAME: bool, …}; the caller owns it. */
 struct json_object *capabilities_to_json(const struct capabilities *c);
 
+/*
+ * The most of wish_s seconds that this QEMU's cbw-timeout can be; version is its "MAJOR.MINOR…". Before 9.1 it counts
+ * nanoseconds in 32 bits, which no schema tells: 4 seconds and the sum begins anew, so that 10 are 1.4.
+ */
+unsigned capabilities_cbw_timeout(const char *version, unsigned wish_s);
+
 #endif

@@ -447,7 +447,7 @@ class Qpulld:
         self.flags += [f'--listen=unix:{self.socket}', f'--control={self.control}', f'--scratch={self.scratch}',
                        f'--state={self.state}', f'--pidfile={self.pidfile}', '--log=debug']
         if tcp:
-            self.flags += ['--listen=tcp:127.0.0.1:0']
+            self.flags += ['--listen=tcp:127.0.0.1:0', '--allow=ip:127.0.0.1=*']
         if linger is not None:
             self.flags += [f'--linger={linger}']
         if not any(f.startswith('--max-pause') for f in flags):

@@ -49,7 +49,7 @@ class Vanished(clients.ClientCase):
 
     def test_they_are_given_up_and_their_session_ends(self):
         network, host = self.network()
-        self.begin(flags=[f'--listen=tcp:{host}:0', '--allow-plaintext', '--max-connections=8'])
+        self.begin(flags=[f'--listen=tcp:{host}:0', '--allow-plaintext', '--allow=any=*', '--max-connections=8'])
         with open(self.daemon.log_path, encoding='utf-8') as f:
             port = next(line for line in f if f'listening on tcp:{host}:' in line).rstrip().rsplit(':', 1)[1]
         for kind in ('idles', 'never-reads', 'greedy'):

@@ -104,7 +104,7 @@ start_qpulld()
     [ $# -eq 0 ] || shift
     mkdir -p "$work/scratch" "$work/state"
     rm -f "$work/pid"
-    qpulld "${args[@]}" --listen=unix:"$socket" --listen=tcp:127.0.0.1:0 --control="$control" \
+    qpulld "${args[@]}" --listen=unix:"$socket" --listen=tcp:127.0.0.1:0 --allow=ip:127.0.0.1=\* --control="$control" \
         --scratch="$work/scratch" --state="$work/state" --pidfile="$work/pid" --linger="${linger:-0}" --log=debug "$@" \
         >"$work/stdout" 2>>"$work/qpulld.log" &
     qpulld_pid=$!

@@ -254,7 +254,7 @@ int world_set_up(void **state)
     (void)strcpy(w->dir, "/tmp/qpull-conn-XXXXXX");
     assert_non_null(mkdtemp(w->dir));
     (void)snprintf(w->path, sizeof w->path, "%s/nbd.sock", w->dir);
-    assert_int_equal(listen_open_unix(&w->loop, w->path, on_client, w, &w->listener, &why), 0);
+    assert_int_equal(listen_open_unix(&w->loop, w->path, false, on_client, w, &w->listener, &why), 0);
     *state = w;
     return 0;
 }

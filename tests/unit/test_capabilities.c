@@ -233,6 +233,16 @@ static void engines_have_the_names_that_the_flag_takes(void **state)
     assert_int_equal(engine_parse("backup", &e), -EINVAL);
 }
 
+static void a_timeout_that_old_qemus_cannot_count_is_the_most_they_can(void **state)
+{
+    assert_int_equal(capabilities_cbw_timeout("7.2.22", 10), 4);
+    assert_int_equal(capabilities_cbw_timeout("9.0.4", 3600), 4);
+    assert_int_equal(capabilities_cbw_timeout("7.2.22", 3), 3);
+    assert_int_equal(capabilities_cbw_timeout("9.1.0", 10), 10);
+    assert_int_equal(capabilities_cbw_timeout("10.0.13", 3600), 3600);
+    assert_int_equal(capabilities_cbw_timeout("", 10), 4);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -242,6 +252,7 @@ int main(void)
         cmocka_unit_test(copy_before_write_is_taken_wherever_it_can_be_and_bounds_what_the_guest_suffers),
         cmocka_unit_test(backup_jobs_are_the_way_out_and_their_risk_is_said),
         cmocka_unit_test(a_qemu_that_can_do_neither_is_refused_in_words),
+        cmocka_unit_test(a_timeout_that_old_qemus_cannot_count_is_the_most_they_can),
         cmocka_unit_test(engines_have_the_names_that_the_flag_takes),
     };
 

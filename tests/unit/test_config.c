@@ -199,6 +199,9 @@ static void each_mistake_of_the_file_is_named_with_its_line(void **state)
         {"[server]\nconfig = /x\n", ":2:", "unknown key \"config\""},
         {"[server]\n[server]\n", ":2:", "[server] is there twice"},
         {"[servant]\n", ":1:", "unknown section"},
+        {"[allow]\n[allow]\n", ":2:", "[allow] is there twice"},
+        {"[allow]\npsk:a = *\nb = *\n", ":3:", "none of user:NAME"},
+        {"[server]\nallow = psk:a\n", ":2:", "not WHO="},
         {"[vm \"a\"]\n[vm \"a\"]\n", ":2:", "there twice"},
         {"[vm \"a\"]\nqmp = /a\nqmp = /b\n", ":3:", "\"qmp\" is there twice"},
         {"[vm \"a\"]\ncolour = red\n", ":2:", "unknown key \"colour\" in [vm \"a\"]"},
@@ -269,7 +272,7 @@ static void each_mistake_of_a_flag_is_named_with_the_flag(void **state)
         {{"--tls", "on"}, "--tls: not supported by this version"},
         {{"--tls-certs", "/x"}, "not supported"},
         {{"--tls-psk", "/x"}, "not supported"},
-        {{"--allow", "x=y"}, "not supported"},
+        {{"--allow", "x=y"}, "--allow: \"x\" is none of user:NAME"},
         {{"--quiesce", "perhaps"}, "--quiesce: \"perhaps\" is none of"},
         {{"--threads", "2"}, "not supported"},
         {{"--scratch-limit", ""}, "--scratch-limit: \"\" is not a size"},
@@ -328,6 +331,24 @@ static int check(struct box *b, const char *listen, const char *scratch, bool al
                            allow_plaintext ? "--allow-plaintext" : NULL),
                      0);
     return config_check(b->config, &b->failure);
+}
+
+/* inih cuts a line at its first ":" or "=". */
+static void rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have(void **state)
+{
+    struct box *b = *state;
+    const struct access_who key = {.psk = "alice"}, cert = {.dn = "CN=bob,O=x"}, nobody = {0};
+
+    write_file(b, "[allow]\npsk:alice = web-*/list, db\ndn:CN=bob,O=x = db/pull\nany = open/list\n"
+                  "[server]\nallow = any=more/pull\n");
+    assert_int_equal(PARSE(b, "--allow", "any=most/control"), 0);
+    assert_int_equal(access_rights(&b->config->access, &key, "web-1"), ACCESS_LIST);
+    assert_int_equal(access_rights(&b->config->access, &cert, "web-1"), 0);
+    assert_int_equal(access_rights(&b->config->access, &cert, "db"), ACCESS_PULL);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "db"), 0);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "open"), ACCESS_LIST);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "more"), ACCESS_PULL);
+    assert_int_equal(access_rights(&b->config->access, &nobody, "most"), ACCESS_CONTROL);
 }
 
 static void a_listener_open_to_the_network_must_be_allowed(void **state)
@@ -485,6 +506,8 @@ int main(void)
         TEST(each_mistake_of_a_flag_is_named_with_the_flag),
         TEST(a_file_that_is_named_but_missing_is_refused),
         TEST(help_and_version_come_before_any_mistake_of_the_file),
+        TEST(rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have),
+        TEST(rules_of_the_file_and_of_flags_add_up_whatever_signs_they_have),
         TEST(a_listener_open_to_the_network_must_be_allowed),
         TEST(paths_that_cannot_be_used_are_named),
         TEST(a_qmp_path_may_be_missing_but_not_be_something_else),

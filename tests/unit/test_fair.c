@@ -62,7 +62,7 @@ static int set_up(void **state)
     return 0;
 }
 
-static void join(struct world *w, unsigned i, const char *client)
+static void join_vm(struct world *w, unsigned i, const char *client, const char *vm)
 {
     struct member *me = &w->members[i];
 
@@ -70,6 +70,12 @@ static void join(struct world *w, unsigned i, const char *client)
     me->m.on_requests = on_requests;
     me->m.on_read = on_read;
     assert_int_equal(fair_join(&w->fair, &me->m, client), 0);
+    assert_int_equal(fair_join_reads(&w->fair, &me->m, vm), 0);
+}
+
+static void join(struct world *w, unsigned i, const char *client)
+{
+    join_vm(w, i, client, "vm");
 }
 
 static int tear_down(void **state)
@@ -129,6 +135,45 @@ static void two_clients_read_half_each_however_many_connections_they_have(void *
         end_reads(&w->members[i], w->members[i].nreads);
 }
 
+static void who_reads_from_another_qemu_takes_no_part(void **state)
+{
+    struct world *w = *state;
+
+    join_vm(w, 0, "a", "vm");
+    join_vm(w, 1, "a", "vm");
+    join_vm(w, 2, "b", "other vm");
+    join_vm(w, 3, "c", "vm");
+    for (unsigned i = 0; i < 3; i++) {
+        on_read(&w->members[i].m);
+        assert_int_equal(w->members[i].nreads, 1000);
+    }
+    end_reads(&w->members[0], 1000);
+    end_reads(&w->members[1], 1000 - 1);
+    on_read(&w->members[3].m);
+    assert_int_equal(w->members[3].nreads, FAIR_READS / 2);
+    w->enough = true;
+    for (unsigned i = 0; i < 4; i++)
+        end_reads(&w->members[i], w->members[i].nreads);
+}
+
+static void memory_is_shared_by_clients_while_several_read(void **state)
+{
+    struct world *w = *state;
+
+    join(w, 0, "a");
+    join(w, 1, "a");
+    join_vm(w, 2, "b", "other vm");
+    fair_read_begun(&w->members[0].m);
+    assert_int_equal(fair_part(&w->members[0].m, 1000), 1000);
+    fair_read_begun(&w->members[2].m);
+    assert_int_equal(fair_part(&w->members[0].m, 1000), 250);
+    assert_int_equal(fair_part(&w->members[1].m, 1000), 250);
+    assert_int_equal(fair_part(&w->members[2].m, 1000), 500);
+    fair_read_done(&w->members[2].m);
+    assert_int_equal(fair_part(&w->members[1].m, 1000), 1000);
+    fair_read_done(&w->members[0].m);
+}
+
 static void clients_take_turns_and_not_connections(void **state)
 {
     struct world *w = *state;
@@ -175,6 +220,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(who_is_alone_reads_as_much_as_it_likes),
         TEST(two_clients_read_half_each_however_many_connections_they_have),
+        TEST(who_reads_from_another_qemu_takes_no_part),
+        TEST(memory_is_shared_by_clients_while_several_read),
         TEST(clients_take_turns_and_not_connections),
         TEST(who_leaves_has_no_turn_any_more),
     };
