@@ -366,4 +366,5 @@ static struct nbdkit_plugin plugin = {
     .extents = qpull_extents,
 };
 
+struct nbdkit_plugin *plugin_init(void); /* nbdkit's header does not declare it */
 NBDKIT_REGISTER_PLUGIN(plugin)
