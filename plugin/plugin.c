@@ -18,8 +18,9 @@
 
 static struct options options;
 static struct loop loop;
-static struct door *door; /* owned; NULL: not started, or ended */
-static bool runs;         /* the loop */
+static struct door *door;        /* owned; NULL: not started, or ended */
+static bool runs;                /* the loop */
+static struct failure not_begun; /* why there is no door */
 
 static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct handle *handles; /* open ones */
@@ -73,18 +74,24 @@ static void qpull_dump_plugin(void)
 
 /* -- life ---------------------------------------------------------------------------------------------------------- */
 
+/*
+ * A failure here would leave the command of --run with a socket that nobody accepts at, for ever (nbdkit 1.32). So it
+ * is told now, and to every client that comes.
+ */
 static int qpull_after_fork(void)
 {
-    struct failure f = {0};
     int r = loop_start(&loop);
 
-    if (r < 0) {
-        (void)failure_set(&f, r, "cannot begin: %s", strerror(-r));
-        return refuse(&f);
-    }
-    runs = true;
-    r = options.server ? through_new(&options, &loop, &door, &f) : own_new(&options, &loop, &door, &f);
-    return r < 0 ? refuse(&f) : 0;
+    if (r < 0)
+        (void)failure_set(&not_begun, r, "cannot begin: %s", strerror(-r));
+    runs = r == 0;
+    if (runs && options.server)
+        (void)through_new(&options, &loop, &door, &not_begun);
+    else if (runs)
+        (void)own_new(&options, &loop, &door, &not_begun);
+    if (!door)
+        nbdkit_error("%s", not_begun.text);
+    return 0;
 }
 
 static void add_handle(struct handle *h)
@@ -147,6 +154,8 @@ static void qpull_unload(void)
 
 static int names_of(struct names *ret_names, struct failure *f)
 {
+    if (!door)
+        return failure_copy(f, &not_begun);
     for (size_t i = 0; i < options.ndisks; i++) {
         if (names_add(ret_names, options.disks[i]) < 0)
             return failure_set(f, -ENOMEM, "out of memory");
@@ -224,6 +233,8 @@ static void *qpull_open(int readonly)
     _cleanup_free_ char *disk = name && *name ? strdup(name) : default_disk(&f);
     struct handle *h = NULL;
 
+    if (!door)
+        (void)failure_copy(&f, &not_begun);
     if (!disk)
         (void)failure_set(&f, -ENOMEM, "out of memory");
     if (f.err || check_disk(disk, &f) < 0 || door->ops->open(door, disk, &h, &f) < 0) {
@@ -355,4 +366,5 @@ static struct nbdkit_plugin plugin = {
     .extents = qpull_extents,
 };
 
+struct nbdkit_plugin *plugin_init(void); /* nbdkit's header does not declare it */
 NBDKIT_REGISTER_PLUGIN(plugin)

@@ -613,6 +613,7 @@ void vm_pump(struct vm *vm)
     if (vm->life.sweep_due) {
         vm->life.sweep_due = false;
         vm_sweep(vm);
+        return;
     }
     if (vm->life.leftovers && vm->left.err == -EBUSY) { /* looked at just now: somebody else is at work */
         vm_refuse_waiting(vm, &vm->left);
