@@ -18,7 +18,6 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '../qemu'))
-import harness  # noqa: E402
 
 MIB, GIB = 1 << 20, 1 << 30
 CPUCLOCK_SCHED = 2  # linux/posix-timers.h: a process's clock of all its threads, those that ended included

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One qpulld for many VMs: all of them pulled at once, one nbdcopy each; a = each QEMU exports its frozen disk itself, b =
-qpulld. QEMUs (not qemu-storage-daemons: their QMP has no add-fd, getfd and query-status, which qpulld needs) run no guest and have the same
-image in the page cache. Memory is what qpulld alone has written to (Private_Dirty): what an idle VM adds to it, what a session adds, open and at most while
-all are pulled.
+"""One qpulld for many VMs: all of them pulled at once, one nbdcopy each; a = each QEMU exports its frozen disk itself,
+b = qpulld. QEMUs (not qemu-storage-daemons: their QMP has no add-fd, getfd and query-status, which qpulld needs) run no
+guest and have the same image in memory. The daemon's memory is what it alone has written to (Private_Dirty): what an
+idle VM adds to it, what a session adds when it is open, and at most while all are pulled.
 
     tests/bench/many.py [--rounds N] [--vms N]… [--json FILE] [--quick]"""
 import sys
