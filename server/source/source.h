@@ -31,6 +31,9 @@ struct source_read {
     size_t issued;     /* bytes asked for upstream so far */
     unsigned npending; /* pieces asked for and not answered */
     int err;
+    /* private to source/ahead, which stands on all others */
+    struct source *ahead;
+    source_read_cb ahead_told;
     /* private to a source that stands on another one (source/giveback) */
     struct source *via;
     source_read_cb told;
