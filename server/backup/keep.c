@@ -33,6 +33,7 @@ int step_close_sources(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         struct source *source = TAKE_PTR(s->disks[i].source);
 
+        s->disks[i].bare = s->disks[i].ahead = s->disks[i].giving = NULL; /* parts of it */
         if (!source)
             continue;
         s->npending++;
@@ -84,7 +85,7 @@ int step_probe_and_close(struct seq *q, struct failure *f)
             continue;
         d->probe = (struct source_read){
             .length = MIN(sizeof(d->probe_buffer), d->disk->size), .buffer = d->probe_buffer, .cb = on_probe, .arg = d};
-        r = d->source ? source_read(d->source, &d->probe) : -ENOTCONN;
+        r = d->bare ? source_read(d->bare, &d->probe) : -ENOTCONN;
         if (r < 0)
             session_drop_keep(s, d, "its frozen view cannot be read any more");
         else
