@@ -568,6 +568,11 @@ bool qmp_client_is_ready(const struct qmp_client *c)
     return c->state == CLIENT_READY;
 }
 
+uint64_t qmp_client_ncalls(const struct qmp_client *c)
+{
+    return c->last_id;
+}
+
 const char *qmp_client_path(const struct qmp_client *c)
 {
     return c->path;

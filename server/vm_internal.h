@@ -118,8 +118,10 @@ struct vm {
     bool swept;          /* for this start, because a node of a session stood on a disk */
     struct failure left; /* what the last sweep could not do */
     struct vm_query start_query;
+    const struct disk_list *fresh;  /* borrowed: what QEMU has answered just now; NULL: it was longer ago */
     bool ending;                    /* session_stop() was said */
     bool was_up;                    /* it came up */
+    unsigned nmaps;                 /* how often it had more maps than before */
     struct failure session_failure; /* why it failed */
     struct vm_pull *pulls;          /* owned */
     size_t npulls;

@@ -196,6 +196,27 @@ static void on_up(void *arg)
     vm_pump(vm);
 }
 
+static struct vm_stay *next_to_map(struct vm *vm)
+{
+    struct vm_stay *stay = vm->stays;
+
+    while (stay && (stay->state != STAY_IN || stay->nmaps == vm->nmaps))
+        stay = stay->next;
+    return stay;
+}
+
+static void on_maps(void *arg)
+{
+    struct vm *vm = arg;
+    struct vm_stay *stay;
+
+    vm->nmaps++;
+    while ((stay = next_to_map(vm))) {
+        stay->nmaps = vm->nmaps;
+        stay->on_maps(stay);
+    }
+}
+
 /* A session that fails for want of a connection, to the monitor or to the export: QEMU ends, or has ended. */
 static bool is_gone(const struct vm *vm, const struct failure *why)
 {
@@ -312,6 +333,7 @@ static void on_trace(void *arg, const char *text)
 
 static const struct session_ops session_ops = {
     .on_up = on_up,
+    .on_maps = on_maps,
     .on_failed = on_failed,
     .on_down = on_down,
     .on_note = on_note,
@@ -403,9 +425,8 @@ static bool meets_others(struct vm *vm, const struct disk_list *disks)
     return true;
 }
 
-static void on_start_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+static void start_session(struct vm *vm, const struct disk_list *disks, const struct failure *f)
 {
-    struct vm *vm = container_of(q, struct vm, start_query);
     struct vm_stay *stay = first_in_state(vm, STAY_WAITING);
     const char *since[VM_SINCE_MAX];
     struct failure mine = {0};
@@ -463,6 +484,11 @@ static void on_start_disks(struct vm_query *q, const struct disk_list *disks, co
     vm_pump(vm);
 }
 
+static void on_start_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
+{
+    start_session(container_of(q, struct vm, start_query), disks, f);
+}
+
 /* -- entering ------------------------------------------------------------------------------------------------------ */
 
 static void on_asked(struct session_ask *a, const struct failure *f);
@@ -489,7 +515,8 @@ static void admit(struct vm_stay *stay)
 
         if (asprintf(&context, "qemu:dirty-bitmap:%s", stay->since[stay->nasked]) < 0)
             context = NULL;
-        if (!context || session_map(vm->session, stay->disk, context))
+        if (!context || session_map(vm->session, stay->disk, context) ||
+            session_expects_map(vm->session, stay->disk, context))
             continue;
         r = session_ask_start(vm->session, &stay->ask, stay->disk, stay->since[stay->nasked], on_asked);
         if (r == 0) {
@@ -511,6 +538,8 @@ static void admit(struct vm_stay *stay)
     if (stay->checkpoint && !d->tracked)
         log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
                     stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
+    if (stay->depth)
+        session_want_depth(vm->session);
     p->nopen++;
     vm->keeper->counters.connections++;
     stay->state = STAY_IN;
@@ -625,7 +654,10 @@ void vm_pump(struct vm *vm)
     }
     if (refuse_iothreads(vm))
         return;
-    vm->starting = vm_query_start(vm, &vm->start_query, on_start_disks, vm) == 0;
+    if (vm->fresh)
+        start_session(vm, TAKE_PTR(vm->fresh), NULL);
+    else
+        vm->starting = vm_query_start(vm, &vm->start_query, on_start_disks, vm) == 0;
 }
 
 static void on_kick(uv_timer_t *t)
@@ -731,6 +763,11 @@ struct source *vm_stay_source(struct vm_stay *stay)
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
 {
     return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
+}
+
+bool vm_stay_expects_map(struct vm_stay *stay, const char *context)
+{
+    return stay->vm && stay->vm->session && session_expects_map(stay->vm->session, stay->disk, context);
 }
 
 struct vm_counters *vm_stay_counters(struct vm_stay *stay)
