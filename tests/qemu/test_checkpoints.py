@@ -104,7 +104,7 @@ class Checkpoints(harness.Case):
         size = raw.go('vm/vda@monday')
         self.assertEqual(raw.read(0, 65536)[0], 0)
         # QEMU loses the frozen view: as a full scratch would, here by tearing the export down from aside.
-        export = guest.look('query-block-exports')[0]['id']
+        export = next(e['id'] for e in guest.look('query-block-exports') if e['type'] == 'nbd')
         guest.look('block-export-del', {'id': export, 'mode': 'hard'})
         try:
             while raw.read(0, 65536)[0] == 0:

@@ -50,7 +50,8 @@ class Tools(vmlife.Case):
         self.bare_legacy()
         h = nbdpull.connect(self.daemon.uri('vm/vda@new'))
         self.tool('block-export-del', {'id': next(e['id'] for e in self.tool('query-block-exports')
-                                                  if e['node-name'].endswith('access0')), 'mode': 'hard'})
+                                                  if e['type'] == 'nbd' and e['node-name'].endswith('access0')),
+                                       'mode': 'hard'})
         harness.wait_until(lambda: self.daemon.vm()['session'] is None, 20)
         with self.assertRaises(nbdpull.nbd.Error):
             h.pread(512, 0)
