@@ -340,6 +340,7 @@ int access_peer(int fd, struct access_who *who)
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0)
         return -errno;
     who->uid = peer.uid;
+    who->pid = peer.pid;
     /* Asked for the size first, which it tells by ERANGE (Linux 4.13). */
     len = 0;
     if (getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, NULL, &len) < 0 && errno != ERANGE)

@@ -33,6 +33,7 @@ enum access_right { ACCESS_LIST = 1, ACCESS_PULL = 2, ACCESS_CHECKPOINT = 4, ACC
 struct access_who {
     bool has_peer; /* a unix socket */
     uid_t uid;
+    pid_t pid;
     gid_t *groups; /* owned: all of the peer's */
     size_t ngroups;
     struct sockaddr_storage address; /* of TCP, or AF_UNSPEC */

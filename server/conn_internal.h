@@ -128,6 +128,10 @@ bool conn_is_full(const struct conn *c);
 /* The socket is dead, or the client is beyond waiting for. Never from inside a callback of nbd. */
 void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
 
+/* -- conn_who.c ---------------------------------------------------------------------------------------------------- */
+/* Fills who and origin, and joins those who share us; from: in words, with process or port. Negative errno. */
+int conn_identify(struct conn *c, char *from, size_t size);
+
 /* -- conn_care.c --------------------------------------------------------------------------------------------------- */
 void conn_care(struct conn *c); /* every CONN_TICK_MS; conn_settle() comes after it */
 

@@ -560,7 +560,7 @@ static bool is_welcome(struct control_client *client)
         return false;
     if (access_may_connect(server_access(client->control->server), &client->who))
         return true;
-    log_warning("control: user %u may not use this socket", (unsigned)client->who.uid);
+    log_warning("control: user %u may not use this socket (pid %d)", (unsigned)client->who.uid, (int)client->who.pid);
     return false;
 }
 
