@@ -165,7 +165,7 @@ static const struct sandbox_call {
     /* qemu-storage-daemon; io_uring is left out: QEMU does without */
     {"fgetxattr", FOR_IMAGES},
     {"flistxattr", FOR_IMAGES},
-    {"getxattr", FOR_IMAGES},
+    {"getxattr", FOR_ALL},
     {"io_cancel", FOR_IMAGES},
     {"io_destroy", FOR_IMAGES},
     {"io_getevents", FOR_IMAGES},
