@@ -140,6 +140,10 @@ enum row {
     ROW_TLS_CERTS,
     ROW_TLS_PSK,
     ROW_THREADS,
+    ROW_SOCKET_MODE,
+    ROW_SOCKET_GROUP,
+    ROW_USER,
+    ROW_SANDBOX,
     ROW_VERSION,
     ROW_HELP,
 };
@@ -205,6 +209,12 @@ static const struct {
     [ROW_TLS_CERTS] = {"tls-certs", 0, "DIR", "ca-cert.pem, server-cert.pem, server-key.pem, maybe ca-crl.pem"},
     [ROW_TLS_PSK] = {"tls-psk", 0, "FILE", "pre-shared keys instead: lines of USER:HEXKEY"},
     [ROW_THREADS] = {"threads", 0, "N", "that encrypt (default: one for each processor, at most 8)"},
+    [ROW_SOCKET_MODE] = {"socket-mode", 0, "OCTAL",
+                         "of our unix sockets (default 0600; 0660 with --socket-group, 0666 with rules for users)"},
+    [ROW_SOCKET_GROUP] = {"socket-group", 0, "NAME", "of our unix sockets"},
+    [ROW_USER] = {"user", 0, "NAME[:GROUP]", "become this user when all sockets are open; for a daemon begun as root"},
+    [ROW_SANDBOX] = {"sandbox", 0, "auto|require|off",
+                     "system calls and files for us alone: as far as the kernel can (default), in full, or not"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
 };
@@ -292,6 +302,14 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_path(&c->tls_psk, value, f);
     case ROW_THREADS:
         return config_set_count(&c->threads, value, TLS_THREADS_MAX, f);
+    case ROW_SOCKET_MODE:
+        return config_set_mode(&c->socket_mode, value, f);
+    case ROW_SOCKET_GROUP:
+        return config_set_path(&c->socket_group, value, f);
+    case ROW_USER:
+        return config_set_path(&c->user, value, f);
+    case ROW_SANDBOX:
+        return config_set_sandbox(&c->sandbox, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -597,6 +615,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .shared_memory = CONFIG_SHARED_MEMORY,
         .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
         .log_level = LOG_LEVEL_INFO,
+        .sandbox = CONFIG_SANDBOX,
     };
     r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
     if (r == 0)
@@ -645,6 +664,8 @@ void config_free(struct server_config *c)
     free(c->pidfile);
     free(c->tls_certs);
     free(c->tls_psk);
+    free(c->socket_group);
+    free(c->user);
     free(c->file);
     access_done(&c->access);
     free(c);

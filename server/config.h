@@ -14,7 +14,9 @@
 #include "backup/place.h"
 #include "backup/quiesce.h"
 #include "log.h"
+#include "privileges.h"
 #include "qmp/base.h"
+#include "sandbox.h"
 
 #include <stdbool.h>
 #include <stdio.h>
@@ -22,6 +24,12 @@
 
 /* -- defaults of the contract (docs: qpulld) ----------------------------------------------------------------------- */
 #define CONFIG_FILE "/etc/qpull/qpulld.conf"
+/* A build that counts coverage writes files where it was built. */
+#ifdef QPULL_NO_SANDBOX
+#define CONFIG_SANDBOX SANDBOX_OFF
+#else
+#define CONFIG_SANDBOX SANDBOX_AUTO
+#endif
 #define CONFIG_RUN_DIR "/run/qpull"
 #define CONFIG_LISTEN "unix:" CONFIG_RUN_DIR "/nbd.sock"
 #define CONFIG_CONTROL CONFIG_RUN_DIR "/control.sock"
@@ -237,6 +245,11 @@ struct server_config {
     char *tls_certs, *tls_psk; /* owned: a directory or a file: one of them unless tls is OFF */
     unsigned threads;          /* 0: by the number of processors */
     enum quiesce_mode quiesce;
+    unsigned socket_mode;      /* of unix sockets; 0: was not said */
+    char *socket_group, *user; /* owned: as they were said, or NULL … */
+    gid_t socket_gid;          /* … and what they are, of config_check() */
+    struct privileges become;
+    enum sandbox_mode sandbox;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
 };
@@ -250,6 +263,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
 /* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
  * and CONFIG_STATE where they are used and missing. */
 int config_check(struct server_config *c, struct failure *f);
+
+/* The same of all directories, with the rights that we have now: after we have become another user. */
+int config_check_paths(const struct server_config *c, struct failure *f);
 
 /* Whether only this machine can reach a TCP address. */
 bool config_is_loopback(const struct sockaddr_storage *a);

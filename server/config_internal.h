@@ -19,6 +19,8 @@ int config_set_give_back(enum config_give_back *to, const char *value, struct fa
 /* DIR, or where places are allowed alone (dir NULL) the JSON object of one. */
 int config_set_scratch(char **dir, struct place **place, const char *value, struct failure *f);
 int config_set_tls(enum config_tls *to, const char *value, struct failure *f);
+int config_set_mode(unsigned *to, const char *value, struct failure *f);
+int config_set_sandbox(enum sandbox_mode *to, const char *value, struct failure *f);
 int config_set_path(char **to, const char *value, struct failure *f);
 int config_set_engine(enum engine *to, const char *value, struct failure *f);
 

@@ -607,8 +607,7 @@ int control_open(struct server *server, const char *path, struct control **ret_c
     if (!c)
         return failure_set(f, -ENOMEM, "out of memory");
     c->server = server;
-    r = listen_open_unix(server_loop(server), path, access_names_users(server_access(server)), on_connection, c,
-                         &c->listener, f);
+    r = listen_open_unix(server_loop(server), path, server_socket_file(server), on_connection, c, &c->listener, f);
     if (r < 0) {
         free(c);
         return r;
@@ -644,4 +643,9 @@ void control_close(struct control *c, void (*cb)(void *arg), void *arg)
     for (struct control_client *client = c->clients; client; client = client->next)
         client_close(client);
     try_finish(c);
+}
+
+int control_set_mode(struct control *c, mode_t mode, struct failure *f)
+{
+    return listen_set_mode(c->listener, mode, f);
 }

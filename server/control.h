@@ -29,10 +29,14 @@
 #include "server.h"
 
 #include <json-c/json.h>
+#include <sys/types.h>
 
 struct control;
 
 int control_open(struct server *server, const char *path, struct control **ret_control, struct failure *f);
+
+/* Of its socket, from now on. */
+int control_set_mode(struct control *c, mode_t mode, struct failure *f);
 
 /* Tells all clients; data is given. A client that takes nothing is closed later: nobody is called back from here. */
 void control_event(struct control *c, const char *event, struct json_object *data);

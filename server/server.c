@@ -36,6 +36,7 @@ struct server {
     struct listener **listeners; /* owned, each */
     size_t nlisteners;
     uint64_t started_ms;
+    struct listen_file socket_file; /* of our unix sockets */
     struct tls_server tls;
     struct server_reload *reload; /* the workers': is under way */
     bool has_tls, reload_again;
@@ -238,6 +239,16 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     return 0;
 }
 
+/* Rules that name users want them to get as far as to be asked who they are. */
+static mode_t socket_mode(const struct server *s)
+{
+    if (s->config->socket_mode)
+        return s->config->socket_mode;
+    if (access_names_users(s->conns.access))
+        return 0666;
+    return s->config->socket_group ? 0660 : 0600;
+}
+
 static int on_client(void *arg, uv_stream_t *stream)
 {
     struct server *s = arg;
@@ -269,8 +280,7 @@ static int open_passed(struct server *s, const struct config_listener *config, s
                                "--listen fd: descriptor %d would offer disks to the network in clear text; "
                                "say --tls on, listen on loopback, or say --allow-plaintext",
                                fd);
-        r = listen_open(s->loop, config, fd, access_names_users(s->conns.access), on_client, s,
-                        &s->listeners[s->nlisteners], f);
+        r = listen_open(s->loop, config, fd, &s->socket_file, on_client, s, &s->listeners[s->nlisteners], f);
         if (r < 0)
             return r;
         s->nlisteners++;
@@ -287,8 +297,7 @@ static int start_listeners(struct server *s, struct failure *f)
         if (l->type == LISTEN_FD) {
             r = open_passed(s, l, f);
         } else {
-            r = listen_open(s->loop, l, /* fd= */ -1, access_names_users(s->conns.access), on_client, s,
-                            &s->listeners[s->nlisteners], f);
+            r = listen_open(s->loop, l, /* fd= */ -1, &s->socket_file, on_client, s, &s->listeners[s->nlisteners], f);
             if (r == 0)
                 s->nlisteners++;
         }
@@ -298,6 +307,19 @@ static int start_listeners(struct server *s, struct failure *f)
     return 0;
 }
 
+int server_listen(struct server *s, struct failure *f)
+{
+    int r;
+
+    s->socket_file = (struct listen_file){
+        .mode = socket_mode(s),
+        .uid = s->config->become.set ? s->config->become.uid : LISTEN_AS_IS,
+        .gid = s->config->socket_gid,
+    };
+    r = control_open(s, s->config->control, &s->control, f);
+    return r == 0 ? start_listeners(s, f) : r;
+}
+
 int server_start(struct server *s, struct failure *f)
 {
     int r = start_tls(s, f);
@@ -305,10 +327,6 @@ int server_start(struct server *s, struct failure *f)
     for (size_t i = 0; r == 0 && i < s->config->nvms; i++)
         r = add_vm(s, &s->config->vms[i], f);
     s->catalog = (struct catalog){.vms = s->vms, .nvms = s->nvms};
-    if (r == 0)
-        r = control_open(s, s->config->control, &s->control, f);
-    if (r == 0)
-        r = start_listeners(s, f);
     for (size_t i = 0; r == 0 && i < s->nvms; i++)
         vm_start(s->vms[i]);
     return r;
@@ -464,7 +482,23 @@ const struct access *server_access(const struct server *s)
 
 void server_set_access(struct server *s, const struct access *access)
 {
+    struct failure why = {0};
+
     s->conns.access = access;
+    if (!s->control || socket_mode(s) == s->socket_file.mode)
+        return;
+    s->socket_file.mode = socket_mode(s);
+    log_info("our unix sockets have mode 0%o from now on", (unsigned)s->socket_file.mode);
+    if (control_set_mode(s->control, s->socket_file.mode, &why) < 0)
+        log_error("%s", why.text);
+    for (size_t i = 0; i < s->nlisteners; i++)
+        if (listen_set_mode(s->listeners[i], s->socket_file.mode, &why) < 0)
+            log_error("%s", why.text);
+}
+
+const struct listen_file *server_socket_file(const struct server *s)
+{
+    return &s->socket_file;
 }
 
 size_t server_nvms(const struct server *s)

@@ -201,6 +201,9 @@ struct vm_checkup {
     struct vm_checkup *next;
 };
 bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
+const char *vm_locked_socket(const struct vm *vm); /* its QMP socket, if we may not open that; else NULL */
+pid_t vm_qemu_pid(const struct vm *vm);            /* 0: not connected */
+bool vm_opens_scratch(const struct vm *vm);        /* itself, by a path or an address */
 
 /* For the control socket; the caller owns the answer. */
 /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */

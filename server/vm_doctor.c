@@ -36,7 +36,7 @@ static const char *advice_for_monitor(int err)
         return "give qpulld a monitor of its own: one more -qmp unix:PATH,server=on,wait=off";
     case -EACCES:
     case -EPERM:
-        return "let qpulld's user open that socket";
+        return "see \"qmp access\"";
     case -ECONNRESET:
         return "see whether the VM still runs, and what QEMU's log says; qpulld tries again by itself";
     default:
@@ -307,4 +307,21 @@ bool vm_checkup_start(struct vm *vm, struct vm_checkup *c)
     if (r < 0 && vm_now(vm)->state > VM_LOST)
         add(c, "disks", VERDICT_WRONG, NULL, "cannot be asked now: %s", strerror(-r));
     return r < 0;
+}
+
+const char *vm_locked_socket(const struct vm *vm)
+{
+    bool locked = vm->qmp_path && vm->state <= VM_LOST && (vm->lost.err == -EACCES || vm->lost.err == -EPERM);
+
+    return locked ? vm->qmp_path : NULL;
+}
+
+pid_t vm_qemu_pid(const struct vm *vm)
+{
+    return vm->qmp_path && vm->state > VM_LOST ? qmp_client_peer_pid(vm->qmp) : 0;
+}
+
+bool vm_opens_scratch(const struct vm *vm)
+{
+    return vm->place != NULL;
 }

@@ -284,6 +284,7 @@ int world_set_up(void **state)
 {
     struct world *w = calloc(1, sizeof *w);
     struct failure why = {0};
+    const struct listen_file ours = {.mode = 0600, .uid = LISTEN_AS_IS, .gid = LISTEN_AS_IS};
 
     log_init(LOG_LEVEL_ERROR);
     (void)signal(SIGPIPE, SIG_IGN); /* as the daemon does */
@@ -298,7 +299,7 @@ int world_set_up(void **state)
     (void)strcpy(w->dir, "/tmp/qpull-conn-XXXXXX");
     assert_non_null(mkdtemp(w->dir));
     (void)snprintf(w->path, sizeof w->path, "%s/nbd.sock", w->dir);
-    assert_int_equal(listen_open_unix(&w->loop, w->path, false, on_client, w, &w->listener, &why), 0);
+    assert_int_equal(listen_open_unix(&w->loop, w->path, &ours, on_client, w, &w->listener, &why), 0);
     *state = w;
     return 0;
 }
