@@ -114,6 +114,11 @@
 #define BUDGET_SPARE_PIECES 32u  /* free pieces kept for the next read */
 
 /* -- one VM (server/vm) -------------------------------------------------------------------------------------------- */
+/* -- how fast a session may be read (server/rate) ------------------------------------------------------------------ */
+#define CONFIG_RATE_LEAST (64u << 10) /* bytes a second; a client waits 4 s for nbdcopy's request then, no longer */
+#define RATE_BURST_MS 100u            /* what was not used is there for so long: a busy loop comes late by less */
+#define RATE_PIECES 16u               /* pieces in a second at least: what one connection's turn may take */
+
 #define VM_CALL_TIMEOUT_MS 30000u /* one QMP command; QEMU answers in ms unless it drains */
 #define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
 #define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */

@@ -610,6 +610,7 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
     s->tick.data = s;
     (void)fair_init(&s->fair, loop); /* an idle handle: never fails */
+    s->rates.loop = loop;
     return uv_timer_init(loop, &s->tick);
 }
 
@@ -671,6 +672,8 @@ static struct json_object *to_json(struct conn *c)
     json_object_object_add(o, "buffered", json_object_new_uint64(c->pulling ? c->pull.window : 0));
     json_object_object_add(o, "seconds", json_object_new_uint64((now_ms(c) - c->born_ms) / 1000));
     return o;
+    json_object_object_add(o, "rate",
+                           json_object_new_uint64(c->stay_state == STAY_ENTERED ? vm_stay_rate(&c->stay) : 0));
 }
 
 struct json_object *conn_set_to_json(struct conn_set *s)

@@ -16,6 +16,7 @@
 #include "catalog.h"
 #include "config.h"
 #include "fair.h"
+#include "rate.h"
 
 #include <uv.h>
 
@@ -32,6 +33,7 @@ struct conn_set {
     struct fair fair;
     uv_timer_t tick;           /* runs while there is a connection */
     struct conn *first, *last; /* owned: in the order in which they came */
+    struct rate_set rates;
     size_t nconns;             /* those that talk */
     size_t nopen;              /* sockets: those that talk, and those that are closing */
     size_t head_bytes;         /* of all: unsent, but for payload */

@@ -235,6 +235,10 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
 
     if (f) {
         c->stay_state = STAY_NONE;
+    if (rate_join(&c->set->rates, &c->pull.rate, vm_stay_session(&c->stay), vm_stay_rate(&c->stay)) < 0) {
+        pull_done(&c->pull);
+        return failure_set(f, -ENOMEM, "the server is out of memory");
+    }
         refuse_open(c, f);
         conn_settle(c);
         return;
