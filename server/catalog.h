@@ -54,6 +54,8 @@ struct catalog_ask {
  */
 int catalog_list_start(const struct catalog *c, struct catalog_ask *a);
 int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const char *export_name, struct failure *f);
+/* What is said of a name that nothing has. -ENOENT */
+int catalog_unknown(const char *export_name, struct failure *f);
 /* No callback any more; also if nothing is under way. */
 void catalog_forget(struct catalog_ask *a);
 

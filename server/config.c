@@ -126,6 +126,10 @@ enum row {
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_MAX_CONNECTIONS_PER_CLIENT,
+    ROW_MAX_SESSIONS_PER_CLIENT,
+    ROW_RATE,
+    ROW_BEGIN_TIMEOUT,
     ROW_SESSION_TIMEOUT,
     ROW_KEEP_CHECKPOINTS,
     ROW_ENGINE,
@@ -191,6 +195,13 @@ static const struct {
     [ROW_SESSION_TIMEOUT] = {"session-timeout", 0, "SECONDS",
                              "give a session up that has been up for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
+    [ROW_MAX_CONNECTIONS_PER_CLIENT] = {"max-connections-per-client", 0, "N",
+                                        "of one identity (uid, address, certificate, key) at a time (default 128)"},
+    [ROW_MAX_SESSIONS_PER_CLIENT] = {"max-sessions-per-client", 0, "N", "likewise, sessions (default 64)"},
+    [ROW_RATE] = {"rate", 0, "SIZE", "a second, that all clients of a session are sent together (default 0: any)"},
+    [ROW_BEGIN_TIMEOUT] =
+        {"begin-timeout", 0, "SECONDS",
+         "a session of `qpull begin` ends when nobody has read it for so long (default 3600; 0: never)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
     [ROW_ENGINE] = {"engine", 0, "NAME", "auto, copy-before-write or backup-job: how disks are frozen (default auto)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
@@ -273,6 +284,14 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
         return config_set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_MAX_CONNECTIONS_PER_CLIENT:
+        return config_set_count(&c->max_connections_per_client, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_MAX_SESSIONS_PER_CLIENT:
+        return config_set_count(&c->max_sessions_per_client, value, CONFIG_VMS_MAX, f);
+    case ROW_RATE:
+        return config_set_rate(&c->rate, value, f);
+    case ROW_BEGIN_TIMEOUT:
+        return config_set_seconds(&c->begin_timeout_ms, value, f);
     case ROW_KEEP_CHECKPOINTS:
         return config_set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
     case ROW_ENGINE:
@@ -611,6 +630,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .max_pause_ms = CONFIG_MAX_PAUSE_MS,
         .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
+        .max_connections_per_client = CONFIG_MAX_CONNECTIONS_PER_CLIENT,
+        .max_sessions_per_client = CONFIG_MAX_SESSIONS_PER_CLIENT,
+        .begin_timeout_ms = CONFIG_BEGIN_TIMEOUT_MS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .shared_memory = CONFIG_SHARED_MEMORY,
         .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,

@@ -13,6 +13,7 @@ int config_set_string(char **to, const char *value, struct failure *f);
 int config_set_seconds(unsigned *to_ms, const char *value, struct failure *f); /* "10", "0.5": three decimals at most */
 int config_set_count(unsigned *to, const char *value, unsigned max, struct failure *f);
 int config_set_size(uint64_t *to, const char *value, struct failure *f); /* "4096", "10G": powers of 1024 */
+int config_set_rate(uint64_t *to, const char *value, struct failure *f); /* a size; 0: any */
 int config_set_bool(bool *to, const char *value, struct failure *f);
 int config_set_quiesce(enum quiesce_mode *to, const char *value, struct failure *f);
 int config_set_give_back(enum config_give_back *to, const char *value, struct failure *f);

@@ -132,6 +132,19 @@ int config_set_size(uint64_t *to, const char *value, struct failure *f)
     return 0;
 }
 
+int config_set_rate(uint64_t *to, const char *value, struct failure *f)
+{
+    uint64_t n;
+
+    if (config_set_size(&n, value, f) < 0)
+        return f->err;
+    if (n > 0 && n < CONFIG_RATE_LEAST)
+        return failure_set(f, -EINVAL, "\"%s\" is less than %uK a second: clients would give up waiting", value,
+                           CONFIG_RATE_LEAST >> 10);
+    *to = n;
+    return 0;
+}
+
 int config_set_bool(bool *to, const char *value, struct failure *f)
 {
     static const char *const yes[] = {"yes", "true", "on", "1"}, *const no[] = {"no", "false", "off", "0"};

@@ -182,6 +182,16 @@ static unsigned rights_of(const struct control_client *client, const char *vm)
     return access_rights(server_access(client->control->server), &client->who, vm);
 }
 
+uid_t control_uid(const struct control_call *call)
+{
+    return call->client->who.uid;
+}
+
+unsigned control_rights(const struct control_call *call, const struct vm *vm)
+{
+    return rights_of(call->client, vm_name(vm));
+}
+
 bool control_sees(const struct control_call *call, const struct vm *vm)
 {
     return rights_of(call->client, vm_name(vm)) & ACCESS_LIST;

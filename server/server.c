@@ -3,6 +3,7 @@
 #include "catalog.h"
 #include "conn.h"
 #include "control.h"
+#include "lease.h"
 #include "listen.h"
 #include "source/vhost.h"
 #include "tls.h"
@@ -32,6 +33,8 @@ struct server {
     struct catalog catalog;
     struct vhost_room vhost_room;
     struct conn_set conns;
+    struct ticket_book tickets;
+    struct lease_set leases;
     struct control *control;     /* owned */
     struct listener **listeners; /* owned, each */
     size_t nlisteners;
@@ -57,6 +60,21 @@ static void on_event(void *arg, const char *event, struct json_object *data)
         control_event(s->control, event, data);
     else
         json_object_put(data);
+}
+
+static int may_start(void *arg, const char *identity, struct failure *f)
+{
+    const struct server *s = arg;
+    unsigned n = 0;
+
+    for (size_t i = 0; i < s->nvms; i++)
+        n += vm_is_for(s->vms[i], identity);
+    if (n < s->config->max_sessions_per_client)
+        return 0;
+    return failure_set(f, -EUSERS,
+                       "%s has %u sessions already, the most that one client may have here "
+                       "(--max-sessions-per-client); try again when one of them has ended",
+                       identity, n);
 }
 
 static int add_vm(struct server *s, const struct config_vm *from, struct failure *f)
@@ -86,6 +104,9 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
+        .rate = s->config->rate,
+        .may_start = may_start,
+        .start_arg = s,
         .on_event = on_event,
         .event_arg = s,
     };
@@ -231,6 +252,9 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
         free(s);
         return failure_set(f, r, "cannot begin: %s", strerror(-r));
     }
+    s->tickets.linger_ms = config->linger_ms;
+    s->leases = (struct lease_set){.loop = loop, .idle_ms = config->begin_timeout_ms, .tickets = &s->tickets};
+    s->conns.tickets = &s->tickets;
     s->conns.on_empty = on_conns_gone;
     s->conns.arg = s;
     s->timer.data = s;
@@ -511,6 +535,16 @@ struct vm *server_vm_at(const struct server *s, size_t i)
     return s->catalog.vms[i];
 }
 
+struct lease_set *server_leases(struct server *s)
+{
+    return &s->leases;
+}
+
+struct ticket_book *server_tickets(struct server *s)
+{
+    return &s->tickets;
+}
+
 struct scratch_place *server_scratch(const struct server *s)
 {
     return s->scratch;
@@ -591,6 +625,7 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(memory, "limit", json_object_new_uint64(s->conns.budget.limit));
     json_object_object_add(counts, "now", json_object_new_uint64(s->conns.nconns));
     json_object_object_add(counts, "limit", json_object_new_uint64(s->config->max_connections));
+    json_object_object_add(counts, "limit-per-client", json_object_new_uint64(s->config->max_connections_per_client));
     json_object_object_add(counts, "total", json_object_new_uint64(s->conns.ntotal));
     json_object_object_add(counts, "refused", json_object_new_uint64(s->conns.nrefused));
     json_object_object_add(counts, "evicted", json_object_new_uint64(s->conns.nevicted));

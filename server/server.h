@@ -15,8 +15,10 @@
 
 struct server;
 struct conn_set;
+struct lease_set;
 struct listen_file;
 struct scratch_place;
+struct ticket_book;
 struct vm;
 
 /* config is borrowed for life. Nothing is running when this fails. */
@@ -48,6 +50,8 @@ const struct access *server_access(const struct server *s);
 /* Borrowed from now on, also for the modes of our sockets, for questions to come: who is in a session stays in it. */
 void server_set_access(struct server *s, const struct access *access);
 const struct listen_file *server_socket_file(const struct server *s);
+struct lease_set *server_leases(struct server *s);
+struct ticket_book *server_tickets(struct server *s);
 struct scratch_place *server_scratch(const struct server *s);
 const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);

@@ -123,6 +123,26 @@ const char *vm_trouble(const struct vm *vm)
     return "not connected";
 }
 
+const struct disk *vm_lease_disk(const struct vm_lease *l, const char *name)
+{
+    return disk_list_find(&l->stay.vm->list, name);
+}
+
+struct vm *vm_lease_vm(const struct vm_lease *l)
+{
+    return l->stay.vm;
+}
+
+const char *vm_lease_session(const struct vm_lease *l)
+{
+    return "s1";
+}
+
+uint64_t vm_stay_rate(const struct vm_stay *stay)
+{
+    return stay->vm->rate;
+}
+
 const char *vm_stay_session(const struct vm_stay *stay)
 {
     return "s1";
