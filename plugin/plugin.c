@@ -102,15 +102,20 @@ static void add_handle(struct handle *h)
     (void)pthread_mutex_unlock(&handles_lock);
 }
 
-static void remove_handle(struct handle *h)
+/* False: it was left to the end of nbdkit, which has come. */
+static bool remove_handle(struct handle *h)
 {
     struct handle **at = &handles;
+    bool found;
 
     (void)pthread_mutex_lock(&handles_lock);
-    while (*at != h)
+    while (*at && *at != h)
         at = &(*at)->next;
-    *at = h->next;
+    found = *at;
+    if (found)
+        *at = h->next;
     (void)pthread_mutex_unlock(&handles_lock);
+    return found;
 }
 
 /*
@@ -120,24 +125,29 @@ static void remove_handle(struct handle *h)
  */
 static void close_the_rest(void)
 {
-    struct handle *h = handles;
+    struct handle *h;
 
-    handles = NULL;
+    (void)pthread_mutex_lock(&handles_lock);
+    h = TAKE_PTR(handles);
+    (void)pthread_mutex_unlock(&handles_lock);
     while (h) {
         struct handle *next = h->next;
 
         if (!door_is_busy(h))
-            door->ops->close(h);
+            h->door->ops->close(h);
         h = next;
     }
 }
 
 static void qpull_cleanup(void)
 {
-    if (door)
+    struct door *last = TAKE_PTR(door);
+
+    (void)failure_set(&not_begun, -ESHUTDOWN, "nbdkit is ending");
+    if (last) {
         close_the_rest();
-    if (door)
-        door->ops->stop(TAKE_PTR(door));
+        last->ops->stop(last);
+    }
     if (runs && loop_stop(&loop) < 0)
         nbdkit_error("qpull: something was left open on the loop");
     runs = false;
@@ -253,8 +263,10 @@ static void *qpull_open(int readonly)
 
 static void qpull_close(void *handle)
 {
-    remove_handle(handle);
-    door->ops->close(handle);
+    struct handle *h = handle;
+
+    if (remove_handle(h))
+        h->door->ops->close(h);
 }
 
 static const char *qpull_export_description(void *handle)
