@@ -212,13 +212,18 @@ static const char *qpull_default_export(int readonly, int is_tls)
     return disk ? nbdkit_strdup_intern(disk) : "";
 }
 
+/* To a qpulld an "@" would be the wish for a checkpoint: that is for who starts nbdkit, not for its clients. */
 static int check_disk(const char *disk, struct failure *f)
 {
     for (size_t i = 0; i < options.ndisks; i++) {
         if (strcmp(options.disks[i], disk) == 0)
             return 0;
     }
-    return options.ndisks == 0 ? 0 : failure_set(f, -ENOENT, "there is no export '%s': disk= does not name it", disk);
+    if (options.ndisks > 0)
+        return failure_set(f, -ENOENT, "there is no export '%s': disk= does not name it", disk);
+    if (options.server && strchr(disk, '@'))
+        return failure_set(f, -ENOENT, "there is no export '%s': no disk has a name with '@'", disk);
+    return 0;
 }
 
 /* -- a connection -------------------------------------------------------------------------------------------------- */
