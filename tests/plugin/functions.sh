@@ -115,11 +115,18 @@ same()
     fi
 }
 
-at_exit_show_log()
+# What failed may have had its words sent to nbdkit's log. A test that has more to undo says so in $undo.
+undo=
+show_log_and_cleanup()
 {
-    if [ -e "$nbdkit_log" ]; then
+    local status=$?
+    set +e
+    if [ $status -ne 0 ] && [ $status -ne 77 ] && [ -e "$nbdkit_log" ]; then
         tail -n 60 "$nbdkit_log" >&2
     fi
+    $undo
+    (exit $status) # which cleanup looks at
+    cleanup
 }
+trap show_log_and_cleanup EXIT
 set -o errtrace
-trap 'echo "$0: line $LINENO: \"$BASH_COMMAND\" failed" >&2; at_exit_show_log' ERR
