@@ -234,6 +234,11 @@ static void look_at_server(struct vm_checkup *c)
         test(c);
         return;
     }
+    if (!vm->qmp) { /* vm_stop() came while QEMU was being asked */
+        add(c, "nbd server", VERDICT_NOTE, NULL, "QEMU cannot be asked: qpulld is shutting down");
+        test(c);
+        return;
+    }
     args = qmp_args_nbd_server_start_fd(NAMES_PREFIX "no-such-fd");
     r = qmp_call_start(vm->qmp, &c->call, "nbd-server-start", args, QMP_NO_FD, VM_CALL_TIMEOUT_MS, on_server, c);
     if (r < 0) {
@@ -270,7 +275,7 @@ static void look_for_leftovers(struct vm_checkup *c)
     };
 
     /* A commit's or a test's objects are no leftovers; and see session_may_ask(). */
-    if (vm_is_committing(vm) || vm->state == VM_TESTING || (vm->session && !session_may_ask(vm->session))) {
+    if (!vm->qmp || vm_is_committing(vm) || vm->state == VM_TESTING || (vm->session && !session_may_ask(vm->session))) {
         look_at_server(c);
         return;
     }
