@@ -26,10 +26,10 @@ NODE = 'node-vda'
 def qemu(folder, name, image, device=True):
     look = f'{folder}/{name}.look'
     process = harness.spawn(['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'pc', '-m', '64', '-nodefaults', '-no-user-config',
-                   '-display', 'none', '-qmp', f'unix:{folder}/{name}.qmp,server=on,wait=off',
-                   '-qmp', f'unix:{look},server=on,wait=off',
-                   '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.locking=off,file.filename={image}',
-                   *(['-device', f'virtio-blk-pci,id=vda,drive={NODE}'] if device else [])])
+                             '-display', 'none', '-qmp', f'unix:{folder}/{name}.qmp,server=on,wait=off',
+                             '-qmp', f'unix:{look},server=on,wait=off',
+                             '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.locking=off,file.filename={image}',
+                             *(['-device', f'virtio-blk-pci,id=vda,drive={NODE}'] if device else [])])
     harness.wait_until(lambda: os.path.exists(look), 20, 'QEMU')
     return look, process.pid
 
