@@ -115,6 +115,12 @@ static void on_again(uv_timer_t *timer)
     w->again(w);
 }
 
+/* Whatever is said of an attempt to reach QEMU that failed: another one follows. */
+static bool is_away(const struct wait *w, const struct failure *f)
+{
+    return f->err == -ENOTCONN || !vm_is_connected(w->own->vm);
+}
+
 /* Not reached yet, or its monitor is still with a predecessor of ours: until the deadline. */
 static void wait_for_qemu(struct wait *w, const char *why)
 {
@@ -177,7 +183,7 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
 {
     struct list *l = q->arg;
 
-    if (f && f->err == -ENOTCONN) {
+    if (f && is_away(&l->wait, f)) {
         wait_for_qemu(&l->wait, f->text);
         return;
     }
@@ -287,7 +293,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
     struct own_handle *h = open->handle;
 
     (void)uv_timer_stop(&w->timer);
-    if (f && f->err == -ENOTCONN) {
+    if (f && is_away(w, f)) {
         wait_for_qemu(w, f->text);
         return;
     }
