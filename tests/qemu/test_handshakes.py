@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# ctest: timeout 300
+# ctest: timeout 600
 """10,000 random and mutated handshakes: nobody gets a byte, or a name, that he may not have.
 
   QPULL_TEST_SEED        the seed; a failing handshake is said again exactly
