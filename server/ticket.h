@@ -49,7 +49,7 @@ void ticket_revoke(struct ticket_book *b, const struct vm_lease *lease);
 void ticket_count(const struct ticket_book *b, const struct vm_lease *lease, uint64_t now_ms, unsigned *ret_good,
                   unsigned *ret_used);
 
-/* Whether it looks like one, good or not: it must not be logged. */
+/* Whether it looks like one, or has most of one in it, good or not: it must not be logged. */
 bool ticket_is_meant(const char *export_name);
 /* NULL: there is none of that name, for him, now. Borrowed until the next turn of the loop, unless entered. */
 struct ticket *ticket_find(struct ticket_book *b, const char *export_name, const struct ticket_who *who,

@@ -117,7 +117,7 @@ static void two_connections_of_a_session_share_it_by_turns_and_another_session_h
         (void)uv_run(&w->loop, UV_RUN_ONCE);
         a = w->readers[0].taken;
         b = w->readers[1].taken;
-        assert_true(MAX(a, b) - MIN(a, b) <= PIECE);
+        assert_true(MAX(a, b) - MIN(a, b) <= 2 * PIECE); /* the one that was alone at first is one ahead */
     }
 }
 

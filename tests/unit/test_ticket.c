@@ -75,6 +75,8 @@ static void what_looks_like_one_is_known_as_such(void **state)
     assert_true(ticket_is_meant("ticket-00"));
     assert_false(ticket_is_meant("ticket"));
     assert_false(ticket_is_meant("vm/ticket-00"));
+    assert_false(ticket_is_meant("0123456789abcdef0123456789abcdef/vda")); /* a UUID as a VM's name */
+    assert_true(ticket_is_meant("vm/0123456789abcdef0123456789ABCDEF0123456789"));
 }
 
 static void looking_at_it_binds_it_to_nobody(void **state)
