@@ -98,6 +98,58 @@ int step_read_maps(struct seq *q, struct failure *f)
 
 /* -- records that upper layers have not ---------------------------------------------------------------------------- */
 
+static const char *exported_node(struct json_object *exports, const char *id)
+{
+    for (size_t i = 0; i < qmp_array_length(exports); i++) {
+        struct json_object *e = json_object_array_get_idx(exports, i);
+        const char *found = qmp_get_string(e, "id");
+
+        if (found && strcmp(found, id) == 0)
+            return qmp_get_string(e, "node-name");
+    }
+    return NULL;
+}
+
+static void on_layer_exports(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct session *s = session_of_seq(&r->seq);
+    struct failure mine = {0};
+
+    if (f)
+        (void)failure_copy(&mine, f);
+    for (unsigned i = 0; !f && i < s->rig.ndisks; i++) {
+        const struct disk *d = s->disks[i].disk;
+        char export[NAMES_SIZE];
+        const char *node = exported_node(r->answers[0], names_make(export, s->rig.id, NAMES_LAYER, i));
+
+        if (session_needs_allocation(s, i) && (!node || strcmp(node, d->top) != 0))
+            (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
+                              d->name, node ? node : "none", d->top);
+    }
+    rig_drop_answers(r);
+    seq_done(&r->seq, &mine);
+}
+
+/*
+ * The depths below count from the exported layer. A snapshot that somebody takes puts the new layer below all users of
+ * the old one, our export is one of them: a map read after that has every depth one lower.
+ */
+int step_compare_depths(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+    struct rig *r = rig_of_seq(q);
+    bool any = false;
+
+    for (unsigned i = 0; i < s->rig.ndisks; i++)
+        any |= session_needs_allocation(s, i);
+    if (!any)
+        return SEQ_DONE;
+    rig_drop_answers(r);
+    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    return calls_wait(&r->calls, on_layer_exports, f);
+}
+
 /* map with all that the layers of these depths have allocated called dirty, too. */
 static int fill_in(const struct map *map, const struct map *layers, uint64_t depths, struct map **ret_map)
 {

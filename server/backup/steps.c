@@ -570,6 +570,7 @@ const struct seq_step session_steps[] = {
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},
     {"read maps", step_read_maps, NULL, NULL},
+    {"compare depths", step_compare_depths, NULL, NULL},
     {"fill in records", step_fill_in, NULL, NULL},
     {"correct maps", step_correct_maps, NULL, NULL},
     {"keep checkpoint", NULL, step_keep_undo, step_keep},

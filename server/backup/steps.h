@@ -205,6 +205,7 @@ int step_settle_up(struct seq *q, struct failure *f);
 
 /* maps.c */
 int step_read_maps(struct seq *q, struct failure *f);
+int step_compare_depths(struct seq *q, struct failure *f);
 int step_fill_in(struct seq *q, struct failure *f);
 int step_correct_maps(struct seq *q, struct failure *f);
 void session_late_next(struct session *s);
