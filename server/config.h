@@ -24,7 +24,7 @@
 
 /* -- defaults of the contract (docs: qpulld) ----------------------------------------------------------------------- */
 #define CONFIG_FILE "/etc/qpull/qpulld.conf"
-/* A build that counts coverage writes files where it was built. */
+/* A build that counts coverage writes files where it was built; LeakSanitizer is a debugger, and would be kept out. */
 #ifdef QPULL_NO_SANDBOX
 #define CONFIG_SANDBOX SANDBOX_OFF
 #else

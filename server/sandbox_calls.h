@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The system calls that the daemon is left with, by name, so that other libcs and machines find theirs: a name that
- * this machine or libseccomp does not know is passed over. Found by strace over the tests, with glibc 2.36 and 2.41;
+ * this machine or libseccomp does not know is passed over. Found by strace over tests, with glibc 2.36;
  * those that merely other versions of glibc, libuv and gnutls use instead stand beside them.
  */
 #ifndef QPULL_SANDBOX_CALLS_H
