@@ -150,7 +150,7 @@ class Begin(harness.Case):
         for words, sentence in (
                 (('begin', 'xyz'), 'There is no VM "xyz" here'),
                 (('begin', 'vm', '--disk', 'vdz'), "VM 'vm' has no disk 'vdz'"),
-                (('begin', 'vm', '--checkpoint', 'a/b'), 'a/b'),
+                (('begin', 'vm', '--checkpoint', 'a/b'), "a checkpoint's name has no '/'"),
                 (('begin', 'vm', '--rate', '1K'), 'is less than 64K'),
                 (('end', '00000000'), 'There is no session "00000000" here')):
             done = daemon.qpull(*words, check=False)
