@@ -105,7 +105,7 @@ static struct server *start(void)
     w.qemu = fake_qemu_new(&w.loop, NULL, on_command, NULL);
     w.vm.qmp = (char *)fake_qemu_path(w.qemu);
     CHECK(server_new(&w.loop, &w.config, &s, &why) == 0);
-    if (server_start(s, &why) < 0) {
+    if (server_listen(s, &why) < 0 || server_start(s, &why) < 0) {
         fprintf(stderr, "%s\n", why.text);
         abort();
     }
