@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The inside of the configuration's parser, shared by config.c (options, the file), config_vm.c (what is said about one
- * VM) and config_value.c (words). Negative: the sentence is in f, without the spot where it was said.
+ * The inside of the configuration's parser, shared by config.c (options, the file), config_listener.c (where clients come
+ * in), config_vm.c (what is said about one VM) and config_value.c (words). Negative: the sentence is in f, without the spot where it was said.
  */
 #ifndef QPULL_CONFIG_INTERNAL_H
 #define QPULL_CONFIG_INTERNAL_H
@@ -24,6 +24,10 @@ int config_set_mode(unsigned *to, const char *value, struct failure *f);
 int config_set_sandbox(enum sandbox_mode *to, const char *value, struct failure *f);
 int config_set_path(char **to, const char *value, struct failure *f);
 int config_set_engine(enum engine *to, const char *value, struct failure *f);
+
+/* config_listener.c */
+int config_add_listener(struct server_config *c, const char *value, struct failure *f);
+void config_drop_listeners(struct server_config *c);
 
 /* config_vm.c */
 struct config_vm *config_find_vm(struct server_config *c, const char *name);
