@@ -124,8 +124,7 @@ static void on_layer_exports(struct calls *c, const struct failure *f)
         const char *node = exported_node(r->answers[0], names_make(export, s->rig.id, NAMES_LAYER, i));
 
         if (session_needs_allocation(s, i) && (!node || strcmp(node, d->top) != 0))
-            (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
-                              d->name, node ? node : "none", d->top);
+            (void)session_other_layer(d, node, &mine);
     }
     rig_drop_answers(r);
     seq_done(&r->seq, &mine);

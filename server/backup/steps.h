@@ -153,6 +153,8 @@ extern const unsigned session_nstill_steps;
 
 /* Whether that disk's record since session->since[k] can carry an incremental. */
 const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since);
+/* Somebody took a snapshot: the layer is not `was->top` any more. now: NULL: none. -ESTALE */
+int session_other_layer(const struct disk *was, const char *now, struct failure *f);
 /* Whether some usable checkpoint of that disk has to be filled in from what upper layers have allocated. */
 bool session_needs_allocation(const struct session *s, unsigned disk);
 /* The node that is exported: the frozen view, or the image itself. Returns name, or what is borrowed from the disk. */
