@@ -28,6 +28,7 @@ struct catalog_hit {
     struct vm *vm;
     const struct disk *disk;
     const char *checkpoint; /* of @NAME, or NULL */
+    bool by_ticket;         /* nobody is to be told whose it is */
 };
 
 struct catalog_ask {

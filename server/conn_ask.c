@@ -90,7 +90,7 @@ static void answer_export(struct conn *c, const struct catalog_hit *hit)
         answer_no_memory(c);
         return;
     }
-    if (*c->asked && !strchr(c->asked, '/')) { /* a ticket: its bearer is told of the disk's bytes, not whose they are */
+    if (hit->by_ticket) { /* its bearer is told of the disk's bytes, not whose they are */
         e = export_of(c, NULL, NULL, hit->disk->size);
         answered(c);
         nbd_answer_export(c->nbd, &e);

@@ -28,6 +28,7 @@ bool conn_ticket_find(struct conn *c, const struct nbd_ask *ask, struct catalog_
         return false;
     ret_hit->vm = vm_lease_vm(lease);
     ret_hit->checkpoint = lease->checkpoint;
+    ret_hit->by_ticket = true;
     if (ask->type != NBD_ASK_OPEN)
         return true;
     c->ticket_identity = strdup(lease->identity);

@@ -10,6 +10,9 @@
 #include <string.h>
 #include <sys/random.h>
 
+/* Hex digits in a row that are no name, but most of a ticket with something else around it. */
+#define TICKET_REVEALING 40u
+
 struct ticket {
     struct ticket *next, *prev;
     const struct vm_lease *lease; /* borrowed; NULL: revoked, and in no book any more */
@@ -104,9 +107,6 @@ void ticket_book_done(struct ticket_book *b)
     while (b->tickets)
         ticket_revoke(b, b->tickets->lease);
 }
-
-/* Hex digits in a row that are no name, but most of a ticket with something else around it. */
-#define TICKET_REVEALING 40u
 
 /* -- finding ------------------------------------------------------------------------------------------------------- */
 
