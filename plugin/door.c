@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "door.h"
 
+#include <nbdkit-plugin.h>
+
 #define PIECE (256u << 10) /* bytes read at once of what nobody wants to have */
 
 void names_free(struct names *n)
@@ -25,35 +27,68 @@ int names_add(struct names *n, const char *name)
     return 0;
 }
 
+bool door_is_wanted(void)
+{
+    return nbdkit_nanosleep(0, 1) == 0;
+}
+
 /* -- frozen disks that somebody has open --------------------------------------------------------------------------- */
 
-struct frozen *door_find(struct door *d, const char *disk, const char *session)
+static struct frozen *find(struct frozen *f, const char *disk, const char *session)
 {
-    struct frozen *f = d->frozen;
-
     while (f && (strcmp(f->disk, disk) != 0 || (session && strcmp(f->session, session) != 0)))
         f = f->next;
     return f;
+}
+
+struct frozen *door_find(struct door *d, const char *disk, const char *session)
+{
+    struct frozen *f = find(d->frozen, disk, session);
+
+    return f ? f : find(d->left, disk, session);
+}
+
+static void unlink_from(struct frozen **at, const struct frozen *f)
+{
+    while (*at && *at != f)
+        at = &(*at)->next;
+    if (*at)
+        *at = f->next;
 }
 
 void door_keep(struct door *d, struct frozen *f)
 {
     if (f->nrefs++ > 0)
         return;
+    unlink_from(&d->left, f);
+    door_clear(d, f->session);
     f->next = d->frozen;
     d->frozen = f;
 }
 
 bool door_let_go(struct door *d, struct frozen *f)
 {
-    struct frozen **at = &d->frozen;
-
     if (--f->nrefs > 0)
         return false;
-    while (*at != f)
-        at = &(*at)->next;
-    *at = f->next;
+    unlink_from(&d->frozen, f);
     return true;
+}
+
+void door_put_aside(struct door *d, struct frozen *f)
+{
+    f->next = d->left;
+    d->left = f;
+}
+
+void door_clear(struct door *d, const char *session)
+{
+    for (struct frozen *f = d->left, *next; f; f = next) {
+        next = f->next;
+        if (session && strcmp(f->session, session) == 0)
+            continue;
+        unlink_from(&d->left, f);
+        frozen_free(f);
+    }
 }
 
 /* -- reading ------------------------------------------------------------------------------------------------------- */

@@ -49,13 +49,28 @@ struct door {
     const struct door_ops *ops;
     const struct options *options; /* borrowed for life */
     struct loop *loop;             /* borrowed for life: runs from before the door to after it */
-    struct frozen *frozen;         /* loop thread: all that have references */
+    /* loop thread */
+    struct frozen *frozen; /* all that have references */
+    struct frozen *left;   /* owned: of the last session, nobody has them open now */
 };
 
 /* Loop thread. */
 struct frozen *door_find(struct door *d, const char *disk, const char *session); /* NULL session: any; no reference */
 void door_keep(struct door *d, struct frozen *f);                                /* takes a reference */
 bool door_let_go(struct door *d, struct frozen *f); /* gives one back; true: it was the last, f is the caller's */
+/*
+ * After the last let go: who comes back while the session lingers finds it again, with what has been handed out of it
+ * so far. It goes when a disk of another session is kept, or (session NULL) at the end.
+ */
+void door_put_aside(struct door *d, struct frozen *f);
+void door_clear(struct door *d, const char *session); /* all that was put aside of other sessions; NULL: all */
+
+/*
+ * For a wait that may be long: whether its client is still there, and nbdkit not told to end. nbdkit tells this to who
+ * sleeps, and to nobody else, so a wait has to look: every so often.
+ */
+#define DOOR_LOOK_MS 500u
+bool door_is_wanted(void);
 
 /* Whether reads of it are in flight. */
 bool door_is_busy(struct handle *h);

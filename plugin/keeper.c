@@ -28,18 +28,20 @@ static int fail(struct failure *f, const char *what)
     return failure_set(f, err > 0 ? -err : -EIO, "%s: %s", what, colon ? colon + 2 : words ? words : "no reason given");
 }
 
-/* While goes_on(nbd) says so; nbd_poll() moves it. */
-static int wait_until(struct nbd_handle *nbd, int (*goes_on)(struct nbd_handle *), uint64_t deadline, struct failure *f,
-                      const char *what)
+/* While goes_on(nbd) says so; nbd_poll() moves it. leaving: the client has gone, as it should. */
+static int wait_until(struct nbd_handle *nbd, int (*goes_on)(struct nbd_handle *), uint64_t deadline, bool leaving,
+                      struct failure *f, const char *what)
 {
     while (goes_on(nbd) > 0) {
         uint64_t now = now_ms();
-        int r = now < deadline ? nbd_poll(nbd, (int)MIN(deadline - now, 1000ull * 3600)) : 0;
+        int r = now < deadline ? nbd_poll(nbd, (int)MIN(deadline - now, (uint64_t)DOOR_LOOK_MS)) : 0;
 
         if (r < 0)
             return fail(f, what);
         if (r == 0 && now_ms() >= deadline)
             return failure_set(f, -ETIMEDOUT, "%s: no answer in time", what);
+        if (r == 0 && !leaving && !door_is_wanted())
+            return failure_set(f, -ESHUTDOWN, "%s: given up: the client has gone, or nbdkit is ending", what);
     }
     return 0;
 }
@@ -68,7 +70,7 @@ int keeper_new(const char *socket, const char *export_name, const char *context,
                    (context && nbd_add_meta_context(k->nbd, context) < 0) || nbd_aio_connect_unix(k->nbd, socket) < 0))
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(k->nbd, nbd_aio_is_connecting, deadline, f, what);
+        r = wait_until(k->nbd, nbd_aio_is_connecting, deadline, /* leaving= */ false, f, what);
     if (r == 0 && nbd_aio_is_ready(k->nbd) <= 0)
         r = fail(f, what);
     if (r == 0 && context && nbd_can_meta_context(k->nbd, context) <= 0)
@@ -102,7 +104,7 @@ void keeper_free(struct keeper *k, bool well)
     if (!k)
         return;
     if (well && k->nbd && nbd_aio_is_ready(k->nbd) > 0 && nbd_aio_disconnect(k->nbd, 0) == 0)
-        (void)wait_until(k->nbd, is_open, now_ms() + GOODBYE_MS, &ignored, "goodbye");
+        (void)wait_until(k->nbd, is_open, now_ms() + GOODBYE_MS, /* leaving= */ true, &ignored, "goodbye");
     nbd_close(k->nbd);
     free(k);
 }
@@ -151,12 +153,12 @@ int keeper_list(const char *socket, const char *prefix, unsigned timeout_ms, str
     if (r == 0 && (nbd_set_opt_mode(nbd, true) < 0 || nbd_aio_connect_unix(nbd, socket) < 0))
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(nbd, is_connecting, deadline, f, what);
+        r = wait_until(nbd, is_connecting, deadline, /* leaving= */ false, f, what);
     if (r == 0 && nbd_aio_opt_list(nbd, (nbd_list_callback){.callback = on_export, .user_data = &listing},
                                    NBD_NULL_COMPLETION) < 0)
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(nbd, is_busy_listing, deadline, f, what);
+        r = wait_until(nbd, is_busy_listing, deadline, /* leaving= */ false, f, what);
     if (r == 0 && listing.no_memory)
         r = failure_set(f, -ENOMEM, "out of memory");
     nbd_close(nbd);

@@ -32,6 +32,10 @@ struct loop {
 int loop_start(struct loop *l);
 /* Has the loop do it, and waits for its end. There is no deadline here: the work has its own. */
 void loop_call(struct loop *l, struct task *t);
+/* The same in two: has the loop do it; and waits about so long at most. True: it has ended, and the task is the
+ * caller's again. */
+void loop_begin(struct loop *l, struct task *t);
+bool task_wait(struct task *t, unsigned ms);
 /* The last touch of the task: its caller goes on. */
 void task_done(struct task *t);
 /* Nothing uses the loop any more: ends the thread. Negative: handles were left. */

@@ -79,11 +79,21 @@ static int set_path(char **to, const char *key, const char *value, struct failur
     return set_string(to, key, path, f);
 }
 
-static int set_seconds(unsigned *to, const char *key, const char *value, unsigned least, struct failure *f)
+static int once(bool *said, const char *key, struct failure *f)
+{
+    if (*said)
+        return failure_set(f, -EINVAL, "%s= is there twice", key);
+    *said = true;
+    return 0;
+}
+
+static int set_seconds(unsigned *to, bool *said, const char *key, const char *value, unsigned least, struct failure *f)
 {
     char *end;
     unsigned long n;
 
+    if (once(said, key, f) < 0)
+        return f->err;
     errno = 0;
     n = strtoul(value, &end, 10);
     if (!isdigit((unsigned char)*value) || *end || errno || n < least || n > OPTIONS_SECONDS_MAX)
@@ -106,6 +116,8 @@ static int set_scratch(struct options *o, const char *value, struct failure *f)
 {
     struct failure why = {0};
 
+    if (o->scratch || o->place)
+        return failure_set(f, -EINVAL, "scratch= is there twice");
     if (!place_is_meant(value))
         return set_path(&o->scratch, "scratch", value, f);
     if (place_parse(value, &o->place, &why) < 0)
@@ -115,11 +127,12 @@ static int set_scratch(struct options *o, const char *value, struct failure *f)
 
 static int set_quiesce(struct options *o, const char *value, struct failure *f)
 {
+    if (once(&o->quiesce_said, "quiesce", f) < 0)
+        return f->err;
     for (enum quiesce_mode m = QUIESCE_OFF; m <= QUIESCE_REQUIRE; m++) {
         if (strcmp(value, quiesce_mode_name(m)) != 0)
             continue;
         o->quiesce = m;
-        o->quiesce_said = true;
         return 0;
     }
     return failure_set(f, -EINVAL, "quiesce=%s: must be off, try or require", value);
@@ -176,7 +189,8 @@ int options_set(struct options *o, const char *key, const char *value, struct fa
     if (strcmp(key, "since") == 0)
         return set_checkpoint(&o->since, key, value, f);
     if (strcmp(key, "map") == 0) {
-        o->view_said = true;
+        if (once(&o->view_said, key, f) < 0)
+            return f->err;
         return view_parse(value, &o->view) == 0
                    ? 0
                    : failure_set(f, -EINVAL, "map=%s: must be allocation, dirty or both", value);
@@ -190,15 +204,11 @@ int options_set(struct options *o, const char *key, const char *value, struct fa
     if (strcmp(key, "quiesce") == 0)
         return set_quiesce(o, value, f);
     if (strcmp(key, "timeout") == 0)
-        return set_seconds(&o->timeout_s, key, value, 1, f);
-    if (strcmp(key, "linger") == 0) {
-        o->linger_said = true;
-        return set_seconds(&o->linger_s, key, value, 0, f);
-    }
-    if (strcmp(key, "max-pause") == 0) {
-        o->max_pause_said = true;
-        return set_seconds(&o->max_pause_s, key, value, 1, f);
-    }
+        return set_seconds(&o->timeout_s, &o->timeout_said, key, value, 1, f);
+    if (strcmp(key, "linger") == 0)
+        return set_seconds(&o->linger_s, &o->linger_said, key, value, 0, f);
+    if (strcmp(key, "max-pause") == 0)
+        return set_seconds(&o->max_pause_s, &o->max_pause_said, key, value, 1, f);
     return failure_set(f, -EINVAL, "unknown parameter \"%s\"; \"nbdkit qpull --help\" lists them", key);
 }
 
@@ -338,6 +348,16 @@ static int find_watchdog(struct options *o, struct failure *f)
     return o->watchdog ? 0 : failure_set(f, -ENOMEM, "out of memory");
 }
 
+/* It is replaced as a whole, and a device, a pipe or somebody's symbolic link must not be. */
+static int check_dirty_map(const char *path, struct failure *f)
+{
+    struct stat st;
+
+    if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return failure_set(f, -EINVAL, "dirty-map=%s: is there already, and is no regular file", path);
+    return 0;
+}
+
 static int complete_own(struct options *o, struct failure *f)
 {
     int r = check_socket("qmp", o->qmp, f);
@@ -379,6 +399,8 @@ int options_complete(struct options *o, struct failure *f)
     if (o->since && !o->view_said && !o->dirty_map)
         return failure_set(f, -EINVAL, "since=%s without map=dirty, map=both or dirty-map=FILE has no effect",
                            o->since);
+    if (o->dirty_map && check_dirty_map(o->dirty_map, f) < 0)
+        return f->err;
     if (!o->server)
         return complete_own(o, f);
     r = check_server(o, f);

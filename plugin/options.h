@@ -32,7 +32,7 @@ struct options {
     unsigned timeout_s, linger_s, max_pause_s;
     char *watchdog; /* owned: the program that thaws when we are dead; only where quiesce is not off */
     /* private: what was said, for options that have a default or exclude each other */
-    bool view_said, quiesce_said, linger_said, max_pause_said;
+    bool view_said, quiesce_said, timeout_said, linger_said, max_pause_said;
 };
 
 void options_init(struct options *o);

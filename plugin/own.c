@@ -27,6 +27,8 @@ struct own {
     struct scratch_place *scratch;             /* owned */
     struct failure spoiled;                    /* reads failed … */
     char spoiled_session[FROZEN_SESSION_SIZE]; /* … in this one */
+    struct wait *retrying;                     /* borrowed: those that will ask again */
+    bool stopping;
 };
 
 struct own_handle {
@@ -66,6 +68,7 @@ struct wait {
     uint64_t deadline_ms; /* loop time */
     void (*again)(struct wait *w);
     void (*too_late)(struct wait *w);
+    struct wait *next; /* of those that will ask again */
 };
 
 static void on_wait_closed(uv_handle_t *h)
@@ -107,9 +110,18 @@ static void wait_for_answer(struct wait *w)
 
 static void on_again(uv_timer_t *timer)
 {
-    struct wait *w = container_of(timer, struct wait, timer);
+    struct wait *w = container_of(timer, struct wait, timer), **at = &w->own->retrying;
 
+    while (*at != w)
+        at = &(*at)->next;
+    *at = w->next;
     w->again(w);
+}
+
+/* Whatever is said of an attempt to reach QEMU that failed: another one follows. */
+static bool is_away(const struct wait *w, const struct failure *f)
+{
+    return f->err == -ENOTCONN || !vm_is_connected(w->own->vm);
 }
 
 /* Not reached yet, or its monitor is still with a predecessor of ours: until the deadline. */
@@ -117,12 +129,49 @@ static void wait_for_qemu(struct wait *w, const char *why)
 {
     uint64_t left = wait_left_ms(w);
 
-    if (left > 0) {
+    if (left > 0 && !w->own->stopping) {
+        w->next = w->own->retrying;
+        w->own->retrying = w;
         (void)uv_timer_start(&w->timer, on_again, MIN(left, (uint64_t)RETRY_MS), 0);
         return;
     }
     (void)failure_set(w->failure, -ENOTCONN, "%s", why);
     wait_end(w);
+}
+
+struct give_up {
+    struct task task;
+    struct wait *wait;
+};
+
+static void begin_give_up(struct task *task)
+{
+    struct wait *w = container_of(task, struct give_up, task)->wait, **at = &w->own->retrying;
+
+    if (!uv_is_closing((uv_handle_t *)&w->timer)) {
+        while (*at && *at != w)
+            at = &(*at)->next;
+        if (*at)
+            *at = w->next;
+        (void)failure_set(w->failure, -ESHUTDOWN, "given up: the client has gone, or nbdkit is ending");
+        w->too_late(w);
+    }
+    task_done(task);
+}
+
+static void wait_call(struct wait *w)
+{
+    struct loop *loop = w->own->door.loop;
+    struct give_up give_up = {.task.fn = begin_give_up, .wait = w};
+    bool wanted = true;
+
+    loop_begin(loop, &w->task);
+    while (!task_wait(&w->task, DOOR_LOOK_MS)) {
+        if (wanted && !door_is_wanted()) {
+            wanted = false;
+            loop_call(loop, &give_up.task);
+        }
+    }
 }
 
 /* -- list ---------------------------------------------------------------------------------------------------------- */
@@ -137,7 +186,7 @@ static void on_disks(struct vm_query *q, const struct disk_list *disks, const st
 {
     struct list *l = q->arg;
 
-    if (f && f->err == -ENOTCONN) {
+    if (f && is_away(&l->wait, f)) {
         wait_for_qemu(&l->wait, f->text);
         return;
     }
@@ -189,7 +238,7 @@ static int own_list(struct door *d, struct names *ret_names, struct failure *f)
         .names = ret_names,
     };
 
-    loop_call(d->loop, &l.wait.task);
+    wait_call(&l.wait);
     return f->err;
 }
 
@@ -286,7 +335,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
 
     if (f)
         (void)uv_timer_stop(&w->timer);
-    if (f && f->err == -ENOTCONN) {
+    if (f && is_away(w, f)) {
         wait_for_qemu(w, f->text);
         return;
     }
@@ -389,7 +438,7 @@ static int own_open(struct door *d, const char *disk, struct handle **ret_handle
         return failure_set(f, -ENOMEM, "out of memory");
     }
     h->handle.door = d;
-    loop_call(d->loop, &open.wait.task);
+    wait_call(&open.wait);
     if (f->err) {
         free_handle(h);
         return f->err;
@@ -432,7 +481,7 @@ static void begin_close(struct task *task)
 
     leave(h, frozen_is_whole(f), false);
     if (door_let_go(h->handle.door, f))
-        frozen_free(f);
+        door_put_aside(h->handle.door, f);
     task_done(task);
 }
 
@@ -507,7 +556,11 @@ static void on_scratch_closed(void *arg)
 
 static void on_vm_stopped(void *arg)
 {
-    scratch_close(TAKE_PTR(((struct start *)arg)->own->scratch), on_scratch_closed, arg);
+    struct own *own = ((struct start *)arg)->own;
+
+    own->vm = NULL;
+    door_clear(&own->door, /* session= */ NULL);
+    scratch_close(TAKE_PTR(own->scratch), on_scratch_closed, arg);
 }
 
 /* As the daemon does it: what hangs now would hang for ever, and the next who comes sweeps. */
@@ -524,7 +577,13 @@ static void begin_stop(struct task *task)
 
     (void)uv_timer_init(&s->own->door.loop->uv, &s->timer);
     (void)uv_timer_start(&s->timer, on_stop_too_late, SERVER_STOP_MS, 0);
-    vm_stop(TAKE_PTR(s->own->vm), on_vm_stopped, s);
+    s->own->stopping = true;
+    for (struct wait *w = TAKE_PTR(s->own->retrying), *next; w; w = next) {
+        next = w->next;
+        (void)failure_set(w->failure, -ESHUTDOWN, "nbdkit is ending");
+        wait_end(w);
+    }
+    vm_stop(s->own->vm, on_vm_stopped, s); /* answers all who wait for it; they may still ask for its name */
 }
 
 static void own_stop(struct door *d)

@@ -102,15 +102,20 @@ static void add_handle(struct handle *h)
     (void)pthread_mutex_unlock(&handles_lock);
 }
 
-static void remove_handle(struct handle *h)
+/* False: it was left to the end of nbdkit, which has come. */
+static bool remove_handle(struct handle *h)
 {
     struct handle **at = &handles;
+    bool found;
 
     (void)pthread_mutex_lock(&handles_lock);
-    while (*at != h)
+    while (*at && *at != h)
         at = &(*at)->next;
-    *at = h->next;
+    found = *at;
+    if (found)
+        *at = h->next;
     (void)pthread_mutex_unlock(&handles_lock);
+    return found;
 }
 
 /*
@@ -120,24 +125,29 @@ static void remove_handle(struct handle *h)
  */
 static void close_the_rest(void)
 {
-    struct handle *h = handles;
+    struct handle *h;
 
-    handles = NULL;
+    (void)pthread_mutex_lock(&handles_lock);
+    h = TAKE_PTR(handles);
+    (void)pthread_mutex_unlock(&handles_lock);
     while (h) {
         struct handle *next = h->next;
 
         if (!door_is_busy(h))
-            door->ops->close(h);
+            h->door->ops->close(h);
         h = next;
     }
 }
 
 static void qpull_cleanup(void)
 {
-    if (door)
+    struct door *last = TAKE_PTR(door);
+
+    (void)failure_set(&not_begun, -ESHUTDOWN, "nbdkit is ending");
+    if (last) {
         close_the_rest();
-    if (door)
-        door->ops->stop(TAKE_PTR(door));
+        last->ops->stop(last);
+    }
     if (runs && loop_stop(&loop) < 0)
         nbdkit_error("qpull: something was left open on the loop");
     runs = false;
@@ -202,13 +212,18 @@ static const char *qpull_default_export(int readonly, int is_tls)
     return disk ? nbdkit_strdup_intern(disk) : "";
 }
 
+/* To a qpulld an "@" would be the wish for a checkpoint: that is for who starts nbdkit, not for its clients. */
 static int check_disk(const char *disk, struct failure *f)
 {
     for (size_t i = 0; i < options.ndisks; i++) {
         if (strcmp(options.disks[i], disk) == 0)
             return 0;
     }
-    return options.ndisks == 0 ? 0 : failure_set(f, -ENOENT, "there is no export '%s': disk= does not name it", disk);
+    if (options.ndisks > 0)
+        return failure_set(f, -ENOENT, "there is no export '%s': disk= does not name it", disk);
+    if (options.server && strchr(disk, '@'))
+        return failure_set(f, -ENOENT, "there is no export '%s': no disk has a name with '@'", disk);
+    return 0;
 }
 
 /* -- a connection -------------------------------------------------------------------------------------------------- */
@@ -253,8 +268,10 @@ static void *qpull_open(int readonly)
 
 static void qpull_close(void *handle)
 {
-    remove_handle(handle);
-    door->ops->close(handle);
+    struct handle *h = handle;
+
+    if (remove_handle(h))
+        h->door->ops->close(h);
 }
 
 static const char *qpull_export_description(void *handle)

@@ -11,8 +11,8 @@
  *   ip:ADDRESS[/BITS]                  an address; no proof of anything where others are in the network
  *   any                                whoever can connect
  *
- * Rights are list (it is there: LIST, INFO), pull (GO, and reading), checkpoint (GO with @NAME; checkpoint-… commands)
- * and control (all other commands); list+pull+checkpoint if none is named.
+ * Rights are list (it is there: LIST, INFO), pull (GO, and reading; session-begin), checkpoint (GO with @NAME;
+ * checkpoint-… commands) and control (all other commands, and tickets); list+pull+checkpoint if none is named.
  *
  * Pure but for access_peer() and names of users and groups, which are looked up when the rule is made.
  */

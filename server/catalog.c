@@ -261,6 +261,14 @@ int catalog_list_start(const struct catalog *c, struct catalog_ask *a)
     return r;
 }
 
+int catalog_unknown(const char *export_name, struct failure *f)
+{
+    return failure_set(f, -ENOENT,
+                       "there is no export \"%s\": exports are named VM/DISK or VM/DISK@CHECKPOINT, "
+                       "NBD_OPT_LIST (nbdinfo --list) names them",
+                       export_name);
+}
+
 int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const char *export_name, struct failure *f)
 {
     const char *slash = strchr(export_name, '/');
@@ -275,10 +283,7 @@ int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const cha
             vm = NULL;
     }
     if (*export_name && !vm)
-        return failure_set(f, -ENOENT,
-                           "there is no export \"%s\": exports are named VM/DISK or VM/DISK@CHECKPOINT, "
-                           "NBD_OPT_LIST (nbdinfo --list) names them",
-                           export_name);
+        return catalog_unknown(export_name, f);
     if (c->nvms == 0)
         return failure_set(f, -ENOENT, "there is no VM to export from");
     a->name = strdup(export_name);

@@ -28,6 +28,7 @@ struct catalog_hit {
     struct vm *vm;
     const struct disk *disk;
     const char *checkpoint; /* of @NAME, or NULL */
+    bool by_ticket;         /* nobody is to be told whose it is */
 };
 
 struct catalog_ask {
@@ -54,6 +55,8 @@ struct catalog_ask {
  */
 int catalog_list_start(const struct catalog *c, struct catalog_ask *a);
 int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const char *export_name, struct failure *f);
+/* What is said of a name that nothing has. -ENOENT */
+int catalog_unknown(const char *export_name, struct failure *f);
 /* No callback any more; also if nothing is under way. */
 void catalog_forget(struct catalog_ask *a);
 

@@ -14,97 +14,6 @@ struct spot {
     unsigned line;
 };
 
-/* -- listeners ----------------------------------------------------------------------------------------------------- */
-static void listener_done(struct config_listener *l)
-{
-    free(l->text);
-    free(l->host);
-    free(l->port);
-}
-
-static int parse_tcp(struct config_listener *l, const char *rest, struct failure *f)
-{
-    const char *colon = strrchr(rest, ':');
-    const char *host = rest;
-    size_t len;
-    char *end;
-    unsigned long port;
-
-    if (!colon)
-        return failure_set(f, -EINVAL, "\"%s\" has no port: tcp:HOST:PORT", l->text);
-    len = (size_t)(colon - rest);
-    if (len >= 2 && host[0] == '[' && host[len - 1] == ']') {
-        host++;
-        len -= 2;
-    } else if (memchr(host, ':', len)) {
-        return failure_set(f, -EINVAL, "\"%s\": an IPv6 address goes into brackets, tcp:[::1]:PORT", l->text);
-    }
-    port = strtoul(colon + 1, &end, 10);
-    if (!isdigit((unsigned char)colon[1]) || *end || port > 65535)
-        return failure_set(f, -EINVAL, "\"%s\": the port is no number from 0 to 65535", l->text);
-    if (len == 0)
-        return failure_set(f, -EINVAL, "\"%s\" has no host; all addresses are tcp:0.0.0.0:PORT or tcp:[::]:PORT",
-                           l->text);
-    l->host = strndup(host, len);
-    l->port = strdup(colon + 1);
-    if (!l->host || !l->port)
-        return failure_set(f, -ENOMEM, "out of memory");
-    return 0;
-}
-
-static int parse_listener(struct config_listener *l, struct failure *f)
-{
-    if (strcmp(l->text, "fd") == 0) {
-        l->type = LISTEN_FD;
-        return 0;
-    }
-    if (strncmp(l->text, "unix:", 5) == 0) {
-        l->type = LISTEN_UNIX;
-        l->path = l->text + 5;
-        return *l->path ? 0 : failure_set(f, -EINVAL, "the socket's path is empty");
-    }
-    if (strncmp(l->text, "tcp:", 4) == 0) {
-        l->type = LISTEN_TCP;
-        return parse_tcp(l, l->text + 4, f);
-    }
-    return failure_set(f, -EINVAL, "\"%s\" is none of unix:PATH, tcp:HOST:PORT, fd", l->text);
-}
-
-static int add_listener(struct server_config *c, const char *value, struct failure *f)
-{
-    struct config_listener *all, new = {.text = strdup(value)};
-    int r;
-
-    r = new.text ? parse_listener(&new, f) : failure_set(f, -ENOMEM, "out of memory");
-    for (size_t i = 0; r == 0 && i < c->nlisteners; i++)
-        /* Port 0 is another port each time. */
-        if (strcmp(c->listeners[i].text, value) == 0 && !(new.port &&strtoul(new.port, NULL, 10) == 0))
-            r = failure_set(f, -EINVAL, "\"%s\" is there twice", value);
-    if (r == 0 && c->nlisteners == CONFIG_LISTENERS_MAX)
-        r = failure_set(f, -EINVAL, "more than %u listeners", CONFIG_LISTENERS_MAX);
-    if (r < 0) {
-        listener_done(&new);
-        return r;
-    }
-    all = reallocarray(c->listeners, c->nlisteners + 1, sizeof *all);
-    if (!all) {
-        listener_done(&new);
-        return failure_set(f, -ENOMEM, "out of memory");
-    }
-    c->listeners = all;
-    all[c->nlisteners++] = new;
-    return 0;
-}
-
-static void drop_listeners(struct server_config *c)
-{
-    for (size_t i = 0; i < c->nlisteners; i++)
-        listener_done(&c->listeners[i]);
-    free(c->listeners);
-    c->listeners = NULL;
-    c->nlisteners = 0;
-}
-
 /* -- the option table ---------------------------------------------------------------------------------------------- */
 enum row {
     ROW_CONFIG,
@@ -126,6 +35,10 @@ enum row {
     ROW_HANDSHAKE_TIMEOUT,
     ROW_IDLE_TIMEOUT,
     ROW_MAX_CONNECTIONS,
+    ROW_MAX_CONNECTIONS_PER_CLIENT,
+    ROW_MAX_SESSIONS_PER_CLIENT,
+    ROW_RATE,
+    ROW_BEGIN_TIMEOUT,
     ROW_SESSION_TIMEOUT,
     ROW_KEEP_CHECKPOINTS,
     ROW_ENGINE,
@@ -140,6 +53,10 @@ enum row {
     ROW_TLS_CERTS,
     ROW_TLS_PSK,
     ROW_THREADS,
+    ROW_SOCKET_MODE,
+    ROW_SOCKET_GROUP,
+    ROW_USER,
+    ROW_SANDBOX,
     ROW_VERSION,
     ROW_HELP,
 };
@@ -187,6 +104,13 @@ static const struct {
     [ROW_SESSION_TIMEOUT] = {"session-timeout", 0, "SECONDS",
                              "give a session up that has been up for so long (default 0: never)"},
     [ROW_MAX_CONNECTIONS] = {"max-connections", 0, "N", "NBD clients at a time (default 256)"},
+    [ROW_MAX_CONNECTIONS_PER_CLIENT] = {"max-connections-per-client", 0, "N",
+                                        "of one identity (uid, address, certificate, key) at a time (default 128)"},
+    [ROW_MAX_SESSIONS_PER_CLIENT] = {"max-sessions-per-client", 0, "N", "likewise, sessions (default 64)"},
+    [ROW_RATE] = {"rate", 0, "SIZE", "a second, that all clients of a session are sent together (default 0: any)"},
+    [ROW_BEGIN_TIMEOUT] =
+        {"begin-timeout", 0, "SECONDS",
+         "a session of `qpull begin` ends when nobody has read it for so long (default 3600; 0: never)"},
     [ROW_KEEP_CHECKPOINTS] = {"keep-checkpoints", 0, "N", "of each VM; the oldest are dropped (default: all are kept)"},
     [ROW_ENGINE] = {"engine", 0, "NAME", "auto, copy-before-write or backup-job: how disks are frozen (default auto)"},
     [ROW_PIDFILE] = {"pidfile", 0, "FILE", "written when ready to accept"},
@@ -205,6 +129,12 @@ static const struct {
     [ROW_TLS_CERTS] = {"tls-certs", 0, "DIR", "ca-cert.pem, server-cert.pem, server-key.pem, maybe ca-crl.pem"},
     [ROW_TLS_PSK] = {"tls-psk", 0, "FILE", "pre-shared keys instead: lines of USER:HEXKEY"},
     [ROW_THREADS] = {"threads", 0, "N", "that encrypt (default: one for each processor, at most 8)"},
+    [ROW_SOCKET_MODE] = {"socket-mode", 0, "OCTAL",
+                         "of our unix sockets (default 0600; 0660 with --socket-group, 0666 with rules for users)"},
+    [ROW_SOCKET_GROUP] = {"socket-group", 0, "NAME", "of our unix sockets"},
+    [ROW_USER] = {"user", 0, "NAME[:GROUP]", "become this user when all sockets are open; for a daemon begun as root"},
+    [ROW_SANDBOX] = {"sandbox", 0, "auto|require|off",
+                     "system calls and files for us alone: as far as the kernel can (default), in full, or not"},
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
 };
@@ -221,8 +151,8 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_image_of(c, value, by_flag, f);
     case ROW_LISTEN:
         if (by_flag && c->said_by_flag[row] == 1) /* the first one replaces what the file says */
-            drop_listeners(c);
-        return add_listener(c, value, f);
+            config_drop_listeners(c);
+        return config_add_listener(c, value, f);
     case ROW_CONTROL:
         return config_set_path(&c->control, value, f);
     case ROW_SCRATCH:
@@ -263,6 +193,14 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_seconds(&c->session_timeout_ms, value, f);
     case ROW_MAX_CONNECTIONS:
         return config_set_count(&c->max_connections, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_MAX_CONNECTIONS_PER_CLIENT:
+        return config_set_count(&c->max_connections_per_client, value, CONFIG_CONNECTIONS_MAX, f);
+    case ROW_MAX_SESSIONS_PER_CLIENT:
+        return config_set_count(&c->max_sessions_per_client, value, CONFIG_VMS_MAX, f);
+    case ROW_RATE:
+        return config_set_rate(&c->rate, value, f);
+    case ROW_BEGIN_TIMEOUT:
+        return config_set_seconds(&c->begin_timeout_ms, value, f);
     case ROW_KEEP_CHECKPOINTS:
         return config_set_count(&c->keep_checkpoints, value, CONFIG_CHECKPOINTS_MAX, f);
     case ROW_ENGINE:
@@ -292,6 +230,14 @@ static int set_row(struct server_config *c, enum row row, const char *value, boo
         return config_set_path(&c->tls_psk, value, f);
     case ROW_THREADS:
         return config_set_count(&c->threads, value, TLS_THREADS_MAX, f);
+    case ROW_SOCKET_MODE:
+        return config_set_mode(&c->socket_mode, value, f);
+    case ROW_SOCKET_GROUP:
+        return config_set_path(&c->socket_group, value, f);
+    case ROW_USER:
+        return config_set_path(&c->user, value, f);
+    case ROW_SANDBOX:
+        return config_set_sandbox(&c->sandbox, value, f);
     case ROW_VERSION:
         c->wish = CONFIG_VERSION;
         return 0;
@@ -593,10 +539,14 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
         .max_pause_ms = CONFIG_MAX_PAUSE_MS,
         .session_timeout_ms = CONFIG_SESSION_TIMEOUT_MS,
         .max_connections = CONFIG_MAX_CONNECTIONS,
+        .max_connections_per_client = CONFIG_MAX_CONNECTIONS_PER_CLIENT,
+        .max_sessions_per_client = CONFIG_MAX_SESSIONS_PER_CLIENT,
+        .begin_timeout_ms = CONFIG_BEGIN_TIMEOUT_MS,
         .scratch_reserve = CONFIG_SCRATCH_RESERVE,
         .shared_memory = CONFIG_SHARED_MEMORY,
         .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
         .log_level = LOG_LEVEL_INFO,
+        .sandbox = CONFIG_SANDBOX,
     };
     r = c->control && c->scratch && c->state && c->storage_daemon ? 0 : failure_set(f, -ENOMEM, "out of memory");
     if (r == 0)
@@ -614,7 +564,7 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
     if (r == 0)
         r = walk_flags(c, argc, argv, &file, f);
     if (r == 0 && c->nlisteners == 0)
-        r = add_listener(c, CONFIG_LISTEN, f);
+        r = config_add_listener(c, CONFIG_LISTEN, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
         if (!c->vms[i].qmp && c->vms[i].nimages == 0 && c->vms[i].qga_by_flag && !c->vms[i].line)
             r = failure_set(f, -EINVAL, "--qga: there is no VM \"%s\"", c->vms[i].name);
@@ -636,7 +586,7 @@ void config_free(struct server_config *c)
     for (size_t i = 0; i < c->nvms; i++)
         config_vm_done(&c->vms[i]);
     free(c->vms);
-    drop_listeners(c);
+    config_drop_listeners(c);
     free(c->control);
     free(c->scratch);
     place_free(c->place);
@@ -645,6 +595,8 @@ void config_free(struct server_config *c)
     free(c->pidfile);
     free(c->tls_certs);
     free(c->tls_psk);
+    free(c->socket_group);
+    free(c->user);
     free(c->file);
     access_done(&c->access);
     free(c);

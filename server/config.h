@@ -14,7 +14,9 @@
 #include "backup/place.h"
 #include "backup/quiesce.h"
 #include "log.h"
+#include "privileges.h"
 #include "qmp/base.h"
+#include "sandbox.h"
 
 #include <stdbool.h>
 #include <stdio.h>
@@ -22,6 +24,12 @@
 
 /* -- defaults of the contract (docs: qpulld) ----------------------------------------------------------------------- */
 #define CONFIG_FILE "/etc/qpull/qpulld.conf"
+/* A build that counts coverage writes files where it was built; LeakSanitizer is a debugger, and would be kept out. */
+#ifdef QPULL_NO_SANDBOX
+#define CONFIG_SANDBOX SANDBOX_OFF
+#else
+#define CONFIG_SANDBOX SANDBOX_AUTO
+#endif
 #define CONFIG_RUN_DIR "/run/qpull"
 #define CONFIG_LISTEN "unix:" CONFIG_RUN_DIR "/nbd.sock"
 #define CONFIG_CONTROL CONFIG_RUN_DIR "/control.sock"
@@ -41,6 +49,9 @@
 #define CONFIG_MAX_PAUSE_MS 1000u
 #define CONFIG_SESSION_TIMEOUT_MS 0u /* never */
 #define CONFIG_MAX_CONNECTIONS 256u
+#define CONFIG_MAX_CONNECTIONS_PER_CLIENT 128u /* of one identity: half is left for others */
+#define CONFIG_MAX_SESSIONS_PER_CLIENT 64u     /* likewise: VMs that one pulls at a time */
+#define CONFIG_BEGIN_TIMEOUT_MS 3600000u       /* of `qpull begin`: an hour without a client */
 
 /* -- limits of the configuration ----------------------------------------------------------------------------------- */
 #define CONFIG_VMS_MAX 4096u
@@ -86,6 +97,10 @@
 #define CONN_SOCKET_TOTAL (64ul << 20) /* CONN_SOCKET_BUFFER of all: the kernel's memory, but memory */
 #define CONN_VANISHED_S 60u            /* a TCP client that acknowledges nothing for so long is gone */
 
+/* -- one client's connections (server/conn_limit) -------------------------------------------------------------------
+ */
+#define CONN_REFUSED_MAX 16u /* that are one too many, and are told so, at a time; others are closed without a word */
+
 /* -- TLS (server/tls, docs/decisions/0018-tls.md) -------------------------------------------------------------------
  */
 #define TLS_READ_BUFFER 4096u      /* sealed bytes read from the socket at once: 80 requests */
@@ -106,6 +121,11 @@
 #define FAIR_REQUESTS 4u /* that one client's turn takes, while there are others */
 #define FAIR_READS 32u   /* in flight in one QEMU, of all clients, while several read; it works on 16 of a connection */
 #define FAIR_READS_LEAST 2u /* … that each may have at least */
+
+/* -- how fast a session may be read (server/rate) ------------------------------------------------------------------ */
+#define CONFIG_RATE_LEAST (64u << 10) /* bytes a second; a client waits 4 s for nbdcopy's request then, no longer */
+#define RATE_BURST_MS 100u            /* what was not used is there for so long: a busy loop comes late by less */
+#define RATE_PIECES 16u               /* pieces in a second at least: what one connection's turn may take */
 
 /* -- memory of all connections together (server/budget) ------------------------------------------------------------ */
 /* Each connection may have CONN_PIECE_SHORT besides, so that none starves. A hundred that are stuck hold a piece each,
@@ -141,6 +161,12 @@
 
 /* -- qpull doctor (server/doctor) ---------------------------------------------------------------------------------- */
 #define DOCTOR_TIMEOUT_MS 20000u /* what has not answered by then is called wrong */
+
+/* -- sessions that are begun (server/lease, server/ticket) --------------------------------------------------------- */
+#define LEASES_MAX 1024u         /* a VM has one at most */
+#define LEASE_END_WAIT_MS 2000u  /* clients that have just ended get so long to be gone when the session is ended */
+#define TICKETS_MAX 4096u        /* of all sessions: a name of unknown worth is compared with each, 0.1 us */
+#define TICKET_IDENTITY_MAX 320u /* bytes of who a ticket is bound to: TLS_IDENTITY_MAX */
 
 /* -- control socket ------------------------------------------------------------------------------------------------ */
 #define CONTROL_CLIENTS_MAX 32u
@@ -222,7 +248,9 @@ struct server_config {
     unsigned hold_shutdown_ms;       /* 0: off */
     unsigned max_pause_ms;           /* never 0 */
     unsigned linger_ms, handshake_timeout_ms, idle_timeout_ms, session_timeout_ms;
-    unsigned max_connections;
+    unsigned max_connections, max_connections_per_client, max_sessions_per_client;
+    uint64_t rate;                               /* bytes a second of a session; 0: any */
+    unsigned begin_timeout_ms;                   /* 0: never */
     unsigned keep_checkpoints;                   /* of each VM; 0: all */
     uint64_t scratch_limit, scratch_total_limit; /* bytes; 0: no limit */
     uint64_t scratch_reserve;                    /* bytes; 0: none */
@@ -237,6 +265,11 @@ struct server_config {
     char *tls_certs, *tls_psk; /* owned: a directory or a file: one of them unless tls is OFF */
     unsigned threads;          /* 0: by the number of processors */
     enum quiesce_mode quiesce;
+    unsigned socket_mode;      /* of unix sockets; 0: was not said */
+    char *socket_group, *user; /* owned: as they were said, or NULL … */
+    gid_t socket_gid;          /* … and what they are, of config_check() */
+    struct privileges become;
+    enum sandbox_mode sandbox;
     /* private to the parser: how often each row was set, by the file and by flags */
     unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
 };
@@ -250,6 +283,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
 /* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
  * and CONFIG_STATE where they are used and missing. */
 int config_check(struct server_config *c, struct failure *f);
+
+/* The same of all directories, with the rights that we have now: after we have become another user. */
+int config_check_paths(const struct server_config *c, struct failure *f);
 
 /* Whether only this machine can reach a TCP address. */
 bool config_is_loopback(const struct sockaddr_storage *a);

@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include <errno.h>
+#include <grp.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/stat.h>
@@ -37,10 +38,13 @@ static int check_parent(const char *what, const char *path, struct failure *f)
     return check_dir(what, copy, W_OK | X_OK, f);
 }
 
-static int make_default_dir(const char *path, mode_t mode, struct failure *f)
+/* Given to whom we are going to be; one that is there already belongs to somebody. */
+static int make_default_dir(const struct server_config *c, const char *path, mode_t mode, struct failure *f)
 {
-    if (mkdir(path, mode) < 0 && errno != EEXIST)
-        return failure_set(f, -EINVAL, "cannot make %s: %s", path, strerror(errno));
+    if (mkdir(path, mode) < 0)
+        return errno == EEXIST ? 0 : failure_set(f, -EINVAL, "cannot make %s: %s", path, strerror(errno));
+    if (c->become.set && geteuid() == 0 && lchown(path, c->become.uid, c->become.gid) < 0)
+        return failure_set(f, -EINVAL, "cannot give %s to %s: %s", path, c->become.name, strerror(errno));
     return 0;
 }
 
@@ -70,7 +74,7 @@ static int check_listener(const struct server_config *c, struct config_listener 
     int r;
 
     if (l->type == LISTEN_UNIX)
-        return check_socket_path(l->path, f) < 0 ? f->err : check_parent("directory of the listener", l->path, f);
+        return check_socket_path(l->path, f);
     if (l->type == LISTEN_FD)
         return getenv("LISTEN_FDS")
                    ? 0
@@ -166,33 +170,68 @@ static int check_vm_places(const struct server_config *c, struct failure *f)
     return 0;
 }
 
-int config_check(struct server_config *c, struct failure *f)
+static int check_names(struct server_config *c, struct failure *f)
 {
-    int r = check_tls(c, f);
+    const struct group *group;
+    struct failure why = {0};
 
-    for (size_t i = 0; r == 0 && i < c->nlisteners; i++) {
-        struct config_listener *l = &c->listeners[i];
-        if (l->type == LISTEN_UNIX && strncmp(l->path, CONFIG_RUN_DIR "/", sizeof CONFIG_RUN_DIR) == 0)
-            r = make_default_dir(CONFIG_RUN_DIR, 0755, f);
-        if (r == 0)
-            r = check_listener(c, l, f);
+    if (c->user && privileges_find(c->user, &c->become, &why) < 0)
+        return failure_set(f, -EINVAL, "--user: %s", why.text);
+    c->socket_gid = c->become.set ? c->become.gid : (gid_t)-1; /* chown(2): as it is */
+    if (c->socket_group) {
+        group = getgrnam(c->socket_group);
+        if (!group)
+            return failure_set(f, -EINVAL, "--socket-group: there is no group \"%s\"", c->socket_group);
+        c->socket_gid = group->gr_gid;
     }
-    if (r == 0 && strcmp(c->control, CONFIG_CONTROL) == 0)
-        r = make_default_dir(CONFIG_RUN_DIR, 0755, f);
-    if (r == 0)
-        r = check_socket_path(c->control, f);
+    return 0;
+}
+
+int config_check_paths(const struct server_config *c, struct failure *f)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < c->nlisteners; i++)
+        if (c->listeners[i].type == LISTEN_UNIX)
+            r = check_parent("directory of the listener", c->listeners[i].path, f);
     if (r == 0)
         r = check_parent("directory of the control socket", c->control, f);
-    if (r == 0)
-        r = c->place ? check_places(c, f) : check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
-    if (r == 0)
-        r = check_vm_places(c, f);
-    if (r == 0 && strcmp(c->state, CONFIG_STATE) == 0)
-        r = make_default_dir(CONFIG_STATE, 0700, f);
+    if (r == 0 && !c->place)
+        r = check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
     if (r == 0)
         r = check_dir("state directory", c->state, R_OK | W_OK | X_OK, f);
     if (r == 0 && c->pidfile)
         r = check_parent("directory of the pidfile", c->pidfile, f);
+    if (r == 0 && c->file && access(c->file, R_OK) < 0) /* SIGHUP reads it again */
+        r = failure_set(f, -EINVAL, "the file %s: %s", c->file, strerror(errno));
+    return r;
+}
+
+int config_check(struct server_config *c, struct failure *f)
+{
+    int r = check_tls(c, f);
+
+    if (r == 0)
+        r = check_names(c, f);
+    for (size_t i = 0; r == 0 && i < c->nlisteners; i++) {
+        struct config_listener *l = &c->listeners[i];
+        if (l->type == LISTEN_UNIX && strncmp(l->path, CONFIG_RUN_DIR "/", sizeof CONFIG_RUN_DIR) == 0)
+            r = make_default_dir(c, CONFIG_RUN_DIR, 0755, f);
+        if (r == 0)
+            r = check_listener(c, l, f);
+    }
+    if (r == 0 && strcmp(c->control, CONFIG_CONTROL) == 0)
+        r = make_default_dir(c, CONFIG_RUN_DIR, 0755, f);
+    if (r == 0)
+        r = check_socket_path(c->control, f);
+    if (r == 0 && c->place)
+        r = check_places(c, f);
+    if (r == 0)
+        r = check_vm_places(c, f);
+    if (r == 0 && strcmp(c->state, CONFIG_STATE) == 0)
+        r = make_default_dir(c, CONFIG_STATE, 0700, f);
+    if (r == 0)
+        r = config_check_paths(c, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
         r = check_vm(c, &c->vms[i], f);
     return r;

@@ -43,6 +43,32 @@ int config_set_scratch(char **dir, struct place **place, const char *value, stru
     return 0;
 }
 
+#define MODE_OWNER 0600u /* what connecting takes, and what we need ourselves */
+
+int config_set_mode(unsigned *to, const char *value, struct failure *f)
+{
+    char *end;
+    unsigned long mode = strtoul(value, &end, 8);
+
+    if (!isdigit((unsigned char)*value) || *end || mode > 0777 || (mode & MODE_OWNER) != MODE_OWNER)
+        return failure_set(f, -EINVAL, "\"%s\" is no octal mode from 0600 to 0777 that lets the owner connect", value);
+    *to = (unsigned)mode;
+    return 0;
+}
+
+int config_set_sandbox(enum sandbox_mode *to, const char *value, struct failure *f)
+{
+    if (strcmp(value, "auto") == 0)
+        *to = SANDBOX_AUTO;
+    else if (strcmp(value, "require") == 0)
+        *to = SANDBOX_REQUIRE;
+    else if (strcmp(value, "off") == 0)
+        *to = SANDBOX_OFF;
+    else
+        return failure_set(f, -EINVAL, "\"%s\" is none of auto, require, off", value);
+    return 0;
+}
+
 int config_set_seconds(unsigned *to_ms, const char *value, struct failure *f)
 {
     uint64_t ms = 0;
@@ -103,6 +129,19 @@ int config_set_size(uint64_t *to, const char *value, struct failure *f)
     if (errno || n > CONFIG_SIZE_MAX >> shift)
         return failure_set(f, -EINVAL, "\"%s\" is more than %lluT", value, CONFIG_SIZE_MAX >> 40);
     *to = (uint64_t)n << shift;
+    return 0;
+}
+
+int config_set_rate(uint64_t *to, const char *value, struct failure *f)
+{
+    uint64_t n;
+
+    if (config_set_size(&n, value, f) < 0)
+        return f->err;
+    if (n > 0 && n < CONFIG_RATE_LEAST)
+        return failure_set(f, -EINVAL, "\"%s\" is less than %uK a second: clients would give up waiting", value,
+                           CONFIG_RATE_LEAST >> 10);
+    *to = n;
     return 0;
 }
 

@@ -460,6 +460,7 @@ void conn_settle(struct conn *c)
             conn_ask_parked(c);
         conn_ask_mapped(c);
         conn_input(c);
+        conn_limit_settle(c);
         conn_tls_settle(c);
         while (c->tls && c->input_len == 0 && may_feed(c) && conn_tls_input(c))
             conn_input(c);
@@ -601,6 +602,7 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
     }
     memcpy(c->identity, c->origin, sizeof c->origin);
     log_info("c%llu connected: %s", (unsigned long long)c->id, from);
+    conn_limit_check(c);
     conn_tls_offer(c);
     nbd_start(c->nbd);
     conn_settle(c);
@@ -613,6 +615,7 @@ int conn_set_init(struct conn_set *s, uv_loop_t *loop, const struct server_confi
 {
     *s = (struct conn_set){.loop = loop, .config = config, .catalog = catalog, .access = &config->access};
     budget_init(&s->budget, BUDGET_TOTAL, CONN_PIECE, BUDGET_SPARE_PIECES);
+    s->rates.loop = loop;
     s->tick.data = s;
     (void)fair_init(&s->fair, loop); /* an idle handle: never fails */
     return uv_timer_init(loop, &s->tick);
@@ -670,10 +673,13 @@ static struct json_object *to_json(struct conn *c)
     json_object_object_add(o, "origin", json_object_new_string(c->origin));
     json_object_object_add(o, "tls", conn_tls_to_json(c));
     json_object_object_add(o, "export", c->export_name && c->pulling ? json_object_new_string(c->export_name) : NULL);
+    json_object_object_add(o, "ticket", json_object_new_boolean(c->ticket != NULL));
     json_object_object_add(o, "session",
                            c->stay_state == STAY_ENTERED ? json_object_new_string(vm_stay_session(&c->stay)) : NULL);
     json_object_object_add(o, "bytes", json_object_new_uint64(c->pulling ? c->pull.nbytes : 0));
     json_object_object_add(o, "requests", json_object_new_uint64(c->nbd ? nbd_inflight(c->nbd) : 0));
+    json_object_object_add(o, "rate",
+                           json_object_new_uint64(c->stay_state == STAY_ENTERED ? vm_stay_rate(&c->stay) : 0));
     json_object_object_add(o, "buffered", json_object_new_uint64(c->pulling ? c->pull.window : 0));
     json_object_object_add(o, "seconds", json_object_new_uint64((now_ms(c) - c->born_ms) / 1000));
     return o;

@@ -16,20 +16,24 @@
 #include "catalog.h"
 #include "config.h"
 #include "fair.h"
+#include "rate.h"
 
 #include <uv.h>
 
 struct conn;
 struct tls_server;
+struct ticket_book;
 
 struct conn_set {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
     const struct catalog *catalog;      /* borrowed */
     struct tls_server *tls;             /* borrowed; NULL: TLS is off */
+    struct ticket_book *tickets;        /* borrowed; NULL: there are none */
     const struct access *access;        /* borrowed; may be another one after any turn of the loop */
     struct budget budget;
     struct fair fair;
+    struct rate_set rates;
     uv_timer_t tick;           /* runs while there is a connection */
     struct conn *first, *last; /* owned: in the order in which they came */
     size_t nconns;             /* those that talk */
@@ -39,6 +43,7 @@ struct conn_set {
     uint64_t ntotal, nrefused, nevicted; /* ever */
     uint64_t complained_ms;              /* loop time of the last log line about a refusal */
     uint64_t nsilent;                    /* refusals since then */
+    uint64_t limit_told_ms;              /* likewise, about one client's limit */
     void (*on_closed)(void *arg);        /* private */
     void (*on_empty)(void *arg);         /* the last socket is closed; may be NULL */
     void *arg;

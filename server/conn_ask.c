@@ -16,11 +16,17 @@ static void answered(struct conn *c)
     c->since_ms += uv_now(c->set->loop) - c->asked_ms;
 }
 
+/* A ticket that is wrong here may be good elsewhere, or nearly right. */
+static const char *in_public(const struct conn *c, const struct failure *why)
+{
+    return c->secret ? "what it presented as a ticket is none, or none any more" : why->text;
+}
+
 static void answer_error(struct conn *c, const struct failure *why)
 {
     answered(c);
     if (c->ask_type != NBD_ASK_OPEN) /* a client may ask many times */
-        log_debug("c%llu answered with an error: %s", (unsigned long long)c->id, why->text);
+        log_debug("c%llu answered with an error: %s", (unsigned long long)c->id, in_public(c, why));
     nbd_answer_error(c->nbd, why);
 }
 
@@ -84,6 +90,12 @@ static void answer_export(struct conn *c, const struct catalog_hit *hit)
         answer_no_memory(c);
         return;
     }
+    if (hit->by_ticket) { /* its bearer is told of the disk's bytes, not whose they are */
+        e = export_of(c, NULL, NULL, hit->disk->size);
+        answered(c);
+        nbd_answer_export(c->nbd, &e);
+        return;
+    }
     (void)snprintf(description, sizeof description, "%s, %s disk of VM \"%s\"; a GO freezes it",
                    catalog_size(size, sizeof size, hit->disk->size), hit->disk->format, vm_name(hit->vm));
     e = export_of(c, name, description, hit->disk->size);
@@ -138,8 +150,9 @@ static void forget_wish(struct conn *c)
 /* An answer may bring the next ask at once: all of this one is gone before. */
 static void refuse_open(struct conn *c, const struct failure *why)
 {
-    log_info("c%llu refused: %s", (unsigned long long)c->id, why->text);
+    log_info("c%llu refused: %s", (unsigned long long)c->id, in_public(c, why));
     forget_wish(c);
+    conn_ticket_leave(c, /* used= */ false);
     answer_error(c, why);
 }
 
@@ -248,6 +261,10 @@ static int begin_pull(struct conn *c, struct failure *f)
         return f->err;
     if (fair_join_reads(&c->set->fair, &c->fair, vm_name(c->vm)) < 0 || pull_init(&c->pull, &config) < 0)
         return failure_set(f, -ENOMEM, "the server is out of memory");
+    if (rate_join(&c->set->rates, &c->pull.rate, vm_stay_session(&c->stay), vm_stay_rate(&c->stay)) < 0) {
+        pull_done(&c->pull);
+        return failure_set(f, -ENOMEM, "the server is out of memory");
+    }
     c->size = config.source->size;
     c->pulling = true;
     if (set_maps(c, f) == 0)
@@ -275,6 +292,8 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
 
     if (f) {
         c->stay_state = STAY_NONE;
+        if (c->ticket && catalog_unknown(c->asked, &why) < 0) /* it has just been used up */
+            f = &why;
         refuse_open(c, f);
         conn_settle(c);
         return;
@@ -287,11 +306,12 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
         conn_settle(c);
         return;
     }
-    log_info("c%llu open: %s for %s, session %s, %zu context%s", (unsigned long long)c->id, c->export_name, c->identity,
-             vm_stay_session(&c->stay), c->ncontexts, c->ncontexts == 1 ? "" : "s");
+    log_info("c%llu open: %s for %s%s, session %s, %zu context%s", (unsigned long long)c->id, c->export_name,
+             c->identity, c->ticket ? " by a ticket" : "", vm_stay_session(&c->stay), c->ncontexts,
+             c->ncontexts == 1 ? "" : "s");
     answered(c);
     c->active_ms = uv_now(c->set->loop);
-    e = export_of(c, c->export_name, NULL, c->size);
+    e = export_of(c, c->ticket ? NULL : c->export_name, NULL, c->size);
     nbd_answer_export(c->nbd, &e);
     conn_settle(c);
 }
@@ -324,7 +344,8 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
         return;
     }
     c->stay = (struct vm_stay){
-        .identity = c->identity,
+        .identity = c->ticket ? c->ticket_identity : c->identity,
+        .session = c->ticket_session,
         .disk = c->disk,
         .checkpoint = c->checkpoint,
         .since = c->since,
@@ -343,19 +364,17 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
     r = vm_enter(hit->vm, &c->stay);
     if (r < 0) {
         c->stay_state = STAY_NONE;
+        if (c->ticket)
+            (void)catalog_unknown(c->asked, &why);
         (void)failure_set(&why, r, "VM \"%s\" cannot be frozen now: %s", vm_name(hit->vm), strerror(-r));
         refuse_open(c, &why);
     }
 }
 
 /* -- all asks ------------------------------------------------------------------------------------------------------ */
-static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const struct failure *f)
+/* One of hit and f is NULL. */
+static void answer_hit(struct conn *c, const struct catalog_hit *hit, const struct failure *f)
 {
-    struct conn *c = container_of(a, struct conn, ask);
-    struct failure why = {0};
-
-    if (!f && c->ask_type == NBD_ASK_OPEN && may_open(c, hit, &why) < 0)
-        f = &why;
     if (f && c->ask_type == NBD_ASK_OPEN)
         refuse_open(c, f);
     else if (f)
@@ -366,6 +385,16 @@ static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const 
         answer_contexts(c, hit);
     else
         enter(c, hit);
+}
+
+static void on_find(struct catalog_ask *a, const struct catalog_hit *hit, const struct failure *f)
+{
+    struct conn *c = container_of(a, struct conn, ask);
+    struct failure why = {0};
+
+    if (!f && c->ask_type == NBD_ASK_OPEN && may_open(c, hit, &why) < 0)
+        f = &why;
+    answer_hit(c, hit, f);
     conn_settle(c);
 }
 
@@ -379,6 +408,7 @@ void conn_ask_parked(struct conn *c)
 
 void conn_ask(struct conn *c, const struct nbd_ask *ask)
 {
+    struct catalog_hit hit;
     struct failure why = {0};
     int r = 0;
 
@@ -390,9 +420,15 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
     c->asking = true;
     c->asked_ms = uv_now(c->set->loop);
     c->ask_type = ask->type;
+    c->asked = ask->export_name;
+    c->secret = conn_ticket_is_meant(ask);
     c->ask.sees = sees;
     c->ask.on_list = on_list;
     c->ask.on_find = on_find;
+    if (conn_limit_refuses(c, &why)) {
+        answer_error(c, &why);
+        return;
+    }
     if (ask->type == NBD_ASK_LIST) {
         if (catalog_list_start(c->set->catalog, &c->ask) < 0) { /* no VM, or none that can be asked: an empty list */
             answered(c);
@@ -404,6 +440,10 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
         c->opened = true;
         if (keep_contexts(c, ask) < 0)
             r = failure_set(&why, -ENOMEM, "the server is out of memory");
+    }
+    if (r == 0 && conn_ticket_find(c, ask, &hit)) {
+        answer_hit(c, &hit, NULL);
+        return;
     }
     if (r == 0)
         r = catalog_find_start(c->set->catalog, &c->ask, ask->export_name, &why);
@@ -420,6 +460,8 @@ void conn_ask_forget(struct conn *c)
         vm_leave(&c->stay, /* said_disc= */ false, /* read_failed= */ false);
         c->stay_state = STAY_NONE;
     }
+    if (c->stay_state == STAY_NONE)
+        conn_ticket_leave(c, /* used= */ false);
     c->asking = c->parked = false;
 }
 
@@ -429,6 +471,7 @@ bool conn_try_leave(struct conn *c)
         return false;
     if (c->stay_state == STAY_ENTERED) {
         vm_leave(&c->stay, c->end == NBD_END_DISC, c->pulling && c->pull.read_failed);
+        conn_ticket_leave(c, /* used= */ true);
         c->stay_state = STAY_NONE;
         if (c->pulling)
             pull_let_go(&c->pull);

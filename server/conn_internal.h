@@ -77,6 +77,7 @@ struct conn {
     bool parked; /* likewise, and nothing is done about it until the client has read more of its answers */
     struct nbd_ask parked_ask;
     bool opened; /* an export was named by GO: not the first to make way any more */
+    bool one_too_many, turned_away; /* its identity has as many as it may; and it has been told */
 
     /* the session */
     struct vm *vm; /* borrowed: of the stay */
@@ -88,6 +89,10 @@ struct conn {
     size_t ncontexts;
     char *export_name; /* owned: canonical; NULL: none is open */
     uint64_t size;     /* bytes */
+    struct ticket *ticket;                  /* entered: what it opens, it opens by this; NULL: by its own rights */
+    char *ticket_identity, *ticket_session; /* owned: then whose session the stay is for */
+    const char *asked;                      /* borrowed from nbd until the ask is answered: the export's name */
+    bool secret;                            /* it looks like a ticket: not for the log */
     struct pull pull;
     bool pulling;                 /* pull is initialised */
     bool mapped;                  /* it has its maps */
@@ -131,6 +136,17 @@ void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
 /* -- conn_who.c ---------------------------------------------------------------------------------------------------- */
 /* Fills who and origin, and joins those who share us; from: in words, with process or port. Negative errno. */
 int conn_identify(struct conn *c, char *from, size_t size);
+
+/* -- conn_limit.c -------------------------------------------------------------------------------------------------- */
+void conn_limit_check(struct conn *c);                        /* who it is is known now, or known better */
+bool conn_limit_refuses(struct conn *c, struct failure *why); /* whatever it asks for */
+void conn_limit_settle(struct conn *c);                       /* it has been told: now it goes */
+
+/* -- conn_ticket.c ------------------------------------------------------------------------------------------------- */
+/* True: it asks for an export by a ticket that is good. OPEN: it is entered, until conn_ticket_leave(). */
+bool conn_ticket_find(struct conn *c, const struct nbd_ask *ask, struct catalog_hit *ret_hit);
+void conn_ticket_leave(struct conn *c, bool used); /* also if there is none. used: it was let in */
+bool conn_ticket_is_meant(const struct nbd_ask *ask);
 
 /* -- conn_care.c --------------------------------------------------------------------------------------------------- */
 void conn_care(struct conn *c); /* every CONN_TICK_MS; conn_settle() comes after it */

@@ -79,6 +79,7 @@ static void greet(struct conn *c)
     c->who.sans = (const char *const *)p->names;
     c->who.nsans = p->nnames;
     log_info("c%llu is %s, by TLS %s", (unsigned long long)c->id, c->identity, p->session);
+    conn_limit_check(c);
     nbd_tls_ready(c->nbd);
 }
 

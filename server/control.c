@@ -182,6 +182,16 @@ static unsigned rights_of(const struct control_client *client, const char *vm)
     return access_rights(server_access(client->control->server), &client->who, vm);
 }
 
+uid_t control_uid(const struct control_call *call)
+{
+    return call->client->who.uid;
+}
+
+unsigned control_rights(const struct control_call *call, const struct vm *vm)
+{
+    return rights_of(call->client, vm_name(vm));
+}
+
 bool control_sees(const struct control_call *call, const struct vm *vm)
 {
     return rights_of(call->client, vm_name(vm)) & ACCESS_LIST;
@@ -607,8 +617,7 @@ int control_open(struct server *server, const char *path, struct control **ret_c
     if (!c)
         return failure_set(f, -ENOMEM, "out of memory");
     c->server = server;
-    r = listen_open_unix(server_loop(server), path, access_names_users(server_access(server)), on_connection, c,
-                         &c->listener, f);
+    r = listen_open_unix(server_loop(server), path, server_socket_file(server), on_connection, c, &c->listener, f);
     if (r < 0) {
         free(c);
         return r;
@@ -644,4 +653,9 @@ void control_close(struct control *c, void (*cb)(void *arg), void *arg)
     for (struct control_client *client = c->clients; client; client = client->next)
         client_close(client);
     try_finish(c);
+}
+
+int control_set_mode(struct control *c, mode_t mode, struct failure *f)
+{
+    return listen_set_mode(c->listener, mode, f);
 }

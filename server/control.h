@@ -9,6 +9,12 @@
  * "nbd server" | "self-test" | "iothreads" | "answers", "verdict": "ok" | "note" | "wrong", "text": what is found,
  * "advice": what to do, or null}. It takes DOCTOR_TIMEOUT_MS (server/config.h) at most.
  *
+ * "session-begin" ("vm", "checkpoint", "disk": one or several, "keep", "ticket": bool, "ttl": seconds, "rate": bytes a
+ * second) answers {"session", "vm", "checkpoint", "begin-timeout": seconds or null, "disks": [{"disk", "size", "uris":
+ * […]}]} when the session is up; "session-end" ("session", "checkpoint": "commit" | "rollback", or left out) {"id",
+ * "vm", "checkpoint", "kept", "dropped": disks, "problems": text or null} when all is undone
+ * (docs/decisions/0022-begin-and-tickets.md).
+ *
  * Events, to every client that has negotiated; "data" has the VM as "vm", and
  *   CHECKPOINT_CREATED  "name", "disks"                     on these disks: at once, or when a pull has ended well
  *   CHECKPOINT_DELETED  "name", "disks"                     from these disks
@@ -29,10 +35,14 @@
 #include "server.h"
 
 #include <json-c/json.h>
+#include <sys/types.h>
 
 struct control;
 
 int control_open(struct server *server, const char *path, struct control **ret_control, struct failure *f);
+
+/* Of its socket, from now on. */
+int control_set_mode(struct control *c, mode_t mode, struct failure *f);
 
 /* Tells all clients; data is given. A client that takes nothing is closed later: nobody is called back from here. */
 void control_event(struct control *c, const char *event, struct json_object *data);

@@ -78,21 +78,6 @@ static void change_refused(struct control_call *call, int r, const struct failur
                       strerror(-r));
 }
 
-/* "disk": one string or several. The array is the caller's, the strings are borrowed from args. NULL: out of memory. */
-static const char **disks_of(struct json_object *args, size_t *ret_n)
-{
-    struct json_object *o = NULL;
-    bool one, said = json_object_object_get_ex(args, "disk", &o);
-    const char **disks;
-
-    one = said && json_object_is_type(o, json_type_string);
-    *ret_n = one ? 1 : said ? json_object_array_length(o) : 0;
-    disks = calloc(*ret_n + 1, sizeof(*disks));
-    for (size_t i = 0; disks && i < *ret_n; i++)
-        disks[i] = json_object_get_string(one ? o : json_object_array_get_idx(o, i));
-    return disks;
-}
-
 /* -- create, delete ------------------------------------------------------------------------------------------------ */
 
 static void create(struct control_call *call, struct json_object *args)
@@ -102,7 +87,7 @@ static void create(struct control_call *call, struct json_object *args)
     struct vm_create what = {.checkpoint = name,
                              .description = control_string(args, "description"),
                              .parent = control_string(args, "parent")};
-    _cleanup_free_ const char **disks = disks_of(args, &what.ndisks);
+    _cleanup_free_ const char **disks = control_strings(args, "disk", &what.ndisks);
     struct failure f = {0};
     int r;
 
@@ -131,7 +116,7 @@ static void delete (struct control_call *call, struct json_object *args)
     struct change *c = container_of(call, struct change, call);
     const char *what = control_string(args, "what"), *name = control_string(args, "name");
     size_t which = VM_DELETE_ITSELF, ndisks;
-    _cleanup_free_ const char **disks = disks_of(args, &ndisks);
+    _cleanup_free_ const char **disks = control_strings(args, "disk", &ndisks);
     struct failure f = {0};
     int r;
 

@@ -3,6 +3,7 @@
  */
 #include "control_internal.h"
 #include "doctor.h"
+#include "lease.h"
 #include "vm.h"
 
 #include "qmp/commands.h"
@@ -27,6 +28,20 @@ const char *control_string(struct json_object *args, const char *name)
     struct json_object *o;
 
     return json_object_object_get_ex(args, name, &o) ? json_object_get_string(o) : NULL;
+}
+
+const char **control_strings(struct json_object *args, const char *name, size_t *ret_n)
+{
+    struct json_object *o = NULL;
+    bool one, said = json_object_object_get_ex(args, name, &o);
+    const char **strings;
+
+    one = said && json_object_is_type(o, json_type_string);
+    *ret_n = one ? 1 : said ? json_object_array_length(o) : 0;
+    strings = calloc(*ret_n + 1, sizeof(*strings));
+    for (size_t i = 0; strings && i < *ret_n; i++)
+        strings[i] = json_object_get_string(one ? o : json_object_array_get_idx(o, i));
+    return strings;
 }
 
 struct vm *control_vm(struct control_call *call, struct json_object *args)
@@ -83,8 +98,12 @@ static void query_sessions(struct control_call *call, struct json_object *args)
         struct vm *vm = server_vm_at(call->server, i);
         struct json_object *o = control_sees(call, vm) ? vm_session_to_json(vm) : NULL;
 
-        if (o)
-            json_object_array_add(all, o);
+        if (!o)
+            continue;
+        json_object_object_add(
+            o, "begun",
+            lease_to_json(server_leases(call->server), json_object_get_string(json_object_object_get(o, "id"))));
+        json_object_array_add(all, o);
     }
     control_return(call, all);
 }
@@ -247,4 +266,4 @@ static const struct control_command commands[] = {
 const struct control_table control_general = {commands, ARRAY_SIZE(commands)};
 
 const struct control_table *const control_tables[CONTROL_TABLES] = {&control_general, &control_checkpoints,
-                                                                    &control_jobs, &control_metrics};
+                                                                    &control_jobs, &control_sessions, &control_metrics};

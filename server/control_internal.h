@@ -63,13 +63,18 @@ struct control_table {
     const struct control_command *commands;
     size_t ncommands;
 };
-#define CONTROL_TABLES 4
-extern const struct control_table control_general, control_checkpoints, control_jobs, control_metrics;
+#define CONTROL_TABLES 5
+extern const struct control_table control_general, control_checkpoints, control_jobs, control_sessions, control_metrics;
 /* All of them. */
 extern const struct control_table *const control_tables[CONTROL_TABLES];
 
 /* Shared by the files with commands. The string argument of that name, or NULL. */
 const char *control_string(struct json_object *args, const char *name);
+/* "disk": one string or several. The array is the caller's, the strings are borrowed from args. NULL: out of memory. */
+const char **control_strings(struct json_object *args, const char *name, size_t *ret_n);
+/* Who asks, and what of enum access_right it may do with that VM. */
+uid_t control_uid(const struct control_call *call);
+unsigned control_rights(const struct control_call *call, const struct vm *vm);
 /* Whether this VM is there for the client. */
 bool control_sees(const struct control_call *call, const struct vm *vm);
 /* The VM that "vm" names; NULL: the call is answered, and gone. */

@@ -3,6 +3,7 @@
 
 #include "config.h"
 #include "qmp/commands.h"
+#include "reach.h"
 #include "server.h"
 #include "vm.h"
 
@@ -43,6 +44,11 @@ struct patient {
     struct doctor *doctor;
     char *name; /* owned */
     bool done;
+    /* for the worker, and of it */
+    char *locked; /* owned: a QMP socket that may not be opened; else NULL */
+    pid_t qemu;   /* 0: is not known */
+    bool opens_scratch;
+    char text[REACH_TEXT_MAX], advice[REACH_TEXT_MAX];
 };
 
 struct doctor {
@@ -168,6 +174,23 @@ static void add_state(struct doctor *d)
         doctor_add(d->checks, NULL, NULL, CHECK_STATE, VERDICT_OK, NULL, "'%s' can be written", p->path);
 }
 
+/* What the worker has found of one VM. */
+static void add_access(struct doctor *d, const struct patient *p)
+{
+    if (p->locked)
+        doctor_add(d->checks, p->name, NULL, "qmp access", VERDICT_WRONG, p->advice, "%s", p->text);
+    else if (p->qemu && p->opens_scratch)
+        doctor_add(d->checks, p->name, NULL, "qemu access", VERDICT_NOTE, NULL,
+                   "QEMU (process %d: %s) opens its scratch place itself, and must be allowed to; sockets it gets by "
+                   "descriptor",
+                   (int)p->qemu, p->text);
+    else if (p->qemu)
+        doctor_add(
+            d->checks, p->name, NULL, "qemu access", VERDICT_OK, NULL,
+            "QEMU (process %d: %s) gets scratch and sockets by descriptor, and needs no right to any path of ours",
+            (int)p->qemu, p->text);
+}
+
 /* -- the end ------------------------------------------------------------------------------------------------------- */
 
 static void doctor_free(uv_handle_t *h)
@@ -177,6 +200,7 @@ static void doctor_free(uv_handle_t *h)
     for (size_t i = 0; i < d->npatients; i++) {
         json_object_put(d->patients[i].checkup.checks);
         free(d->patients[i].name);
+        free(d->patients[i].locked);
     }
     json_object_put(d->checks);
     free(d->scratch.path);
@@ -232,6 +256,14 @@ static void work(uv_work_t *w)
 
     look_at(&d->scratch);
     look_at(&d->state);
+    for (size_t i = 0; i < d->npatients; i++) {
+        struct patient *p = &d->patients[i];
+
+        if (p->locked)
+            reach_explain(p->locked, p->text, p->advice);
+        else if (p->qemu)
+            reach_describe(p->qemu, p->text);
+    }
 }
 
 static void after_work(uv_work_t *w, int status)
@@ -242,6 +274,8 @@ static void after_work(uv_work_t *w, int status)
     if (d->checks) {
         add_scratch(d);
         add_state(d);
+        for (size_t i = 0; i < d->npatients; i++)
+            add_access(d, &d->patients[i]);
     }
     part_done(d);
 }
@@ -277,10 +311,15 @@ static int fill(struct doctor *d, struct server *server, struct vm *only)
     d->config = server_config(server);
     d->state.path = strdup(d->config->state);
     for (size_t i = 0; i < d->npatients; i++) {
+        const struct vm *vm = only ? only : server_vm_at(server, i);
         struct patient *p = &d->patients[i];
 
         p->doctor = d;
-        p->name = strdup(vm_name(only ? only : server_vm_at(server, i)));
+        p->name = strdup(vm_name(vm));
+        p->qemu = vm_qemu_pid(vm);
+        p->opens_scratch = vm_opens_scratch(vm);
+        if (vm_locked_socket(vm) && !(p->locked = strdup(vm_locked_socket(vm))))
+            return -ENOMEM;
         p->checkup.cb = on_checkup;
         p->checkup.checks = json_object_new_array();
         if (!p->name || !p->checkup.checks)

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "listen.h"
+#include "backup/state_file.h"
 
 #include <arpa/inet.h>
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <sys/stat.h>
@@ -91,11 +93,49 @@ static int probe(const struct sockaddr_un *a)
     return r == -EAGAIN ? -EADDRINUSE : r; /* EAGAIN: somebody listens, and its queue is full */
 }
 
-static int open_unix(const char *path, bool open_to_all, int *ret_fd, struct failure *f)
+/* By a descriptor of the file itself, so that nobody can put another one in between. */
+static int set_mode(int by, mode_t mode)
+{
+    char path[64];
+
+    (void)snprintf(path, sizeof path, "/proc/self/fd/%d", by); /* fchmod() takes no O_PATH */
+    return chmod(path, mode) < 0 ? -errno : 0;
+}
+
+/*
+ * The file gets the mode of the socket's own inode less the umask. It begins with what its owner may, so that a wider
+ * mode is never there for the wrong group; the umask, which is every thread's, is left alone.
+ */
+static int bind_unix(int fd, const struct sockaddr_un *a, const struct listen_file *file, struct failure *f)
+{
+    _cleanup_fd_ int by = -1;
+    struct stat st;
+    int r;
+
+    if (fchmod(fd, file->mode & S_IRWXU) < 0 || bind(fd, (const struct sockaddr *)a, sizeof *a) < 0)
+        return failure_set(f, -errno, "cannot bind %s: %s", a->sun_path, strerror(errno));
+    by = open(a->sun_path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (by < 0 || fstat(by, &st) < 0)
+        r = -errno;
+    else if (!S_ISSOCK(st.st_mode))
+        r = -EEXIST; /* somebody else may write to that directory */
+    else if ((file->uid != LISTEN_AS_IS || file->gid != LISTEN_AS_IS) &&
+             fchownat(by, "", file->uid, file->gid, AT_EMPTY_PATH) < 0)
+        r = -errno;
+    else
+        r = set_mode(by, file->mode);
+    if (r == 0)
+        return 0;
+    (void)failure_set(f, r, "cannot give %s its owner, group %d and mode 0%o: %s", a->sun_path, (int)file->gid,
+                      (unsigned)file->mode, strerror(-r));
+    (void)unlink(a->sun_path); /* nothing to do about a file that cannot go */
+    return r;
+}
+
+static int open_unix(const char *path, const struct listen_file *file, int *ret_fd, struct failure *f)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     struct stat st;
-    mode_t mask;
     int fd, r;
 
     if (strlen(path) >= sizeof a.sun_path)
@@ -115,12 +155,10 @@ static int open_unix(const char *path, bool open_to_all, int *ret_fd, struct fai
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return failure_set(f, -errno, "cannot make a socket: %s", strerror(errno));
-    mask = umask(open_to_all ? 0111 : 0177);
-    r = bind(fd, (const struct sockaddr *)&a, sizeof a) < 0 ? -errno : 0;
-    (void)umask(mask);
+    r = bind_unix(fd, &a, file, f);
     if (r < 0) {
         close(fd);
-        return failure_set(f, r, "cannot bind %s: %s", path, strerror(-r));
+        return r;
     }
     *ret_fd = fd;
     return 0;
@@ -211,23 +249,23 @@ static int begin(uv_loop_t *loop, int fd, const char *path, listen_cb cb, void *
     return 0;
 }
 
-int listen_open_unix(uv_loop_t *loop, const char *path, bool open_to_all, listen_cb cb, void *arg,
+int listen_open_unix(uv_loop_t *loop, const char *path, const struct listen_file *file, listen_cb cb, void *arg,
                      struct listener **ret_listener, struct failure *f)
 {
     int fd = -1, r;
 
-    r = open_unix(path, open_to_all, &fd, f);
+    r = open_unix(path, file, &fd, f);
     return r < 0 ? r : begin(loop, fd, path, cb, arg, ret_listener, f);
 }
 
-int listen_open(uv_loop_t *loop, const struct config_listener *config, int fd, bool open_to_all, listen_cb cb,
-                void *arg, struct listener **ret_listener, struct failure *f)
+int listen_open(uv_loop_t *loop, const struct config_listener *config, int fd, const struct listen_file *file,
+                listen_cb cb, void *arg, struct listener **ret_listener, struct failure *f)
 {
     int r;
 
     switch (config->type) {
     case LISTEN_UNIX:
-        return listen_open_unix(loop, config->path, open_to_all, cb, arg, ret_listener, f);
+        return listen_open_unix(loop, config->path, file, cb, arg, ret_listener, f);
     case LISTEN_TCP:
         r = open_tcp(config, &fd, f);
         return r < 0 ? r : begin(loop, fd, NULL, cb, arg, ret_listener, f);
@@ -235,4 +273,23 @@ int listen_open(uv_loop_t *loop, const struct config_listener *config, int fd, b
         return begin(loop, fd, NULL, cb, arg, ret_listener, f);
     }
     return failure_set(f, -EINVAL, "unknown listener");
+}
+
+int listen_set_mode(struct listener *l, mode_t mode, struct failure *f)
+{
+    _cleanup_fd_ int by = -1;
+    struct stat st;
+    int r;
+
+    if (!l->path)
+        return 0;
+    by = open(l->path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (by < 0 || fstat(by, &st) < 0)
+        r = -errno;
+    else if (st.st_dev != l->dev || st.st_ino != l->ino)
+        r = -ESTALE; /* not ours any more */
+    else
+        r = set_mode(by, mode);
+    return r < 0 ? failure_set(f, r, "%s: cannot set its mode to 0%o: %s", l->address, (unsigned)mode, strerror(-r))
+                 : 0;
 }

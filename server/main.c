@@ -3,6 +3,8 @@
 #include "backup/watchdog.h"
 #include "child.h"
 #include "config.h"
+#include "privileges.h"
+#include "sandbox.h"
 #include "server.h"
 
 #include <errno.h>
@@ -64,10 +66,6 @@ static void reload(struct daemon *d)
     config->access = (struct access){0};
     server_set_access(d->server, &d->access);
     log_info("SIGHUP: %zu rules say who may do what; VMs and all else wait for the next start", d->access.nrules);
-    if (access_names_users(&d->access) != access_names_users(&d->config->access))
-        log_warning("SIGHUP: the modes of our sockets are those of the start: %s",
-                    access_names_users(&d->access) ? "other users cannot connect yet"
-                                                   : "other users can still connect");
     access_done(&before);
     config_free(config);
 }
@@ -113,12 +111,58 @@ static int write_pidfile(const char *path, struct failure *f)
     return 0;
 }
 
+/* The directory of a path, to be freed; NULL: out of memory. */
+static char *parent_of(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+
+    return !slash ? strdup(".") : strndup(path, slash == path ? 1 : (size_t)(slash - path));
+}
+
+/* All sockets are open, no client has been heard, and there is one thread: what limits a thread limits all to come. */
+static int give_up_rights(const struct server_config *config, struct failure *f)
+{
+    _cleanup_free_ char *pidfile_dir = config->pidfile ? parent_of(config->pidfile) : NULL;
+    const char *dirs[3];
+    struct sandbox_config limits = {.mode = config->sandbox, .dirs = dirs};
+    char text[SANDBOX_TEXT_MAX];
+    struct failure why = {0};
+
+    if (config->become.set) {
+        if (privileges_drop(&config->become, f) < 0)
+            return f->err;
+        if (config_check_paths(config, &why) < 0)
+            return failure_set(f, why.err, "for the user %s: %s", config->become.name, why.text);
+        log_info("this is user %s (%d), group %d from now on", config->become.name, (int)config->become.uid,
+                 (int)config->become.gid);
+    }
+    if (config->pidfile && !pidfile_dir)
+        return failure_set(f, -ENOMEM, "out of memory");
+    dirs[limits.ndirs++] = config->state;
+    if (!config->place)
+        dirs[limits.ndirs++] = config->scratch;
+    if (pidfile_dir)
+        dirs[limits.ndirs++] = pidfile_dir;
+    for (size_t i = 0; i < config->nvms; i++) {
+        limits.starts_itself |= config->vms[i].qga != NULL;
+        limits.opens_images |= config->vms[i].nimages > 0;
+    }
+    if (sandbox_enter(&limits, text, f) < 0)
+        return f->err;
+    log_info("sandbox: %s", text);
+    return 0;
+}
+
 /* All that can fail before anybody may count on us. */
 static int begin(struct daemon *d, struct failure *f)
 {
     int r;
 
-    r = server_start(d->server, f);
+    r = server_listen(d->server, f);
+    if (r == 0)
+        r = give_up_rights(d->config, f);
+    if (r == 0)
+        r = server_start(d->server, f);
     if (r == 0 && d->config->pidfile) {
         r = write_pidfile(d->config->pidfile, f);
         d->has_pidfile = r == 0;
@@ -188,7 +232,8 @@ int main(int argc, char **argv)
     if (watchdog_is_one(argc, argv))
         return watchdog_main(argc, argv);
     log_init(LOG_LEVEL_INFO);
-    (void)signal(SIGPIPE, SIG_IGN); /* a client that leaves is told by write(2) */
+    (void)setenv("UV_USE_IO_URING", "0", /* overwrite= */ 1); /* libuv 1.45; no filter of system calls sees into it */
+    (void)signal(SIGPIPE, SIG_IGN);                           /* a client that leaves is told by write(2) */
     (void)signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of that file, not the end of the daemon */
     if (config_parse(argc, argv, &config, &why) < 0) {
         (void)fprintf(stderr, "qpulld: %s\n", why.text);

@@ -357,7 +357,7 @@ static bool start_piece(struct pull *p)
         return true;
     }
     /* Pieces end where multiples of their size are, so that neighbours do not share clusters. */
-    most = budget_is_short(p->c.budget) ? CONN_PIECE_SHORT : CONN_PIECE;
+    most = MIN(budget_is_short(p->c.budget) ? CONN_PIECE_SHORT : CONN_PIECE, rate_piece(&p->rate));
     length = MIN(job->end - job->at, most - job->at % most);
     if (p->window > 0 && p->window + length > p->allowed)
         return false;
@@ -365,7 +365,7 @@ static bool start_piece(struct pull *p)
         return false;
     if (zeros == 0 && !fair_may_read(p->c.fair))
         return false;
-    if (!budget_reserve(p->c.budget, &p->user, length))
+    if (!rate_may(&p->rate) || !budget_reserve(p->c.budget, &p->user, length))
         return false;
     piece = calloc(1, sizeof *piece);
     if (piece && zeros > 0)
@@ -376,6 +376,7 @@ static bool start_piece(struct pull *p)
         job_fail(job, -ENOMEM, "the server has no memory for this read");
         return true;
     }
+    rate_spend(&p->rate, length);
     piece->pull = p;
     piece->job = job;
     piece->read = (struct source_read){.offset = job->at, .length = length, .cb = on_source_read};
@@ -460,9 +461,18 @@ static void on_room(struct budget_user *u)
     pump(container_of(u, struct pull, user));
 }
 
+static void on_rate(struct rate_user *u)
+{
+    pump(container_of(u, struct pull, rate));
+}
+
 int pull_init(struct pull *p, const struct pull_config *config)
 {
-    *p = (struct pull){.c = *config, .user.on_room = on_room, .allowed = CONN_WINDOW, .max_extents = SIZE_MAX};
+    *p = (struct pull){.c = *config,
+                       .user.on_room = on_room,
+                       .rate.on_room = on_rate,
+                       .allowed = CONN_WINDOW,
+                       .max_extents = SIZE_MAX};
     p->c.contexts = NULL;
     p->maps = calloc(config->ncontexts + 1, sizeof(struct map *));
     if (!p->maps)
@@ -484,6 +494,7 @@ void pull_done(struct pull *p)
         return;
     assert(!p->first && p->nreading == 0 && p->window == 0);
     budget_forget(p->c.budget, &p->user);
+    rate_leave(&p->rate);
     free(p->maps);
     p->maps = NULL;
 }
@@ -574,6 +585,7 @@ void pull_fail(struct pull *p, const struct failure *why)
         return;
     p->stopped = true;
     budget_forget(p->c.budget, &p->user);
+    rate_forget(&p->rate);
     if (p->open) /* what is begun comes to an end before others are told */
         job_fail(p->open, -EIO, why->text);
     do { /* a reply may change the list: begin anew after each */
@@ -592,6 +604,7 @@ void pull_drop(struct pull *p)
         return;
     p->stopped = true;
     budget_forget(p->c.budget, &p->user);
+    rate_forget(&p->rate);
     for (struct pull_job *job = p->first; job; job = next) {
         next = job->next;
         job->request = NULL;

@@ -16,6 +16,7 @@
 #include "budget.h"
 #include "fair.h"
 #include "nbd/nbd.h"
+#include "rate.h"
 #include "source/map.h"
 #include "source/source.h"
 #include "vm_counters.h"
@@ -54,6 +55,7 @@ struct pull {
     bool lost;               /* the source says that the frozen disk is gone */
     /* private */
     struct budget_user user;
+    struct rate_user rate;         /* the connection joins and leaves it */
     struct pull_job *first, *last; /* owned: READs not finally answered, or with reads in flight, in order */
     struct pull_job *unstarted;    /* the first one with bytes not asked for yet */
     struct pull_job *open;         /* its reply is begun, and nothing else may be sent before its end */

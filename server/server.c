@@ -3,6 +3,7 @@
 #include "catalog.h"
 #include "conn.h"
 #include "control.h"
+#include "lease.h"
 #include "listen.h"
 #include "source/vhost.h"
 #include "tls.h"
@@ -32,10 +33,13 @@ struct server {
     struct catalog catalog;
     struct vhost_room vhost_room;
     struct conn_set conns;
+    struct ticket_book tickets;
+    struct lease_set leases;
     struct control *control;     /* owned */
     struct listener **listeners; /* owned, each */
     size_t nlisteners;
     uint64_t started_ms;
+    struct listen_file socket_file; /* of our unix sockets */
     struct tls_server tls;
     struct server_reload *reload; /* the workers': is under way */
     bool has_tls, reload_again;
@@ -56,6 +60,21 @@ static void on_event(void *arg, const char *event, struct json_object *data)
         control_event(s->control, event, data);
     else
         json_object_put(data);
+}
+
+static int may_start(void *arg, const char *identity, struct failure *f)
+{
+    const struct server *s = arg;
+    unsigned n = 0;
+
+    for (size_t i = 0; i < s->nvms; i++)
+        n += vm_is_for(s->vms[i], identity);
+    if (n < s->config->max_sessions_per_client)
+        return 0;
+    return failure_set(f, -EUSERS,
+                       "%s has %u sessions already, the most that one client may have here "
+                       "(--max-sessions-per-client); try again when one of them has ended",
+                       identity, n);
 }
 
 static int add_vm(struct server *s, const struct config_vm *from, struct failure *f)
@@ -85,6 +104,9 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         .images = from->images,
         .nimages = from->nimages,
         .storage_daemon = s->config->storage_daemon,
+        .rate = s->config->rate,
+        .may_start = may_start,
+        .start_arg = s,
         .on_event = on_event,
         .event_arg = s,
     };
@@ -230,12 +252,25 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
         free(s);
         return failure_set(f, r, "cannot begin: %s", strerror(-r));
     }
+    s->tickets.linger_ms = config->linger_ms;
+    s->leases = (struct lease_set){.loop = loop, .idle_ms = config->begin_timeout_ms, .tickets = &s->tickets};
+    s->conns.tickets = &s->tickets;
     s->conns.on_empty = on_conns_gone;
     s->conns.arg = s;
     s->timer.data = s;
     (void)uv_timer_init(loop, &s->timer);
     *ret_server = s;
     return 0;
+}
+
+/* Rules that name users want them to get as far as to be asked who they are. */
+static mode_t socket_mode(const struct server *s)
+{
+    if (s->config->socket_mode)
+        return s->config->socket_mode;
+    if (access_names_users(s->conns.access))
+        return 0666;
+    return s->config->socket_group ? 0660 : 0600;
 }
 
 static int on_client(void *arg, uv_stream_t *stream)
@@ -269,8 +304,7 @@ static int open_passed(struct server *s, const struct config_listener *config, s
                                "--listen fd: descriptor %d would offer disks to the network in clear text; "
                                "say --tls on, listen on loopback, or say --allow-plaintext",
                                fd);
-        r = listen_open(s->loop, config, fd, access_names_users(s->conns.access), on_client, s,
-                        &s->listeners[s->nlisteners], f);
+        r = listen_open(s->loop, config, fd, &s->socket_file, on_client, s, &s->listeners[s->nlisteners], f);
         if (r < 0)
             return r;
         s->nlisteners++;
@@ -287,8 +321,7 @@ static int start_listeners(struct server *s, struct failure *f)
         if (l->type == LISTEN_FD) {
             r = open_passed(s, l, f);
         } else {
-            r = listen_open(s->loop, l, /* fd= */ -1, access_names_users(s->conns.access), on_client, s,
-                            &s->listeners[s->nlisteners], f);
+            r = listen_open(s->loop, l, /* fd= */ -1, &s->socket_file, on_client, s, &s->listeners[s->nlisteners], f);
             if (r == 0)
                 s->nlisteners++;
         }
@@ -298,6 +331,19 @@ static int start_listeners(struct server *s, struct failure *f)
     return 0;
 }
 
+int server_listen(struct server *s, struct failure *f)
+{
+    int r;
+
+    s->socket_file = (struct listen_file){
+        .mode = socket_mode(s),
+        .uid = s->config->become.set ? s->config->become.uid : LISTEN_AS_IS,
+        .gid = s->config->socket_gid,
+    };
+    r = control_open(s, s->config->control, &s->control, f);
+    return r == 0 ? start_listeners(s, f) : r;
+}
+
 int server_start(struct server *s, struct failure *f)
 {
     int r = start_tls(s, f);
@@ -305,10 +351,6 @@ int server_start(struct server *s, struct failure *f)
     for (size_t i = 0; r == 0 && i < s->config->nvms; i++)
         r = add_vm(s, &s->config->vms[i], f);
     s->catalog = (struct catalog){.vms = s->vms, .nvms = s->nvms};
-    if (r == 0)
-        r = control_open(s, s->config->control, &s->control, f);
-    if (r == 0)
-        r = start_listeners(s, f);
     for (size_t i = 0; r == 0 && i < s->nvms; i++)
         vm_start(s->vms[i]);
     return r;
@@ -464,7 +506,23 @@ const struct access *server_access(const struct server *s)
 
 void server_set_access(struct server *s, const struct access *access)
 {
+    struct failure why = {0};
+
     s->conns.access = access;
+    if (!s->control || socket_mode(s) == s->socket_file.mode)
+        return;
+    s->socket_file.mode = socket_mode(s);
+    log_info("our unix sockets have mode 0%o from now on", (unsigned)s->socket_file.mode);
+    if (control_set_mode(s->control, s->socket_file.mode, &why) < 0)
+        log_error("%s", why.text);
+    for (size_t i = 0; i < s->nlisteners; i++)
+        if (listen_set_mode(s->listeners[i], s->socket_file.mode, &why) < 0)
+            log_error("%s", why.text);
+}
+
+const struct listen_file *server_socket_file(const struct server *s)
+{
+    return &s->socket_file;
 }
 
 size_t server_nvms(const struct server *s)
@@ -475,6 +533,16 @@ size_t server_nvms(const struct server *s)
 struct vm *server_vm_at(const struct server *s, size_t i)
 {
     return s->catalog.vms[i];
+}
+
+struct lease_set *server_leases(struct server *s)
+{
+    return &s->leases;
+}
+
+struct ticket_book *server_tickets(struct server *s)
+{
+    return &s->tickets;
 }
 
 struct scratch_place *server_scratch(const struct server *s)
@@ -557,6 +625,7 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(memory, "limit", json_object_new_uint64(s->conns.budget.limit));
     json_object_object_add(counts, "now", json_object_new_uint64(s->conns.nconns));
     json_object_object_add(counts, "limit", json_object_new_uint64(s->config->max_connections));
+    json_object_object_add(counts, "limit-per-client", json_object_new_uint64(s->config->max_connections_per_client));
     json_object_object_add(counts, "total", json_object_new_uint64(s->conns.ntotal));
     json_object_object_add(counts, "refused", json_object_new_uint64(s->conns.nrefused));
     json_object_object_add(counts, "evicted", json_object_new_uint64(s->conns.nevicted));

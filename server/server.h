@@ -15,14 +15,20 @@
 
 struct server;
 struct conn_set;
+struct lease_set;
+struct listen_file;
 struct scratch_place;
+struct ticket_book;
 struct vm;
 
 /* config is borrowed for life. Nothing is running when this fails. */
 int server_new(uv_loop_t *loop, const struct server_config *config, struct server **ret_server, struct failure *f);
 
-/* Listens and connects to the QEMUs. When this fails, all that was begun is closed; server_stop() is due all the same.
+/*
+ * The sockets, of clients whom nobody hears yet; then all else, with threads: in between rights can be given up.
+ * Whatever of it fails, server_stop() is due.
  */
+int server_listen(struct server *s, struct failure *f);
 int server_start(struct server *s, struct failure *f);
 
 /*
@@ -41,8 +47,11 @@ struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NUL
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
 const struct access *server_access(const struct server *s);
-/* Borrowed from now on, for questions to come: who is in a session stays in it. */
+/* Borrowed from now on, also for the modes of our sockets, for questions to come: who is in a session stays in it. */
 void server_set_access(struct server *s, const struct access *access);
+const struct listen_file *server_socket_file(const struct server *s);
+struct lease_set *server_leases(struct server *s);
+struct ticket_book *server_tickets(struct server *s);
 struct scratch_place *server_scratch(const struct server *s);
 const struct server_config *server_config(const struct server *s);
 uv_loop_t *server_loop(const struct server *s);

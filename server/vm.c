@@ -48,6 +48,9 @@ static int copy_config(struct vm *vm, const struct vm_config *c)
     vm->keep_checkpoints = c->keep_checkpoints;
     vm->engine_wish = c->engine;
     vm->session_timeout_ms = c->session_timeout_ms;
+    vm->rate = c->rate;
+    vm->may_start = c->may_start;
+    vm->start_arg = c->start_arg;
     vm->on_event = c->on_event;
     vm->event_arg = c->event_arg;
     vm->name = strdup(c->name);

@@ -42,6 +42,10 @@ struct vm_config {
     const char *watchdog;      /* program that thaws in our stead (backup/watchdog), NULL: our own */
     enum quiesce_mode quiesce;
     unsigned session_timeout_ms; /* a session that has been up for so long is given up; 0: never */
+    uint64_t rate;               /* bytes a second that all clients of a session may have together; 0: any */
+    /* Whether one more session may begin for who that is; a failure is told to who waits for it. NULL: always. */
+    int (*may_start)(void *arg, const char *identity, struct failure *f);
+    void *start_arg;
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
      * none, all questions, sessions and changes go to them. Borrowed for life.
@@ -143,6 +147,8 @@ struct json_object *vm_commit_to_json(const struct vm *vm);
  * A stay: one NBD connection's part in a session. Enter starts a session or joins the live one (same identity, same
  * checkpoint name); a session that only lingers makes way for a different wish of the same identity.
  */
+struct vm_lease;
+
 struct vm_stay {
     const char *identity;     /* borrowed until vm_leave() or a failed on_entered: who the client is, e.g. "uid:0",
                                  "ip:192.0.2.7" */
@@ -151,10 +157,13 @@ struct vm_stay {
     const char *const *since; /* likewise: checkpoint names of the negotiated qemu:dirty-bitmap contexts */
     size_t nsince;
     bool depth; /* wants the map "qemu:allocation-depth", too */
+    /* Likewise: the id of the only session that it may join; NULL: any, or one of its own. */
+    const char *session;
+    struct vm_lease *lease; /* vm_lease.c's own: it has no disk; NULL for all others */
     /* f NULL: entered; the source, and the maps if they are there, may be used until on_lost or vm_leave(). Comes once,
      * later, unless vm_leave() comes before. */
     void (*on_entered)(struct vm_stay *stay, const struct failure *f);
-    /* There are more maps than before. After a successful on_entered, any number of times. */
+    /* There are more maps than before. After a successful on_entered, any number of times. NULL: who cares. */
     void (*on_maps)(struct vm_stay *stay);
     /* After a successful on_entered, at most once: the session is lost. Answer what is in flight, hang up, vm_leave().
      */
@@ -184,6 +193,57 @@ const struct map *vm_stay_map(struct vm_stay *stay, const char *context); /* NUL
 bool vm_stay_expects_map(struct vm_stay *stay, const char *context);      /* on_maps brings it */
 const char *vm_stay_session(const struct vm_stay *stay);                  /* session id, for the log */
 
+uint64_t vm_stay_rate(const struct vm_stay *stay); /* bytes a second for all in its session together; 0: any */
+
+/*
+ * A lease: a session that stands for itself, whoever reads, until it is ended (vm_lease.c). Always a session of its
+ * own: another one, of the same identity too, refuses it. The caller sets the fields, which are borrowed until on_down,
+ * or until an on_up with a failure; the lease is embedded, and the VM's meanwhile.
+ */
+enum vm_decision {
+    VM_DECISION_DROP,   /* the checkpoint is kept nowhere */
+    VM_DECISION_KEEP,   /* on all its disks that can keep one, whoever has read what */
+    VM_DECISION_AS_EVER /* on those whose pull ended well */
+};
+
+struct vm_lease {
+    const char *identity, *checkpoint; /* as of a stay, who joins must be and want the same */
+    const char *const *disks;          /* what it is about; none: all */
+    size_t ndisks;
+    uint64_t rate; /* bytes a second, 0: as the VM's others */
+    /* Once, later: the session is up, or why not; then nothing else comes. */
+    void (*on_up)(struct vm_lease *l, const struct failure *f);
+    /* How many stays are in it. Never from inside a function of this lease; may only start and stop timers. */
+    void (*on_clients)(struct vm_lease *l, size_t nclients);
+    /* The session is lost, and on_down will come. At most once. */
+    void (*on_lost)(struct vm_lease *l, const struct failure *why);
+    /* After on_up without a failure, once: all is undone, but for the problems. last: what vm_session_to_json() said,
+     * with "kept" and "dropped". The lease is the caller's again. */
+    void (*on_down)(struct vm_lease *l, struct json_object *last, const struct failure *problems);
+    /* private */
+    struct vm_stay stay;
+    enum vm_decision decision;
+    bool ending;
+};
+
+int vm_lease_start(struct vm *vm, struct vm_lease *l);
+/* on_up has not come, and will not: nothing is left of it. */
+void vm_lease_forget(struct vm_lease *l);
+/* Nobody enters any more. The caller waits as long as it likes for those who are inside, and says vm_lease_end(). */
+void vm_lease_close(struct vm_lease *l, enum vm_decision decision);
+/* Who is still inside is told why. From the loop, not from inside a callback of the lease. */
+void vm_lease_end(struct vm_lease *l, const struct failure *why);
+/* The session is given up: as if it had failed, with why. */
+void vm_lease_fail(struct vm_lease *l, const struct failure *why);
+/* While up: a disk as it was frozen, or NULL. */
+const struct disk *vm_lease_disk(const struct vm_lease *l, const char *name);
+const struct disk_list *vm_lease_disks(const struct vm_lease *l);
+struct vm *vm_lease_vm(const struct vm_lease *l);       /* which vm_enter() wants */
+const char *vm_lease_session(const struct vm_lease *l); /* its id, while up */
+size_t vm_lease_nclients(const struct vm_lease *l);
+/* Whether a session of that VM goes for that identity. */
+bool vm_is_for(const struct vm *vm, const char *identity);
+
 /* Whoever moves bytes for it counts them here. */
 struct vm_counters *vm_stay_counters(struct vm_stay *stay);
 const struct vm_counters *vm_counters(const struct vm *vm);
@@ -206,6 +266,9 @@ struct vm_checkup {
     struct vm_checkup *next;
 };
 bool vm_checkup_start(struct vm *vm, struct vm_checkup *c);
+const char *vm_locked_socket(const struct vm *vm); /* its QMP socket, if we may not open that; else NULL */
+pid_t vm_qemu_pid(const struct vm *vm);            /* 0: not connected */
+bool vm_opens_scratch(const struct vm *vm);        /* itself, by a path or an address */
 
 /* For the control socket; the caller owns the answer. */
 /* {"name", "qmp", "connected", "qemu", "reason", "session": id or null, "engine": {…}, …} */

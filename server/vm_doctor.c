@@ -36,7 +36,7 @@ static const char *advice_for_monitor(int err)
         return "give qpulld a monitor of its own: one more -qmp unix:PATH,server=on,wait=off";
     case -EACCES:
     case -EPERM:
-        return "let qpulld's user open that socket";
+        return "see \"qmp access\"";
     case -ECONNRESET:
         return "see whether the VM still runs, and what QEMU's log says; qpulld tries again by itself";
     default:
@@ -234,6 +234,11 @@ static void look_at_server(struct vm_checkup *c)
         test(c);
         return;
     }
+    if (!vm->qmp) { /* vm_stop() came while QEMU was being asked */
+        add(c, "nbd server", VERDICT_NOTE, NULL, "QEMU cannot be asked: qpulld is shutting down");
+        test(c);
+        return;
+    }
     args = qmp_args_nbd_server_start_fd(NAMES_PREFIX "no-such-fd");
     r = qmp_call_start(vm->qmp, &c->call, "nbd-server-start", args, QMP_NO_FD, VM_CALL_TIMEOUT_MS, on_server, c);
     if (r < 0) {
@@ -270,7 +275,7 @@ static void look_for_leftovers(struct vm_checkup *c)
     };
 
     /* A commit's or a test's objects are no leftovers; and see session_may_ask(). */
-    if (vm_is_committing(vm) || vm->state == VM_TESTING || (vm->session && !session_may_ask(vm->session))) {
+    if (!vm->qmp || vm_is_committing(vm) || vm->state == VM_TESTING || (vm->session && !session_may_ask(vm->session))) {
         look_at_server(c);
         return;
     }
@@ -307,4 +312,21 @@ bool vm_checkup_start(struct vm *vm, struct vm_checkup *c)
     if (r < 0 && vm_now(vm)->state > VM_LOST)
         add(c, "disks", VERDICT_WRONG, NULL, "cannot be asked now: %s", strerror(-r));
     return r < 0;
+}
+
+const char *vm_locked_socket(const struct vm *vm)
+{
+    bool locked = vm->qmp_path && vm->state <= VM_LOST && (vm->lost.err == -EACCES || vm->lost.err == -EPERM);
+
+    return locked ? vm->qmp_path : NULL;
+}
+
+pid_t vm_qemu_pid(const struct vm *vm)
+{
+    return vm->qmp_path && vm->state > VM_LOST ? qmp_client_peer_pid(vm->qmp) : 0;
+}
+
+bool vm_opens_scratch(const struct vm *vm)
+{
+    return vm->place != NULL;
 }

@@ -83,10 +83,21 @@ static bool all_ended_well(const struct vm *vm)
     return vm->npulls > 0;
 }
 
+static bool was_opened(const struct vm *vm, const char *disk)
+{
+    for (size_t i = 0; i < vm->npulls; i++) {
+        if (strcmp(vm->pulls[i].disk, disk) == 0)
+            return true;
+    }
+    return false;
+}
+
 static enum vm_end how_ended(const struct vm *vm)
 {
     if (vm->session_failure.err)
         return why_lost(vm);
+    if (vm->lease && vm->lease->ending)
+        return VM_END_DONE;
     return all_ended_well(vm) ? VM_END_DONE : vm->stopping ? VM_END_SHUTDOWN : VM_END_CLIENT;
 }
 
@@ -131,14 +142,19 @@ void vm_tell_lost(struct vm *vm)
 void vm_tell_down(struct vm *vm, struct json_object *last, const struct failure *problems)
 {
     struct vm_counters *counters = &vm->keeper->counters;
+    const struct disk_list *disks = session_disks(vm->session);
     enum vm_end end = how_ended(vm);
+    bool wanted;
     struct json_object *kept = json_object_new_array(), *dropped = json_object_new_array();
     struct json_object *data = qmp_args_strings("session", session_id(vm->session), "reason", vm_end_name(end), NULL);
 
-    for (size_t i = 0; session_checkpoint(vm->session) && i < vm->npulls; i++) {
-        bool is_kept = session_kept(vm->session, vm->pulls[i].disk);
+    for (size_t i = 0; session_checkpoint(vm->session) && i < disks->ndisks; i++) {
+        bool is_kept = session_kept(vm->session, disks->disks[i].name);
 
-        json_object_array_add(is_kept ? kept : dropped, json_object_new_string(vm->pulls[i].disk));
+        if (!is_kept && !was_opened(vm, disks->disks[i].name) &&
+            !(vm_lease_decides(vm, disks->disks[i].name, &wanted) && wanted))
+            continue;
+        json_object_array_add(is_kept ? kept : dropped, json_object_new_string(disks->disks[i].name));
         counters->kept += is_kept;
         counters->dropped += !is_kept;
     }

@@ -69,6 +69,9 @@ struct vm {
     unsigned linger_ms, max_pause_ms, hold_shutdown_ms;
     unsigned keep_checkpoints;
     unsigned session_timeout_ms;
+    uint64_t rate;
+    int (*may_start)(void *arg, const char *identity, struct failure *f);
+    void *start_arg;
     struct vm_counters counters; /* of the keeper; a twin's are not used */
     void (*on_event)(void *arg, const char *event, struct json_object *data);
     void *event_arg;
@@ -114,6 +117,7 @@ struct vm {
     struct vm_stay *stays;
     size_t nstays;
     char *identity;      /* owned: whose session it is */
+    struct vm_lease *lease; /* borrowed: that has begun it; NULL: a client has */
     bool starting;       /* disks are being asked for it */
     bool swept;          /* for this start, because a node of a session stood on a disk */
     struct failure left; /* what the last sweep could not do */
@@ -211,6 +215,20 @@ void vm_move_waiting(struct vm *vm, struct vm *to);               /* stays, that
 void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that are not in a session yet */
 void vm_end_session(struct vm *vm);
 void vm_session_done(struct vm *vm); /* frees what is left of one */
+
+/* Says it to all who are in the session, or wait for it. */
+void vm_session_tell(struct vm *vm, const struct failure *why);
+/* A stay's end, without a word: it was never in, or is a lease's. */
+void vm_session_remove(struct vm_stay *stay);
+
+/* vm_lease.c */
+bool vm_lease_admits(const struct vm *vm, const struct vm_stay *stay); /* into the session that stands */
+bool vm_lease_refuse_strays(struct vm *vm, struct vm_stay **ret_stay); /* one that its session is gone from */
+int vm_lease_check(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f);
+size_t vm_lease_since(const struct disk_list *disks, const char **since, size_t n, size_t most);
+void vm_lease_notice(struct vm *vm);                                      /* somebody came or left */
+bool vm_lease_decides(const struct vm *vm, const char *disk, bool *keep); /* false: as ever */
+void vm_lease_down(struct vm *vm, struct json_object *last, const struct failure *problems);
 
 /* vm_notes.c */
 int vm_notes_load(struct vm *vm); /* waits for the disk */

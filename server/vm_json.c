@@ -98,6 +98,8 @@ struct json_object *vm_session_to_json(struct vm *vm)
                          session_step(s), "identity", vm->identity, NULL);
     (void)json_object_object_add(o, "checkpoint",
                                  session_checkpoint(s) ? json_object_new_string(session_checkpoint(s)) : NULL);
+    (void)json_object_object_add(o, "rate",
+                                 json_object_new_uint64(vm->lease && vm->lease->rate ? vm->lease->rate : vm->rate));
     (void)json_object_object_add(o, "engine",
                                  vm->images ? NULL : json_object_new_string(engine_name(session_engine(s))));
     (void)json_object_object_add(o, "frozen-at-ms", json_object_new_int64(session_frozen_at_ms(s)));

@@ -29,7 +29,7 @@ static void add_stay(struct vm *vm, struct vm_stay *stay)
     vm->nstays++;
 }
 
-static void remove_stay(struct vm_stay *stay)
+void vm_session_remove(struct vm_stay *stay)
 {
     struct vm *vm = stay->vm;
 
@@ -40,6 +40,8 @@ static void remove_stay(struct vm_stay *stay)
     if (stay->next)
         stay->next->prev = stay->prev;
     vm->nstays--;
+    if (stay->lease && vm->lease == stay->lease)
+        vm->lease = NULL;
     stay->vm = NULL;
     stay->state = STAY_OUT;
 }
@@ -49,7 +51,7 @@ static void refuse(struct vm_stay *stay, const struct failure *why)
 {
     struct failure f = *why; /* why may be the VM's own, which the callback may change */
 
-    remove_stay(stay);
+    vm_session_remove(stay);
     stay->on_entered(stay, &f);
 }
 
@@ -78,7 +80,7 @@ void vm_move_waiting(struct vm *vm, struct vm *to)
         struct failure f = {0};
         int r;
 
-        remove_stay(stay);
+        vm_session_remove(stay);
         r = vm_enter(to, stay);
         if (r < 0) {
             (void)failure_set(&f, r, "%s", vm_trouble(to));
@@ -110,13 +112,23 @@ static struct vm_pull *pull_of(struct vm *vm, const char *disk, bool make)
 }
 
 /* The checkpoint stays on the disks whose pull ended well, and nowhere else: it never claims data that nobody has. */
+static bool is_to_be_kept(struct vm *vm, const char *disk)
+{
+    const struct vm_pull *p = pull_of(vm, disk, /* make= */ false);
+    bool keep;
+
+    if (vm_lease_decides(vm, disk, &keep))
+        return keep;
+    return p && p->nopen == 0 && p->well && !p->read_failed;
+}
+
 static void mark_kept(struct vm *vm)
 {
-    for (size_t i = 0; i < vm->npulls; i++) {
-        const struct vm_pull *p = &vm->pulls[i];
+    const struct disk_list *disks = session_disks(vm->session);
 
-        if (p->nopen == 0 && p->well && !p->read_failed)
-            session_keep(vm->session, p->disk);
+    for (size_t i = 0; i < disks->ndisks; i++) {
+        if (is_to_be_kept(vm, disks->disks[i].name))
+            session_keep(vm->session, disks->disks[i].name);
     }
 }
 
@@ -128,6 +140,7 @@ void vm_session_done(struct vm *vm)
     vm->npulls = 0;
     free(TAKE_PTR(vm->identity));
     vm->session = NULL;
+    vm->lease = NULL;
     vm->starting = vm->ending = vm->lingering = vm->was_up = false;
     memset(&vm->session_failure, 0, sizeof(vm->session_failure));
 }
@@ -149,8 +162,8 @@ static bool wants_session(const struct vm *vm, const struct vm_stay *stay)
 {
     const char *checkpoint = session_checkpoint(vm->session);
 
-    return strcmp(stay->identity, vm->identity) == 0 && (!stay->checkpoint == !checkpoint) &&
-           (!checkpoint || strcmp(stay->checkpoint, checkpoint) == 0);
+    return vm_lease_admits(vm, stay) && strcmp(stay->identity, vm->identity) == 0 &&
+           (!stay->checkpoint == !checkpoint) && (!checkpoint || strcmp(stay->checkpoint, checkpoint) == 0);
 }
 
 static void log_up(const struct vm *vm)
@@ -213,7 +226,8 @@ static void on_maps(void *arg)
     vm->nmaps++;
     while ((stay = next_to_map(vm))) {
         stay->nmaps = vm->nmaps;
-        stay->on_maps(stay);
+        if (stay->on_maps)
+            stay->on_maps(stay);
     }
 }
 
@@ -233,10 +247,24 @@ static struct vm_stay *next_affected(struct vm *vm)
     return stay;
 }
 
+void vm_session_tell(struct vm *vm, const struct failure *why)
+{
+    struct vm_stay *stay;
+
+    while ((stay = next_affected(vm))) {
+        if (stay->state == STAY_IN) {
+            stay->state = STAY_LOST; /* it leaves by itself */
+            stay->on_lost(stay, why);
+        } else {
+            session_ask_forget(&stay->ask);
+            refuse(stay, why);
+        }
+    }
+}
+
 static void on_failed(void *arg, const struct failure *why)
 {
     struct vm *vm = arg;
-    struct vm_stay *stay;
     struct failure gone = {0};
 
     if (is_gone(vm, why)) {
@@ -247,33 +275,26 @@ static void on_failed(void *arg, const struct failure *why)
               why == &gone ? "" : ", its set-up is undone", why->text);
     (void)failure_copy(&vm->session_failure, why);
     vm_tell_lost(vm);
-    while ((stay = next_affected(vm))) {
-        if (stay->state == STAY_IN) {
-            stay->state = STAY_LOST; /* it leaves by itself */
-            stay->on_lost(stay, why);
-        } else {
-            session_ask_forget(&stay->ask);
-            refuse(stay, why);
-        }
-    }
+    vm_session_tell(vm, why);
     vm_end_session(vm);
 }
 
 /* Somebody believes to have a checkpoint of this disk: its pull ended well, and then QEMU ended before the session. */
-static const char *disk_not_kept(const struct vm *vm)
+static const char *disk_not_kept(struct vm *vm)
 {
-    for (size_t i = 0; session_checkpoint(vm->session) && i < vm->npulls; i++) {
-        const struct vm_pull *p = &vm->pulls[i];
-        const struct disk *d = disk_list_find(session_disks(vm->session), p->disk);
+    const struct disk_list *disks = session_disks(vm->session);
 
-        if (p->nopen == 0 && p->well && !p->read_failed && d && d->tracked && !session_kept(vm->session, p->disk))
-            return p->disk;
+    for (size_t i = 0; session_checkpoint(vm->session) && i < disks->ndisks; i++) {
+        const struct disk *d = &disks->disks[i];
+
+        if (is_to_be_kept(vm, d->name) && d->tracked && !session_kept(vm->session, d->name))
+            return d->name;
     }
     return NULL;
 }
 
 /* What could not be undone went with QEMU. A monitor alone that is lost comes back, and then the sweep undoes it. */
-static void check_problems(const struct vm *vm, const struct failure *problems, struct failure *mine)
+static void check_problems(struct vm *vm, const struct failure *problems, struct failure *mine)
 {
     bool lost = problems->err == -ENOTCONN || problems->err == -ECONNRESET;
     const char *disk = disk_not_kept(vm);
@@ -302,6 +323,7 @@ static void on_down(void *arg, const struct failure *problems)
     problems = &mine;
     (void)json_object_object_add(last, "problems", problems->err ? json_object_new_string(problems->text) : NULL);
     vm_tell_down(vm, last, problems);
+    vm_lease_down(vm, last, problems);
     json_object_put(vm->last);
     vm->last = last;
     vm_notes_of_session(vm);
@@ -383,8 +405,10 @@ static bool any_tracked(const struct disk_list *disks)
  */
 static int check_stay(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f)
 {
-    const struct disk *d = disk_list_find(disks, stay->disk);
+    const struct disk *d = stay->lease ? NULL : disk_list_find(disks, stay->disk);
 
+    if (stay->lease)
+        return vm_lease_check(vm, stay, disks, f);
     if (!d)
         return failure_set(f, -ENOENT, "VM '%s' has no disk '%s'", vm->name, stay->disk);
     if (stay->checkpoint && !any_tracked(disks))
@@ -440,7 +464,8 @@ static void start_session(struct vm *vm, const struct disk_list *disks, const st
     }
     if (meets_others(vm, disks))
         return;
-    if (check_stay(vm, stay, disks, &mine) == 0) {
+    if (check_stay(vm, stay, disks, &mine) == 0 &&
+        (!vm->may_start || vm->may_start(vm->start_arg, stay->identity, &mine) == 0)) {
         struct session_config config = {
             .loop = vm->loop,
             .qmp = vm->qmp,
@@ -466,10 +491,13 @@ static void start_session(struct vm *vm, const struct disk_list *disks, const st
             .timeout_s = vm->session_timeout_ms / 1000,
         };
 
+        if (stay->lease)
+            config.nsince = vm_lease_since(disks, since, config.nsince, VM_SINCE_MAX);
         vm->identity = strdup(stay->identity);
         if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
             if (stay->checkpoint)
                 vm_watch_forget(vm, stay->checkpoint);
+            vm->lease = stay->lease;
             vm->keeper->counters.started++;
             log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
             if (!vm->images && vm->engine.risk)
@@ -509,6 +537,11 @@ static void admit(struct vm_stay *stay)
     struct vm_pull *p;
     struct failure f = {0};
 
+    if (stay->lease) {
+        stay->state = STAY_IN;
+        stay->on_entered(stay, NULL);
+        return;
+    }
     for (; stay->nasked < stay->nsince; stay->nasked++) {
         _cleanup_free_ char *context = NULL;
         int r;
@@ -543,6 +576,7 @@ static void admit(struct vm_stay *stay)
     p->nopen++;
     vm->keeper->counters.connections++;
     stay->state = STAY_IN;
+    vm_lease_notice(vm);
     stay->on_entered(stay, NULL);
 }
 
@@ -568,7 +602,7 @@ static bool meet_session(struct vm *vm, struct vm_stay *stay)
     if (wants_session(vm, stay)) {
         if (session_status(vm->session) != SESSION_UP || vm->session_failure.err)
             return false;
-        if (!disk_list_find(session_disks(vm->session), stay->disk)) {
+        if (!stay->lease && !disk_list_find(session_disks(vm->session), stay->disk)) {
             (void)failure_set(&f, -ENOENT, "VM '%s' had no disk '%s' when session %s was frozen", vm->name, stay->disk,
                               session_id(vm->session));
             refuse(stay, &f);
@@ -621,10 +655,16 @@ static bool refuse_iothreads(struct vm *vm)
 
 void vm_pump(struct vm *vm)
 {
+    struct failure gone = {0};
+    struct vm_stay *stray;
+
+    (void)failure_set(&gone, -ENOENT, "the session has ended");
     (void)vm_images_pump(vm);
     if (vm->stopping || vm->state != VM_READY)
         return;
     vm_ask_if_waiting(vm);
+    while (vm_lease_refuse_strays(vm, &stray))
+        refuse(stray, &gone);
     if (vm->session) {
         while (vm->session && pump_stays(vm))
             ;
@@ -722,7 +762,7 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
 
     if (!vm)
         return;
-    was_in = stay->state == STAY_IN || stay->state == STAY_LOST;
+    was_in = !stay->lease && (stay->state == STAY_IN || stay->state == STAY_LOST);
     if (stay->state == STAY_ASKING)
         session_ask_forget(&stay->ask);
     if (was_in) {
@@ -733,7 +773,8 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed)
         if (--p->nopen == 0)
             p->well = said_disc;
     }
-    remove_stay(stay);
+    vm_session_remove(stay);
+    vm_lease_notice(vm);
     if (!vm->session || vm->ending || any_inside(vm))
         return;
     if (session_status(vm->session) == SESSION_UP) {

@@ -131,6 +131,31 @@ static const struct command commands[] = {
      .min_words = 1,
      .max_words = 1,
      .run = run_commit},
+    {.name = "begin",
+     .usage = "VM",
+     .summary = "freeze a VM's disks and print the NBD URIs to read them by",
+     .help = "One URI on each line; which session it is, and how long it stands, is said on stderr (--json has all).\n"
+             "It stands until \"qpull end\", or until nobody has read it for qpulld's --begin-timeout (an hour), or\n"
+             "until --ttl is over, whoever reads. Nothing but \"qpull end\" keeps its checkpoint.\n"
+             "The URIs are for this user on this machine. With --ticket they are for whoever has them: each disk for\n"
+             "one client, once. Hand them out as you would a password.\n"
+             "TIME is a number of seconds, or has s, m, h or d behind it. SIZE: bytes, or with K, M, G or T.",
+     .options = OPTION_JSON | OPTION_DISK | OPTION_CHECKPOINT | OPTION_KEEP | OPTION_TICKET | OPTION_TTL | OPTION_RATE |
+                OPTION_QUIET,
+     .min_words = 1,
+     .max_words = 1,
+     .run = run_begin},
+    {.name = "end",
+     .usage = "SESSION",
+     .summary = "end a session of \"qpull begin\"",
+     .help =
+         "What becomes of its checkpoint: --commit keeps it on all disks that it was begun for, --rollback on none;\n"
+         "without either it is kept on those whose last reader said goodbye and was answered without an error.\n"
+         "Exit status 1 where it could not be kept.",
+     .options = OPTION_JSON | OPTION_COMMIT | OPTION_ROLLBACK | OPTION_QUIET,
+     .min_words = 1,
+     .max_words = 1,
+     .run = run_end},
     {.name = "certs init",
      .usage = "DIR",
      .summary = "make certificates or keys for TLS, and say how to use them",
@@ -180,6 +205,14 @@ static const struct {
     {OPTION_PSK, "psk", "--psk NAME", "a pre-shared key for it instead; repeatable", required_argument},
     {OPTION_HOST, "host", "--host NAME",
      "name or address of this server for its clients (default: its own name); repeatable", required_argument},
+    {OPTION_CHECKPOINT, "checkpoint", "--checkpoint NAME", "the instant becomes this checkpoint, if it is kept",
+     required_argument},
+    {OPTION_KEEP, "keep", "--keep", "however long nobody reads it", no_argument},
+    {OPTION_TICKET, "ticket", "--ticket", "URIs for others, each good for one client, once", no_argument},
+    {OPTION_TTL, "ttl", "--ttl TIME", "it ends after so long, whoever reads: 90s, 30m, 2h, 1d", required_argument},
+    {OPTION_RATE, "rate", "--rate SIZE", "a second, for all who read it together", required_argument},
+    {OPTION_COMMIT, "commit", "--commit", "keep its checkpoint: the data are safe", no_argument},
+    {OPTION_ROLLBACK, "rollback", "--rollback", "drop its checkpoint", no_argument},
     {OPTION_QUIET, "quiet", "--quiet", "no progress bar, no report", no_argument},
     {OPTION_JSON, "json", "--json", "for programs", no_argument},
 };
@@ -311,6 +344,12 @@ static int take_switch(struct args *args, unsigned bit, const char *name, const 
         args->description = value;
     if (bit == OPTION_PARENT)
         args->parent = value;
+    if (bit == OPTION_CHECKPOINT)
+        args->checkpoint = value;
+    if (bit == OPTION_TTL)
+        args->ttl = value;
+    if (bit == OPTION_RATE)
+        args->rate = value;
     if (bit == OPTION_TOP)
         args->top = value;
     if (bit == OPTION_BASE)

@@ -44,6 +44,13 @@ enum option_bit {
     OPTION_CLIENT = 1 << 21, /* this and the next ones: of certs */
     OPTION_PSK = 1 << 22,
     OPTION_HOST = 1 << 23,
+    OPTION_CHECKPOINT = 1 << 24, /* this and the next ones: of sessions */
+    OPTION_KEEP = 1 << 25,
+    OPTION_TICKET = 1 << 26,
+    OPTION_TTL = 1 << 27,
+    OPTION_RATE = 1 << 28,
+    OPTION_COMMIT = 1 << 29,
+    OPTION_ROLLBACK = 1 << 30,
 };
 #define QPULL_DISKS_MAX 64 /* --disk on one command line; --client, --psk and --host likewise */
 
@@ -56,6 +63,7 @@ struct args {
     size_t nclients, npsks, nhosts;
     const char *description, *parent;   /* NULL: not given */
     const char *top, *base;             /* likewise */
+    const char *checkpoint, *ttl, *rate; /* likewise */
     const char *words[QPULL_WORDS_MAX]; /* the command's arguments, without its name */
     size_t nwords;
 };
@@ -139,6 +147,8 @@ enum exit_status run_checkpoint_rename_vm(const struct args *args);
 enum exit_status run_checkpoint_create(const struct args *args);
 enum exit_status run_checkpoint_delete(const struct args *args);
 enum exit_status run_certs_init(const struct args *args); /* qpull_certs.c */
+enum exit_status run_begin(const struct args *args);      /* qpull_session.c */
+enum exit_status run_end(const struct args *args);
 enum exit_status run_metrics(const struct args *args);
 enum exit_status run_commit(const struct args *args);
 enum exit_status run_doctor(const struct args *args); /* qpull_doctor.c */

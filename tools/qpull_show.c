@@ -142,7 +142,7 @@ static void print_summary(struct json_object *status)
 
 static void print_sessions(struct json_object *sessions)
 {
-    struct table t = {.ncolumns = 9,
+    struct table t = {.ncolumns = 11,
                       .columns = {{"SESSION"},
                                   {"VM"},
                                   {"STATUS"},
@@ -152,7 +152,8 @@ static void print_sessions(struct json_object *sessions)
                                   {"FROZEN"},
                                   {"QUIESCED"},
                                   {"PAUSE", true},
-                                  {"SCRATCH", true}}};
+                                  {"SCRATCH", true},
+                                  {"RATE", true}}};
     char text[32];
 
     if (json_object_array_length(sessions) == 0) {
@@ -169,7 +170,8 @@ static void print_sessions(struct json_object *sessions)
             (void)strftime(date, sizeof date, "%Y-%m-%d %H:%M:%S", &tm);
         table_add(&t, "%s", or_dash(answer_text(s, "id")));
         table_add(&t, "%s", or_dash(answer_text(s, "vm")));
-        table_add(&t, "%s%s", or_dash(answer_text(s, "status")), answer_bool(s, "lingering") ? ", lingers" : "");
+        table_add(&t, "%s%s%s", or_dash(answer_text(s, "status")), answer_bool(s, "lingering") ? ", lingers" : "",
+                  json_object_object_get(s, "begun") ? ", begun" : "");
         table_add(&t, "%s", or_dash(answer_text(s, "step")));
         table_add(&t, "%s", or_dash(answer_text(s, "identity")));
         table_add(&t, "%s", or_dash(answer_text(s, "checkpoint")));
@@ -183,6 +185,10 @@ static void print_sessions(struct json_object *sessions)
         else
             table_add(&t, "-");
         table_add(&t, "%s", size_text(text, answer_number(s, "scratch-bytes")));
+        if (answer_number(s, "rate") > 0)
+            table_add(&t, "%s/s", size_text(text, answer_number(s, "rate")));
+        else
+            table_add(&t, "-");
     }
     printf("\n");
     table_print(&t);

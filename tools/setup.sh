@@ -5,6 +5,7 @@
 #   tools/setup.sh build        compiler and libraries
 #   tools/setup.sh demo         the same, and what tools/quickstart runs
 #   tools/setup.sh test         the same, and what tests/run runs
+#   tools/setup.sh analyze      the first, and what tests/analyze and tests/fuzz/run run
 #   tools/setup.sh bench        what demo installs, and what tests/bench/run compares with
 #   tools/setup.sh --list SET   prints the packages
 #
@@ -12,9 +13,10 @@
 set -euo pipefail
 
 build=(build-essential cmake ninja-build pkg-config libuv1-dev libjson-c-dev libnbd-dev libinih-dev libsystemd-dev
-    libgnutls28-dev nbdkit-plugin-dev)
+    libgnutls28-dev libseccomp-dev nbdkit-plugin-dev)
 demo=(qemu-system-x86 qemu-system-common qemu-utils libnbd-bin python3 python3-libnbd)
 tests=(libcmocka-dev nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
+analyze=(clang clang-tidy libclang-rt-dev cppcheck libcmocka-dev python3)
 bench=(openssl virtnbdbackup libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients util-linux mount)
 
 die()
@@ -25,7 +27,7 @@ die()
 
 usage()
 {
-    sed -n '3,12s/^# \{0,1\}//p' "$0"
+    sed -n '3,13s/^# \{0,1\}//p' "$0"
     exit "$1"
 }
 
@@ -38,6 +40,7 @@ case "${1:-}" in
 build) packages=("${build[@]}") ;;
 demo) packages=("${build[@]}" "${demo[@]}") ;;
 test) packages=("${build[@]}" "${demo[@]}" "${tests[@]}") ;;
+analyze) packages=("${build[@]}" "${analyze[@]}") ;;
 bench) packages=("${build[@]}" "${demo[@]}" "${bench[@]}") ;;
 -h | --help) usage 0 ;;
 *) usage 2 >&2 ;;
@@ -89,7 +92,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 # The guest's kernel is fetched with apt as well (and never installed); so the lists must be there and fresh.
-if [ "$1" != build ]; then
+if [ "$1" != build ] && [ "$1" != analyze ]; then
     guest="$(dirname "$0")/../tests/guest/build"
     if ! why=$("$guest" 2>&1 >/dev/null); then
         root_or_die "apt-get update"

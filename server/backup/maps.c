@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The frozen maps of a session: read once as soon as it is up, while clients read data already; one more when somebody
- * asks later; and corrected where QEMU's own answer cannot be trusted. Block status of a frozen node is not frozen in
- * QEMU (untouched areas are asked of the live node), so nothing is asked twice. Each of these is a walk of its own
- * (session.late) at the top of the session's table, one at a time.
+ * The frozen maps of a session: read once as soon as it is up, while clients read data already, and corrected where
+ * QEMU's own answer cannot be trusted. Block status of a frozen node is not frozen in QEMU (untouched areas are asked
+ * of the live node), so nothing is asked twice. All are read in one walk, but for the depth's, which has one of its
+ * own.
  */
-#include "backup/steps.h"
+#include "backup/late.h"
 #include "qmp/commands.h"
 #include "source/giveback.h"
 
@@ -18,14 +18,6 @@
 #define DEPTH_BELOW 2
 #define DEPTH_TOP 1 /* allocated in the top layer (QEMU, docs/interop/nbd.txt) */
 
-#define LATE_TIMEOUT_MS 5000u /* a command while our connections stand: a stuck QEMU may wait for them */
-
-/* The walk under way. */
-static struct session *session_of_late(struct seq *q)
-{
-    return container_of(rig_of_seq(q), struct session, late);
-}
-
 struct map_job {
     struct session *session; /* borrowed */
     unsigned disk;
@@ -34,8 +26,7 @@ struct map_job {
     struct map **into;
 };
 
-/* Clients may have it: it will not change any more. Their owner may stop the session in here. */
-static void tell_ready(struct session *s, unsigned disk, const char *context)
+void maps_tell_ready(struct session *s, unsigned disk, const char *context)
 {
     struct session_disk *d = &s->disks[disk];
 
@@ -65,7 +56,7 @@ static void on_map(void *arg, struct map *map, const struct failure *f)
         f = &mine;
     }
     if (!f && job->final)
-        tell_ready(s, job->disk, job->context);
+        maps_tell_ready(s, job->disk, job->context);
     free(job->context);
     free(job);
     session_one_done(s, f);
@@ -139,6 +130,57 @@ static int read_allocation(struct seq *q, struct failure *f)
 
 /* -- records that upper layers have not ---------------------------------------------------------------------------- */
 
+static const char *exported_node(struct json_object *exports, const char *id)
+{
+    for (size_t i = 0; i < qmp_array_length(exports); i++) {
+        struct json_object *e = json_object_array_get_idx(exports, i);
+        const char *found = qmp_get_string(e, "id");
+
+        if (found && strcmp(found, id) == 0)
+            return qmp_get_string(e, "node-name");
+    }
+    return NULL;
+}
+
+static void on_layer_exports(struct calls *c, const struct failure *f)
+{
+    struct rig *r = rig_of_calls(c);
+    struct session *s = session_of_late(&r->seq);
+    struct failure mine = {0};
+
+    if (f)
+        (void)failure_copy(&mine, f);
+    for (unsigned i = 0; !f && i < s->rig.ndisks; i++) {
+        const struct disk *d = s->disks[i].disk;
+        char export[NAMES_SIZE];
+        const char *node = exported_node(r->answers[0], names_make(export, s->rig.id, NAMES_LAYER, i));
+
+        if (session_needs_allocation(s, i) && (!node || strcmp(node, d->top) != 0))
+            (void)session_other_layer(d, node, &mine);
+    }
+    rig_drop_answers(r);
+    seq_done(&r->seq, &mine);
+}
+
+/*
+ * The depths below count from the exported layer. A snapshot that somebody takes puts the new layer below all users of
+ * the old one, our export is one of them: a map read after that has every depth one lower.
+ */
+static int compare_depths(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_late(q);
+    struct rig *r = &s->late;
+    bool any = false;
+
+    for (unsigned i = 0; !s->depth_pass && i < s->rig.ndisks; i++)
+        any |= session_needs_allocation(s, i);
+    if (!any)
+        return SEQ_DONE;
+    rig_drop_answers(r);
+    calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    return calls_wait(&r->calls, on_layer_exports, f);
+}
+
 /* map with all that the layers of these depths have allocated called dirty, too. */
 static int fill_in(const struct map *map, const struct map *layers, uint64_t depths, struct map **ret_map)
 {
@@ -155,7 +197,7 @@ static int fill_in(const struct map *map, const struct map *layers, uint64_t dep
  * After an external snapshot that did not re-create the bitmaps, the overlay's allocation is what changed since. It is
  * asked of the live disk after the freeze: what the guest writes meanwhile can only add to it.
  */
-static int fill_in_since(struct session *s, unsigned disk, const struct checkpoint *c, const char *context)
+int maps_fill_in(struct session *s, unsigned disk, const struct checkpoint *c, const char *context)
 {
     const struct map *map = session_any_map(&s->disks[disk], context);
     struct map *filled = NULL;
@@ -181,276 +223,12 @@ static int fill_in_all(struct seq *q, struct failure *f)
                 continue;
             if (asprintf(&context, DIRTY_CONTEXT "%s", s->since[k]) < 0)
                 return -ENOMEM;
-            if ((r = fill_in_since(s, i, c, context)) < 0)
+            if ((r = maps_fill_in(s, i, c, context)) < 0)
                 return r;
-            tell_ready(s, i, context);
+            maps_tell_ready(s, i, context);
         }
     }
     return SEQ_DONE;
-}
-
-/* -- one more map -------------------------------------------------------------------------------------------------- */
-
-/*
- * A bitmap cannot join an export that stands, so a second export of the same frozen node carries it for as long as it
- * is read. The walk goes up this little table and down again for each ask.
- */
-/*
- * The freeze has drained, so the layers' records have all from before it; without a transaction, since somebody may run
- * a block job by now (see 0009 on drains).
- */
-static void merge_since(struct session *s, const struct session_ask *a, struct qmp_bitmap target)
-{
-    const struct checkpoint *c = session_usable_since(s, a->disk, a->since);
-
-    calls_add(&s->late.calls, "block-dirty-bitmap-add",
-              qmp_args_bitmap_add(target, c ? c->granularity : 0, false, true), QMP_NO_FD, 0, NULL);
-    for (size_t l = 0; c && l < c->nlayers; l++) {
-        struct qmp_bitmap source = {c->layers[l].node, c->name};
-
-        if (c->layers[l].merge)
-            calls_add(&s->late.calls, "block-dirty-bitmap-merge", qmp_args_bitmap_merge(target, &source, 1), QMP_NO_FD,
-                      0, NULL);
-    }
-}
-
-static int late_merge_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_late(q);
-    const struct session_ask *a = s->asks;
-    char access[NAMES_SIZE], late[NAMES_SIZE];
-
-    merge_since(
-        s, a, (struct qmp_bitmap){session_view(s, a->disk, access), names_make(late, s->rig.id, NAMES_LATE, a->disk)});
-    return rig_wait(&s->late, f);
-}
-
-static void add_late_export(struct session *s, unsigned disk)
-{
-    char access[NAMES_SIZE], late[NAMES_SIZE];
-    struct qmp_bitmap b = {session_view(s, disk, access), names_make(late, s->rig.id, NAMES_LATE, disk)};
-
-    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, b.node, late, false, &b, 1), QMP_NO_FD,
-              disk, NULL);
-}
-
-static int late_export_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_late(q);
-
-    add_late_export(s, s->asks->disk);
-    return rig_wait(&s->late, f);
-}
-
-static void on_late_map(void *arg, struct map *map, const struct failure *f)
-{
-    struct session *s = arg;
-
-    s->late_reading = NULL;
-    s->late_map = map;
-    seq_done(&s->late.seq, f);
-}
-
-static int late_read_up(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_late(q);
-    char name[NAMES_SIZE], context[sizeof(DIRTY_CONTEXT) + NAMES_SIZE];
-    struct source_nbd_config config = {
-        .socket_path = s->rig.server_address,
-        .export_name = names_make(name, s->rig.id, NAMES_LATE, s->asks->disk),
-        .timeout_ms = s->rig.timeout_ms,
-    };
-
-    (void)snprintf(context, sizeof(context), DIRTY_CONTEXT "%s", name);
-    return source_nbd_map(s->rig.loop, &config, context, on_late_map, s, &s->late_reading);
-}
-
-/*
- * A QEMU that does not answer may wait, in a drain, for our own connections: they close before anything else, and what
- * the walk has made is undone with all else of the session.
- */
-static bool is_stuck(const struct session *s)
-{
-    return s->ask_failure.err == -ETIMEDOUT;
-}
-
-/* A refusal says that it is not there: it stands on a node of ours, of which nobody else knows. */
-static void on_late_bitmap_gone(struct calls *c, const struct failure *f)
-{
-    seq_done(&rig_of_calls(c)->seq, f && f->err != -EREMOTEIO ? f : NULL);
-}
-
-static void remove_late_bitmap(struct session *s, unsigned disk)
-{
-    char access[NAMES_SIZE], late[NAMES_SIZE];
-
-    calls_add(&s->late.calls, "block-dirty-bitmap-remove",
-              qmp_args_strings("node", session_view(s, disk, access), "name",
-                               names_make(late, s->rig.id, NAMES_LATE, disk), NULL),
-              QMP_NO_FD, disk, NULL);
-}
-
-static int late_no_bitmaps(struct seq *q, struct failure *f)
-{
-    struct session *s = session_of_late(q);
-
-    if (is_stuck(s))
-        return SEQ_DONE;
-    remove_late_bitmap(s, s->asks->disk);
-    return calls_wait(&s->late.calls, on_late_bitmap_gone, f);
-}
-
-static int late_no_exports(struct seq *q, struct failure *f)
-{
-    return is_stuck(session_of_late(q)) ? SEQ_DONE : rig_no_exports(q, f);
-}
-
-static const struct seq_step late_steps[] = {
-    {"merge the record", late_merge_up, late_no_bitmaps, NULL},
-    {"add an export for the map", late_export_up, late_no_exports, NULL},
-    {"read the map", late_read_up, NULL, NULL},
-};
-
-static void on_late_top(struct seq *q)
-{
-    seq_stop(q, false);
-}
-
-static void on_late_failed(struct seq *q, const struct failure *why)
-{
-    (void)failure_copy(&session_of_late(q)->ask_failure, why);
-    seq_stop(q, false);
-}
-
-static void on_late_end(struct seq *q, const struct failure *problems)
-{
-    struct session *s = session_of_late(q);
-    struct session_ask *a = s->asks;
-    struct map *map = TAKE_PTR(s->late_map);
-    struct failure f = s->ask_failure;
-    _cleanup_free_ char *context = NULL;
-
-    rig_done(&s->late);
-    s->late_running = false;
-    if (problems->err)
-        (void)failure_copy(&s->problems, problems);
-    if (is_stuck(s) && s->status == SESSION_UP)
-        session_fail(s, &f);
-    memset(&s->ask_failure, 0, sizeof(s->ask_failure));
-    if (!f.err && !map)
-        (void)failure_set(&f, -ECANCELED, "the session ends");
-    if (!f.err && (asprintf(&context, DIRTY_CONTEXT "%s", a->since) < 0 ||
-                   session_add_map(s, a->disk, context, TAKE_PTR(map)) < 0 ||
-                   fill_in_since(s, a->disk, session_usable_since(s, a->disk, a->since), context) < 0))
-        (void)failure_set(&f, -ENOMEM, "out of memory for a map");
-    if (!f.err)
-        tell_ready(s, a->disk, context);
-    map_free(map);
-    s->asks = a->next;
-    free(TAKE_PTR(a->since));
-    a->session = NULL;
-    if (a->cb)
-        a->cb(a, f.err ? &f : NULL);
-    session_late_next(s);
-    session_late_idle(s);
-}
-
-static const struct seq_ops late_ops = {
-    .on_top = on_late_top,
-    .on_failed = on_late_failed,
-    .on_end = on_late_end,
-};
-
-static void start_late(struct session *s, const struct seq_step *steps, unsigned nsteps, const struct seq_ops *ops)
-{
-    struct rig_config config = {
-        .loop = s->rig.loop,
-        .qmp = s->rig.qmp,
-        .id = s->rig.id,
-        .ndisks = s->rig.ndisks,
-        .timeout_ms = MIN(s->rig.timeout_ms, LATE_TIMEOUT_MS),
-        .server_socket = s->rig.server_socket,
-        .server_dir = s->rig.server_dir,
-    };
-
-    s->late_running = true;
-    (void)rig_init(&s->late, &config, steps, nsteps, ops); /* only a timer: cannot fail */
-    s->late.only_export = NAMES_LATE;
-    seq_start(&s->late.seq);
-}
-
-static int push_ask(struct session *s, struct session_ask *a)
-{
-    struct session_ask **tail = &s->asks;
-
-    a->session = s;
-    a->next = NULL;
-    while (*tail)
-        tail = &(*tail)->next;
-    *tail = a;
-    session_late_next(s);
-    return 0;
-}
-
-int session_ask_start(struct session *s, struct session_ask *a, const char *disk, const char *since,
-                      void (*cb)(struct session_ask *a, const struct failure *f))
-{
-    if (s->status != SESSION_UP || s->failed)
-        return -ENOTCONN;
-    memset(a, 0, sizeof(*a));
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        if (strcmp(s->disks[i].disk->name, disk) != 0)
-            continue;
-        if (!session_usable_since(s, i, since))
-            return -ENOENT;
-        a->cb = cb;
-        a->disk = i;
-        a->since = strdup(since);
-        return a->since ? push_ask(s, a) : -ENOMEM;
-    }
-    return -ENOENT;
-}
-
-/* The one under way cannot leave the queue: a stand-in takes its place. */
-void session_ask_forget(struct session_ask *a)
-{
-    struct session *s = a->session;
-    struct session_ask **p;
-
-    if (!s)
-        return;
-    for (p = &s->asks; *p != a; p = &(*p)->next)
-        ;
-    a->session = NULL;
-    if (p != &s->asks || s->mapping || !s->late_running) {
-        *p = a->next;
-        free(TAKE_PTR(a->since));
-        return;
-    }
-    s->stand_in = *a;
-    s->stand_in.cb = NULL;
-    s->stand_in.session = s;
-    a->since = NULL;
-    *p = &s->stand_in;
-}
-
-void session_late_cancel(struct session *s)
-{
-    struct failure f = {0};
-    bool under_way = s->late_running && !s->mapping; /* the first of the queue */
-    struct session_ask *waiting = !under_way ? TAKE_PTR(s->asks) : s->asks ? TAKE_PTR(s->asks->next) : NULL;
-
-    (void)failure_set(&f, -ECANCELED, "the session ends");
-    while (waiting) {
-        struct session_ask *a = waiting;
-
-        waiting = a->next;
-        free(TAKE_PTR(a->since));
-        a->session = NULL;
-        a->cb(a, &f);
-    }
-    if (s->late_running)
-        seq_stop(&s->late.seq, false);
 }
 
 /* -- correcting the allocation map --------------------------------------------------------------------------------- */
@@ -506,11 +284,11 @@ static int no_written(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
 
-    if (!s->merged || is_stuck(s))
+    if (!s->merged || late_is_stuck(s))
         return SEQ_DONE;
     for (unsigned i = 0; i < s->rig.ndisks; i++)
-        remove_late_bitmap(s, i);
-    return calls_wait(&s->late.calls, on_late_bitmap_gone, f);
+        late_remove_bitmap(s, i);
+    return calls_wait(&s->late.calls, late_on_gone, f);
 }
 
 static int export_written(struct seq *q, struct failure *f)
@@ -518,7 +296,7 @@ static int export_written(struct seq *q, struct failure *f)
     struct session *s = session_of_late(q);
 
     for (unsigned i = 0; s->merged && i < s->rig.ndisks; i++)
-        add_late_export(s, i);
+        late_add_export(s, i);
     return rig_wait(&s->late, f);
 }
 
@@ -566,7 +344,7 @@ static int correct(struct seq *q, struct failure *f)
 
         if (r < 0)
             return failure_set(f, r, "cannot correct the allocation map: %s", strerror(-r));
-        tell_ready(s, i, context);
+        maps_tell_ready(s, i, context);
     }
     return SEQ_DONE;
 }
@@ -580,20 +358,21 @@ static int no_live_exports(struct seq *q, struct failure *f)
 
     char export[NAMES_SIZE];
 
-    if (s->still || s->engine == ENGINE_JOB || s->depth_pass || is_stuck(s))
+    if (s->still || s->engine == ENGINE_JOB || s->depth_pass || late_is_stuck(s))
         return SEQ_DONE;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         if (s->disks[i].disk->host_cache)
             calls_add(&s->late.calls, "block-export-del",
                       qmp_args_export_del(names_make(export, s->rig.id, NAMES_LIVE, i)), QMP_NO_FD, i, NULL);
     }
-    return calls_wait(&s->late.calls, on_late_bitmap_gone, f);
+    return calls_wait(&s->late.calls, late_on_gone, f);
 }
 
 /* The first row is the last on the way down, which the walk takes at once: clients have their maps by then. */
 static const struct seq_step maps_steps[] = {
     {"drop live exports", NULL, no_live_exports, NULL},
     {"read dirty maps", read_records, NULL, NULL},
+    {"compare depths", compare_depths, NULL, NULL},
     {"fill in records", fill_in_all, NULL, NULL},
     {"read allocation", read_allocation, NULL, NULL},
     {"merge what was written", merge_written, no_written, NULL},
@@ -636,14 +415,14 @@ static void on_maps_end(struct seq *q, const struct failure *problems)
 
 static const struct seq_ops maps_ops = {
     .on_top = on_maps_top,
-    .on_failed = on_late_failed,
+    .on_failed = late_on_failed,
     .on_end = on_maps_end,
 };
 
 static void start_maps(struct session *s)
 {
     s->mapping = true;
-    start_late(s, maps_steps, ARRAY_SIZE(maps_steps), &maps_ops);
+    late_start(s, maps_steps, ARRAY_SIZE(maps_steps), &maps_ops);
 }
 
 void session_maps_start(struct session *s)
@@ -659,14 +438,11 @@ void session_want_depth(struct session *s)
         session_late_next(s);
 }
 
-void session_late_next(struct session *s)
+bool maps_next(struct session *s)
 {
-    if (s->late_running || s->stop_wanted || s->failed)
-        return;
-    if (s->wants_depth && s->mapped && !s->depth_pass) {
-        s->depth_pass = true;
-        start_maps(s);
-    } else if (s->asks) {
-        start_late(s, late_steps, ARRAY_SIZE(late_steps), &late_ops);
-    }
+    if (!s->wants_depth || !s->mapped || s->depth_pass)
+        return false;
+    s->depth_pass = true;
+    start_maps(s);
+    return true;
 }

@@ -341,6 +341,12 @@ static const struct disk *same_device(const struct disk_list *l, const struct di
     return NULL;
 }
 
+int session_other_layer(const struct disk *was, const char *now, struct failure *f)
+{
+    return failure_set(f, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again", was->name,
+                       now ? now : "none", was->top);
+}
+
 static void on_layers(struct calls *c, const struct failure *f)
 {
     struct session *s = session_of_calls(c);
@@ -357,8 +363,7 @@ static void on_layers(struct calls *c, const struct failure *f)
 
         if (!is || strcmp(is->node, was->node) != 0 || strcmp(is->top, was->top) != 0 ||
             !names_is_ours(root_of_device(r->answers[0], was->qdev)))
-            (void)failure_set(&mine, -ESTALE, "disk '%s' got another layer just now ('%s', was '%s'); try again",
-                              was->name, is ? is->top : "none", was->top);
+            (void)session_other_layer(was, is ? is->top : NULL, &mine);
     }
     rig_drop_answers(r);
     disk_list_free(now);

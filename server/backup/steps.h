@@ -69,7 +69,7 @@ struct session_disk {
 
 struct session {
     struct rig rig;              /* walks the table */
-    struct rig late;             /* reads one more map (maps.c); same id */
+    struct rig late;             /* reads maps (late.h); same id */
     bool late_running;           /* only at the table's top */
     bool mapping;                /* it is the first of these walks, which reads all maps of the freeze */
     bool mapped;                 /* all of them are there but for the depth's */
@@ -170,6 +170,8 @@ extern const unsigned session_nstill_steps;
 
 /* Whether that disk's record since session->since[k] can carry an incremental. */
 const struct checkpoint *session_usable_since(const struct session *s, unsigned disk, const char *since);
+/* Somebody took a snapshot: the layer is not `was->top` any more. now: NULL: none. -ESTALE */
+int session_other_layer(const struct disk *was, const char *now, struct failure *f);
 /* Whether some usable checkpoint of that disk has to be filled in from what upper layers have allocated. */
 bool session_needs_allocation(const struct session *s, unsigned disk);
 /* The node that is exported: the frozen view, or the image itself. Returns name, or what is borrowed from the disk. */
@@ -224,9 +226,9 @@ int step_settle_up(struct seq *q, struct failure *f);
 
 /* maps.c: the maps of the freeze are read while the session is up already. */
 void session_maps_start(struct session *s);
-void session_late_next(struct session *s);
-void session_late_cancel(struct session *s);
-/* session.c: maps.c has ended one ask; a stop may be waiting for that. */
+void session_late_next(struct session *s);   /* late.c: begins what waits */
+void session_late_cancel(struct session *s); /* asks.c */
+/* session.c: a walk of these has ended; a stop may be waiting for that. */
 void session_late_idle(struct session *s);
 
 /* quiesce_steps.c: rows for any engine's table */

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """nbdkit's qpull plugin against "nbdkit nbd" before the same frozen view, exported by QEMU itself, and against qpulld:
 nbdcopy with its defaults, to null, one QEMU each with the same image in the page cache, interleaved. a: the plugin, b: the
-other one, both GiB/s (medians); ratio: the median of a round's own ratios, low and high their quartiles.
+other one, both GiB/s (medians); ratio: the median of a round's own ratios, low and high their quartiles. The rows "CPU" are
+the CPU seconds that a GiB costs in all processes (QEMU, nbdkit or qpulld, nbdcopy): less is better, and a busy
+machine distorts them less.
 
     tests/bench/plugin.py [--rounds N] [--mib N] [--bin DIR] [--json FILE]"""
 import argparse
@@ -12,9 +14,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '../qemu'))
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.join(os.path.dirname(os.path.abspath(__file__)), '../qemu')]
+import bench  # noqa: E402
 import harness  # noqa: E402
 from qmpclient import Qmp  # noqa: E402
 
@@ -23,13 +25,13 @@ NODE = 'node-vda'
 
 def qemu(folder, name, image, device=True):
     look = f'{folder}/{name}.look'
-    harness.spawn(['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'pc', '-m', '64', '-nodefaults', '-no-user-config',
-                   '-display', 'none', '-qmp', f'unix:{folder}/{name}.qmp,server=on,wait=off',
-                   '-qmp', f'unix:{look},server=on,wait=off',
-                   '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.locking=off,file.filename={image}',
-                   *(['-device', f'virtio-blk-pci,id=vda,drive={NODE}'] if device else [])])
+    process = harness.spawn(['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'pc', '-m', '64', '-nodefaults', '-no-user-config',
+                             '-display', 'none', '-qmp', f'unix:{folder}/{name}.qmp,server=on,wait=off',
+                             '-qmp', f'unix:{look},server=on,wait=off',
+                             '-blockdev', f'driver=raw,node-name={NODE},discard=unmap,file.driver=file,file.locking=off,file.filename={image}',
+                             *(['-device', f'virtio-blk-pci,id=vda,drive={NODE}'] if device else [])])
     harness.wait_until(lambda: os.path.exists(look), 20, 'QEMU')
-    return look
+    return look, process.pid
 
 
 def frozen_by_hand(folder, look, size):
@@ -48,15 +50,17 @@ def frozen_by_hand(folder, look, size):
 
 def nbdkit(folder, name, *words):
     socket = f'{folder}/{name}.nbd'
-    harness.spawn(['nbdkit', '-f', '-U', socket, '--pidfile', f'{folder}/{name}.pid', *words])
+    process = harness.spawn(['nbdkit', '-f', '-U', socket, '--pidfile', f'{folder}/{name}.pid', *words])
     harness.wait_until(lambda: os.path.exists(f'{folder}/{name}.pid'), 30, name)
-    return f'nbd+unix:///vda?socket={socket}'
+    return f'nbd+unix:///vda?socket={socket}', process.pid
 
 
-def copy(uri, size):
-    begin = time.monotonic()
-    harness.run(['nbdcopy', uri, 'null:'], timeout=300)
-    return size / (time.monotonic() - begin) / (1 << 30)
+def copy(uri, pids, size):
+    """GiB/s, and CPU seconds for each GiB."""
+    before = sum(map(bench.cpu_clock, pids))
+    client = bench.run_clients([['nbdcopy', uri, 'null:']], timeout=300)
+    gib = size / bench.GIB
+    return gib / client.seconds, (sum(map(bench.cpu_clock, pids)) - before + client.cpu) / gib
 
 
 def worlds(folder, programs, size):
@@ -66,20 +70,22 @@ def worlds(folder, programs, size):
             f.write(os.urandom(1 << 20))
     for name in ('plugin', 'hand', 'daemon'):
         os.makedirs(f'{folder}/{name}.state')
-    qemu(folder, 'plugin', image)
+    _, first = qemu(folder, 'plugin', image)
     plugin = nbdkit(folder, 'plugin', f'{programs}/nbdkit-qpull-plugin.so', f'{folder}/plugin.qmp', 'disk=vda',
                     f'scratch={folder}', f'state={folder}/plugin.state', 'linger=600', 'max-pause=30')
-    by_hand = frozen_by_hand(folder, qemu(folder, 'hand', image, device=False), size)
+    look, second = qemu(folder, 'hand', image, device=False)
+    by_hand = frozen_by_hand(folder, look, size)
     proxy = nbdkit(folder, 'proxy', 'nbd', f'socket={folder}/qemu.nbd', 'export=x')
-    qemu(folder, 'daemon', image)
+    _, third = qemu(folder, 'daemon', image)
     daemon = harness.Qpulld(folder, {'vm': f'{folder}/daemon.qmp'}, linger=600, program=f'{programs}/qpulld')
-    return {'plugin': plugin, 'nbdkit nbd': proxy, 'qpulld': daemon.uri('vm/vda')}, by_hand
+    return {'plugin': (plugin[0], [first, plugin[1]]), 'nbdkit nbd': (proxy[0], [second, proxy[1]]),
+            'qpulld': (daemon.uri('vm/vda'), [third, daemon.process.pid])}, by_hand
 
 
-def row(name, a, b):
+def row(name, unit, a, b):
     ratios = [x / y for x, y in zip(a, b)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return {'name': name, 'unit': 'GiB/s', 'a': round(statistics.median(a), 3), 'b': round(statistics.median(b), 3),
+    return {'name': name, 'unit': unit, 'a': round(statistics.median(a), 3), 'b': round(statistics.median(b), 3),
             'ratio': round(statistics.median(ratios), 3), 'low': round(quartiles[0], 3), 'high': round(quartiles[2], 3)}
 
 
@@ -93,20 +99,21 @@ def main(argv=None):
     programs = os.path.abspath(args.bin or harness.bin_dir())
     folder = tempfile.mkdtemp(prefix='qpull-bench-', dir='/dev/shm')
     try:
-        uris, _by_hand = worlds(folder, programs, args.mib << 20)
-        for uri in uris.values():
-            copy(uri, args.mib << 20)  # the first one freezes
-        found = {name: [] for name in uris}
+        places, _by_hand = worlds(folder, programs, args.mib << 20)
+        for uri, pids in places.values():
+            copy(uri, pids, args.mib << 20)  # the first one freezes
+        found = {name: [] for name in places}
         for i in range(args.rounds):
-            names = list(uris)
+            names = list(places)
             for name in names[i % 3:] + names[:i % 3]:
-                found[name].append(copy(uris[name], args.mib << 20))
+                found[name].append(copy(*places[name], args.mib << 20))
     finally:
         harness.kill_children()
         shutil.rmtree(folder, ignore_errors=True)
-    rows = [row(f'plugin / {other}', found['plugin'], found[other]) for other in ('nbdkit nbd', 'qpulld')]
+    rows = [row(f'plugin / {other}{what}', unit, [x[i] for x in found['plugin']], [x[i] for x in found[other]])
+            for i, (what, unit) in enumerate((('', 'GiB/s'), (', CPU', 's/GiB'))) for other in ('nbdkit nbd', 'qpulld')]
     for r in rows:
-        print(f'{r["name"]:22} {r["a"]:6.2f} {r["b"]:6.2f} {r["unit"]}  ratio {r["ratio"]:.2f} '
+        print(f'{r["name"]:26} {r["a"]:6.2f} {r["b"]:6.2f} {r["unit"]}  ratio {r["ratio"]:.2f} '
               f'({r["low"]:.2f}-{r["high"]:.2f})')
     if args.json:
         with open(args.json, 'w', encoding='ascii') as f:

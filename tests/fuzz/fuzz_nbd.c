@@ -8,6 +8,8 @@
  * Besides what the machine asserts and the sanitizers see: hangup comes once and last, payloads are released, chunks
  * are well-formed, every request is finished by exactly one final chunk.
  */
+#include "fuzz.h"
+
 #include "nbd/codec.h"
 #include "nbd/nbd.h"
 #include "nbd/wire.h"
@@ -20,16 +22,6 @@
 #define EXTENTS_MAX 8
 /* A whole read is served up to here; a fuzzer that copies megabytes is slow and finds nothing by it. */
 #define DATA_MAX 65536
-
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                                  \
-        }                                                                             \
-    } while (0)
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 /* First decision. */
 enum { TLS_MASK = 3, FORM_SHIFT = 2, FORM_MASK = 3, CONTEXTS = 16, LATER = 32, ALIGNED = 64 };

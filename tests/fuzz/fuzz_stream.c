@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The QMP stream under any bytes: what it takes whole it takes in pieces, as the same documents, and it never keeps
- * more than the limit. The reverse does not hold: json-c 0.16 lets malformed numbers pass where they are split.
+ * more than the limit. The reverse does not hold: json-c 0.16 lets malformed numbers pass where they are split. Nor is
+ * it so with comments, which json-c allows and JSON has not: one behind a document holds that back until it ends,
+ * unless the document came alone.
  */
 #include "qmp/stream.h"
 
 #include <errno.h>
+#include <stdbool.h>
 
 #define MAX_DOCUMENT 4096
 
@@ -46,16 +49,18 @@ static int feed(const uint8_t *bytes, size_t len, size_t piece, struct heard *h)
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len)
 {
     struct heard whole = {0}, pieces = {0};
+    bool has_comment;
     int r;
 
     if (len < 2)
         return 0;
+    has_comment = memchr(bytes + 1, '/', len - 1); /* or may have: also the beginning of one */
     r = feed(bytes + 1, len - 1, len, &whole);
     if (r != 0 && r != -EPROTO && r != -EMSGSIZE)
         abort();
-    if (feed(bytes + 1, len - 1, 1 + bytes[0], &pieces) != 0 && r == 0)
+    if (feed(bytes + 1, len - 1, 1 + bytes[0], &pieces) != 0 && r == 0 && !has_comment)
         abort();
-    if (r == 0 && (whole.ndocuments != pieces.ndocuments || whole.length != pieces.length))
+    if (r == 0 && !has_comment && (whole.ndocuments != pieces.ndocuments || whole.length != pieces.length))
         abort();
     return 0;
 }

@@ -106,6 +106,35 @@ make_increment()
     run_nbdkit "nbdcopy \"\$uri\" $work/now.img" -- qmp="$work/$1.qmp" disk=vda "${common[@]}"
 }
 
+# apply_increment IMAGE INCREMENT MAP: what the map calls dirty is copied onto the image.
+apply_increment()
+{
+    /usr/bin/python3 -c '
+import json, sys
+with open(sys.argv[1], "r+b") as image, open(sys.argv[2], "rb") as increment:
+    for e in json.load(open(sys.argv[3])):
+        if e["type"] & 1:
+            increment.seek(e["offset"])
+            image.seek(e["offset"])
+            image.write(increment.read(e["length"]))' "$@"
+}
+
+# play PARAMETERS: a documented command from stdin, in $work/out, with this plugin for "qpull" and this test's places; --run's
+# command needs no sanitizer.
+play()
+{
+    local script
+
+    script=$(sed -e "s,/run/vm.qmp,$work/vm.qmp," -e "s,/run/qpull/nbd.sock,$socket,; s,--run ',--run 'unset LD_PRELOAD; ," \
+        -e "s,nbdkit\( --filter=rate --filter=log\|\) qpull,played\1 $plugin $1,")
+    (cd "$work/out" && eval "$script") 2>>"$nbdkit_log"
+}
+
+played()
+{
+    sanitized_nbdkit -v -U - "$@"
+}
+
 # same FILE FILE: byte by byte.
 same()
 {
@@ -115,11 +144,18 @@ same()
     fi
 }
 
-at_exit_show_log()
+# What failed may have had its words sent to nbdkit's log. A test that has more to undo says so in $undo.
+undo=
+show_log_and_cleanup()
 {
-    if [ -e "$nbdkit_log" ]; then
+    local status=$?
+    set +e
+    if [ $status -ne 0 ] && [ $status -ne 77 ] && [ -e "$nbdkit_log" ]; then
         tail -n 60 "$nbdkit_log" >&2
     fi
+    $undo
+    (exit $status) # which cleanup looks at
+    cleanup
 }
+trap show_log_and_cleanup EXIT
 set -o errtrace
-trap 'echo "$0: line $LINENO: \"$BASH_COMMAND\" failed" >&2; at_exit_show_log' ERR

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# kill -9 before a session, while it comes up, in the middle of a read and while it lingers: the next start sweeps.
+# kill -9 before a session, while it comes up, in the middle of a read, while it lingers and while it is torn down: the next
+# start sweeps.
 . "$(dirname "$0")/functions.sh"
 
 disk vda qcow2 64M
 start_vm vm vda:qcow2
-for phase in start setup read linger; do
+qemu=${children[-1]}
+for phase in start setup read linger teardown; do
     case $phase in
     start) start_nbdkit -- "$work/vm.qmp" disk=vda "${common[@]}" ;;
     setup)
@@ -22,9 +24,17 @@ for phase in start setup read linger; do
         start_nbdkit -- "$work/vm.qmp" disk=vda checkpoint=never linger=60 "${common[@]}"
         nbdinfo "$(uri vda)" >/dev/null
         ;;
+    teardown)
+        start_nbdkit -- "$work/vm.qmp" disk=vda checkpoint=whole linger=60 "${common[@]}"
+        nbdcopy "$(uri vda)" null:
+        kill -STOP $qemu
+        kill -TERM $nbdkit_pid
+        wait_for 20 grep -q 'UP -> GOING_DOWN' "$nbdkit_log"
+        ;;
     esac
     kill -9 $nbdkit_pid
     wait $nbdkit_pid || true
+    kill -CONT $qemu
     check_nbdkit_log
     : >"$nbdkit_log"
     run_nbdkit "nbdcopy \"\$uri\" $work/out.img" -- "$work/vm.qmp" disk=vda "${common[@]}"

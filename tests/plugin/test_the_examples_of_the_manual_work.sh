@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Every example of the man page and of the README is run as it stands there, but for paths, and does what is said.
+# Every example of the man page is run as it stands there, but for paths, and does what is said.
 . "$(dirname "$0")/functions.sh"
 
 # example NAME: the text of it.
@@ -13,21 +13,6 @@ import sys
 pod = open(sys.argv[1], encoding='ascii').read()
 print(re.search(rf'^=for comment example {sys.argv[2]}\n\n((?: .*\n)+)', pod, re.M).group(1))
 PYTHON
-}
-
-# play: a script from stdin, with this plugin for "qpull" and this test's places; --run's command needs no sanitizer.
-play()
-{
-    local script
-
-    script=$(sed -e "s,/run/vm.qmp,$work/vm.qmp," -e "s,/run/qpull/nbd.sock,$socket,; s,--run ',--run 'unset LD_PRELOAD; ," \
-        -e "s,nbdkit\( --filter=rate --filter=log\|\) qpull,played\1 $plugin $1,")
-    (cd "$work/out" && eval "$script") 2>>"$nbdkit_log"
-}
-
-played()
-{
-    sanitized_nbdkit -v -U - "$@"
 }
 
 disk vda qcow2 32M
@@ -54,9 +39,4 @@ rm "$work/out/vda.img"
 example through | play ''
 same "$work/out/vda.img" "$work/now.img"
 stop_qpulld
-# The README's two commands, which are the same.
-readme=$(sed -n '/^    nbdkit qpull/,/[^\\]$/p' "$here/../../README.md")
-for words in 'checkpoint=monday --run' 'map=both checkpoint=tuesday' 'nbdcopy --destination-is-zero --sparse=0 -- "$uri" [ nbdkit --exit-with-parent file vda.img ]'; do
-    grep -qF -- "$words" <<<"$readme"
-done
 check_nbdkit_log

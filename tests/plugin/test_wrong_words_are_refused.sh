@@ -29,6 +29,21 @@ refused 'must be unix:PATH' server=tcp:localhost vm=vm
 refused 'unknown parameter "disks"' qmp="$work/vm.qmp" disks=vda
 refused 'number of seconds' qmp="$work/vm.qmp" timeout=soon
 refused 'has no effect' qmp="$work/vm.qmp" since=monday "${common[@]}"
+for twice in map=dirty timeout=5 linger=5 max-pause=5 quiesce=off scratch="$work" state="$work" checkpoint=a since=a vm=a; do
+    refused "${twice%%=*}= is there twice" qmp="$work/vm.qmp" $twice $twice
+done
+place='{"driver":"file","filename":"/tmp/x"}'
+refused 'scratch= is there twice' qmp="$work/vm.qmp" scratch="$place" scratch="$place"
+refused 'scratch=.*: is not a directory' qmp="$work/vm.qmp" scratch="$work/vda.img"
+refused 'state=.*: No such file' qmp="$work/vm.qmp" scratch="$work" state="$work/none"
+refused 'is no regular file' qmp="$work/vm.qmp" since=monday dirty-map=/dev/stdout "${common[@]}"
+refused 'dirty-map= needs since' qmp="$work/vm.qmp" dirty-map="$work/x" "${common[@]}"
+refused 'name the same checkpoint' qmp="$work/vm.qmp" since=monday checkpoint=monday map=dirty "${common[@]}"
+refused "checkpoint=a/b: .*" qmp="$work/vm.qmp" checkpoint=a/b "${common[@]}"
+refused 'vm=a@b: must be' qmp="$work/vm.qmp" vm=a@b "${common[@]}"
+refused 'number of seconds' qmp="$work/vm.qmp" linger=-1
+refused 'number of seconds' qmp="$work/vm.qmp" timeout=99999999999999999999
+refused 'must be off, try or require' qmp="$work/vm.qmp" quiesce=yes
 expect "$(sanitized_nbdkit "$plugin" --help)" 'SOCKET' 'checkpoint=NAME'
 expect "$(sanitized_nbdkit "$plugin" --dump-plugin)" 'qpull_maps=allocation dirty both' 'magic_config_key=qmp' \
     'thread_model=parallel'

@@ -88,7 +88,10 @@ class Oracle:
         fill(self.allocated[-1], *area)
 
     def resize(self, size):
-        """Of the layer on top; what comes back is zeroes."""
+        """Of the layer on top; what comes back is zeroes. A bitmap's last block stays marked by what was behind the end."""
+        granularity, marks = self.row.layers[-1].granularity, self.marks[-1]
+        if any(marks[size // SECTOR:size // granularity * granularity // SECTOR + granularity // SECTOR]):
+            fill(marks, size // granularity * granularity, size)
         self.image = self.image[:size] + bytes(max(0, size - len(self.image)))
         for sectors in (self.marks, self.allocated):
             sectors[-1] = sectors[-1][:size // SECTOR] + bytes(max(0, size // SECTOR - len(sectors[-1])))

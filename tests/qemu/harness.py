@@ -478,8 +478,10 @@ class Qpulld:
 
     def tcp_port(self):
         """The port that --listen tcp:127.0.0.1:0 got."""
-        found = wait_until(lambda: re.search(r'127\.0\.0\.1:([1-9]\d*)', self.log()), 10, 'the port in the log')
-        return int(found.group(1))
+        def find():
+            with open(self.log_path, encoding='utf-8', errors='replace') as f:
+                return re.findall(r'127\.0\.0\.1:([1-9]\d*)', f.read())
+        return int(wait_until(find, 10, 'the port in the log')[-1])
 
     def tcp_uri(self, export):
         import urllib.parse

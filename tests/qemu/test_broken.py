@@ -163,7 +163,7 @@ class Broken(harness.Case):
         self.assertEqual(other.wait_hangup(SOON), b'')
         self.assertLess(time.monotonic() - since, SOON)
         # The other disk has a reader that did not come to its end, so its part is not whole either.
-        self.assertTold('vda', dropped=['vdb', 'vda'], kept=[], checkpoint='part', since=since)
+        self.assertTold('vda', dropped=['vda', 'vdb'], kept=[], checkpoint='part', since=since)
         self.assertUndone()
 
     def test_what_ended_well_on_another_disk_is_kept(self):

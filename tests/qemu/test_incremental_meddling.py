@@ -105,6 +105,41 @@ class Meddling(harness.Case):
         self.vm.check()
         daemon.stop()
 
+    def test_layers_without_records_are_counted_from_the_layer_that_was_frozen(self):
+        """Where a record ends below the top, what changed is told by the depths of the layers above, as they were: one
+        more on top, taken while they are read, moves all of them."""
+        disk = Disk('vda', 3 * MIB + 7 * SECTOR)
+        self.vm, self.nlayers = self.guest(disk), 0
+        self.tool = Qmp(self.vm.spare_qmp_path)
+        self.addCleanup(self.tool.close)
+        proxy = QmpProxy(self.folder, self.vm)
+        self.addCleanup(proxy.close)
+        daemon = self.qpulld(proxy, linger=0)
+        random_work(self.vm, 'vda', 10)
+        base, _ = self.session(daemon, 'base', [], {})
+        settle(self.vm)
+        self.snapshot(disk, [])
+        random_work(self.vm, 'vda', 5)
+        proxy.at(COMMANDS_AT_MOST)
+        truth, why = self.session(daemon, 'probe', ['base'], {'base': base})
+        self.assertIsNotNone(truth, why)
+        settle(self.vm)
+        exporting = [i for i, name in enumerate(proxy.commands) if name == 'block-export-add']
+        refused = 0
+        for number in range(exporting[1], exporting[-1] + 2):
+            self.vm.cmd(f'write vda {number * 65536 % (3 * MIB)} {SECTOR} {number}')
+            proxy.at(number, before=lambda: self.snapshot(disk, []))
+            truth, why = self.session(daemon, f'a{number}', ['base'], {'base': base})
+            settle(self.vm)
+            proxy.off()
+            if truth is None:
+                refused += 1
+                self.assertIn('try again', daemon.log())
+        print(f'({refused} refused)', end=' ')
+        self.assertGreater(refused, 0)
+        self.vm.check()
+        daemon.stop()
+
     def records(self, disk):
         return {name for node, name in harness.bitmaps(self.vm.look) if node == disk.node}
 

@@ -139,6 +139,26 @@ const char *vm_trouble(const struct vm *vm)
     return "not connected";
 }
 
+const struct disk *vm_lease_disk(const struct vm_lease *l, const char *name)
+{
+    return disk_list_find(&l->stay.vm->list, name);
+}
+
+struct vm *vm_lease_vm(const struct vm_lease *l)
+{
+    return l->stay.vm;
+}
+
+const char *vm_lease_session(const struct vm_lease *l)
+{
+    return "s1";
+}
+
+uint64_t vm_stay_rate(const struct vm_stay *stay)
+{
+    return stay->vm->rate;
+}
+
 const char *vm_stay_session(const struct vm_stay *stay)
 {
     return "s1";
@@ -300,6 +320,7 @@ int world_set_up(void **state)
 {
     struct world *w = calloc(1, sizeof *w);
     struct failure why = {0};
+    const struct listen_file ours = {.mode = 0600, .uid = LISTEN_AS_IS, .gid = LISTEN_AS_IS};
 
     log_init(LOG_LEVEL_ERROR);
     (void)signal(SIGPIPE, SIG_IGN); /* as the daemon does */
@@ -314,7 +335,7 @@ int world_set_up(void **state)
     (void)strcpy(w->dir, "/tmp/qpull-conn-XXXXXX");
     assert_non_null(mkdtemp(w->dir));
     (void)snprintf(w->path, sizeof w->path, "%s/nbd.sock", w->dir);
-    assert_int_equal(listen_open_unix(&w->loop, w->path, false, on_client, w, &w->listener, &why), 0);
+    assert_int_equal(listen_open_unix(&w->loop, w->path, &ours, on_client, w, &w->listener, &why), 0);
     *state = w;
     return 0;
 }

@@ -51,6 +51,7 @@ struct vm {
     bool hold_entering;
     bool unmapped;          /* maps come with vm_map() */
     struct failure refusal; /* of entering */
+    uint64_t rate;
     struct vm_counters counters;
     /* what it saw */
     unsigned nentered, nleft, ntold_lost;
@@ -58,7 +59,7 @@ struct vm {
     char since[64], checkpoint[64], disk[64], identity[64];
 };
 
-#define CLIENTS_MAX 16
+#define CLIENTS_MAX 20
 
 struct client {
     uv_pipe_t pipe;

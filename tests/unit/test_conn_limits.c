@@ -103,6 +103,99 @@ static void with_all_places_taken_the_silent_make_way_and_the_working_do_not(voi
     assert_int_equal(w->set.nrefused, 1);
 }
 
+/* -- one client's limits ------------------------------------------------------------------------------------------- */
+static void one_connection_too_many_of_a_client_is_told_so_and_let_go(void **state)
+{
+    struct world *w = *state;
+    struct client *c;
+    struct bytes b = {0};
+    char said[1024] = {0};
+
+    w->config.max_connections_per_client = 2;
+    (void)client_open(w, 0, "web/vda", STRUCTURED);
+    (void)client_greet(w, 1, STRUCTURED);
+    c = client_greet(w, 2, STRUCTURED);
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    client_say(c, &b);
+    loop_until(&w->loop, c->eof);
+    memcpy(said, c->in.data, MIN(c->in.len, sizeof said - 1));
+    for (size_t i = 0; i < c->in.len && i < sizeof said; i++)
+        said[i] = said[i] ? said[i] : ' ';
+    assert_non_null(strstr(said, " has 2 connections already"));
+    assert_non_null(strstr(said, "--max-connections-per-client"));
+    assert_int_equal(w->set.nrefused, 1);
+    client_close(&w->clients[1]);
+    loop_until(&w->loop, w->set.nopen == 1);
+    (void)client_open(w, 3, "web/vda", STRUCTURED); /* there is a place again */
+}
+
+static void those_that_are_refused_are_few_at_a_time_too(void **state)
+{
+    struct world *w = *state;
+    struct client *c;
+
+    w->config.max_connections = 256;
+    w->config.max_connections_per_client = 1;
+    (void)client_open(w, 0, "web/vda", STRUCTURED);
+    for (size_t i = 1; i <= CONN_REFUSED_MAX; i++) { /* these say nothing, and are heard out */
+        (void)client_connect(w, i);
+        loop_until(&w->loop, w->set.nconns == i + 1);
+    }
+    c = client_connect(w, CONN_REFUSED_MAX + 1);
+    loop_until(&w->loop, c->eof);
+    for (size_t i = 0; i <= CONN_REFUSED_MAX; i++)
+        assert_false(w->clients[i].eof);
+    assert_int_equal(w->set.nrefused, CONN_REFUSED_MAX + 1);
+}
+
+/* -- rate ---------------------------------------------------------------------------------------------------------- */
+static void a_session_s_rate_slows_its_reads_and_changes_no_byte(void **state)
+{
+    struct world *w = *state;
+    struct client *c[2];
+    uint64_t before = uv_hrtime();
+    struct bytes b = {0};
+
+    w->vms[0].rate = 4u << 20;
+    for (size_t i = 0; i < 2; i++)
+        c[i] = client_open(w, i, "web/vda", SIMPLE);
+    for (size_t i = 0; i < 2; i++) {
+        say_read(&b, 1, 1024 * KIB, 1024 * KIB);
+        client_say(c[i], &b);
+    }
+    loop_until(&w->loop, c[0]->in.len >= 1024 * KIB + 16 && c[1]->in.len >= 1024 * KIB + 16);
+    /* 2 MiB, but for the first piece, at 4 MiB a second */
+    assert_true(uv_hrtime() - before >= UINT64_C(400000000));
+    for (size_t i = 0; i < 2; i++) {
+        assert_int_equal(c[i]->in.len, 1024 * KIB + 16);
+        assert_memory_equal(c[i]->in.data + 16, w->vms[0].source.data + 1024 * KIB, 1024 * KIB);
+    }
+}
+
+static void a_client_that_leaves_while_it_waits_for_the_rate_leaves_nothing(void **state)
+{
+    struct world *w = *state;
+    struct client *c[3];
+    struct bytes b = {0};
+
+    w->vms[0].rate = CONFIG_RATE_LEAST;
+    for (size_t i = 0; i < 3; i++) {
+        c[i] = client_open(w, i, "web/vda", STRUCTURED);
+        say_read(&b, 1, 1024 * KIB, 1024 * KIB);
+        client_say(c[i], &b);
+    }
+    loop_turn(&w->loop, 20);
+    client_close(c[0]);
+    loop_until(&w->loop, w->vms[0].nleft == 1);
+    vm_lose(&w->vms[0], "gone");
+    for (size_t i = 1; i < 3; i++) {
+        loop_until(&w->loop, c[i]->eof);
+        client_close(c[i]);
+    }
+    loop_until(&w->loop, w->set.nopen == 0);
+    assert_null(w->set.rates.buckets);
+}
+
 /* -- budget -------------------------------------------------------------------------------------------------------- */
 struct taker {
     struct budget_user user;
@@ -167,6 +260,10 @@ int main(void)
         TEST(a_client_that_does_not_read_costs_a_window_and_is_closed),
         TEST(a_flood_of_refused_requests_is_not_read_on_without_end),
         TEST(with_all_places_taken_the_silent_make_way_and_the_working_do_not),
+        TEST(one_connection_too_many_of_a_client_is_told_so_and_let_go),
+        TEST(those_that_are_refused_are_few_at_a_time_too),
+        TEST(a_session_s_rate_slows_its_reads_and_changes_no_byte),
+        TEST(a_client_that_leaves_while_it_waits_for_the_rate_leaves_nothing),
         cmocka_unit_test(everybody_gets_one_buffer_and_those_who_wait_take_turns),
     };
 
