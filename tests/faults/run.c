@@ -450,6 +450,13 @@ static void find_out_narrow(struct stand *st)
     st->scenario = mine;
 }
 
+/* Wakes the loop: the socket of a child that ends is closed before it can be waited for. */
+static void on_child(uv_signal_t *handle, int signum)
+{
+    (void)handle;
+    (void)signum;
+}
+
 struct stand *stand_new(const struct scenario *s, const char *program, uint64_t seed)
 {
     struct stand *st = calloc(1, sizeof(*st));
@@ -459,6 +466,8 @@ struct stand *stand_new(const struct scenario *s, const char *program, uint64_t 
     st->scenario = s;
     st->program = program;
     (void)uv_timer_init(&st->loop, &st->resume);
+    (void)uv_signal_init(&st->loop, &st->children);
+    (void)uv_signal_start(&st->children, on_child, SIGCHLD);
     guest_start(&st->guest, s->ndisks, s->small_scratch ? SMALL_SCRATCH : 0, seed);
     (void)snprintf(st->path, sizeof(st->path), "%s/proxy", st->guest.dir);
     st->proxy = proxy_new(&st->loop, st->path, st->guest.monitor, &strike_ops, st);
@@ -482,6 +491,7 @@ void stand_free(struct stand *st)
     strike_kill_daemon(st);
     proxy_free(st->proxy);
     uv_close((uv_handle_t *)&st->resume, NULL);
+    uv_close((uv_handle_t *)&st->children, NULL);
     (void)uv_run(&st->loop, UV_RUN_DEFAULT);
     if (uv_loop_close(&st->loop) != 0)
         die("the loop still has handles");
