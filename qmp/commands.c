@@ -14,6 +14,16 @@ static void put_string(struct json_object *o, const char *key, const char *value
     put(o, key, json_object_new_string(value));
 }
 
+/*
+ * What is false by default is not said: QEMU reads its monitor one byte at a time, each at the price of some system
+ * calls and a turn of poll() (monitor_can_read(), 7.0 to 11.1).
+ */
+static void put_true(struct json_object *o, const char *key, bool value)
+{
+    if (value)
+        put(o, key, json_object_new_boolean(true));
+}
+
 static struct json_object *new_args(const char *key, const char *value)
 {
     struct json_object *o = json_object_new_object();
@@ -142,11 +152,12 @@ struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file
     return o;
 }
 
-struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file)
+struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file, bool discards)
 {
     struct json_object *o = new_node("snapshot-access", node, file);
 
-    put_string(o, "discard", "unmap"); /* what is given back, through an export that is writable for it */
+    if (discards)
+        put_string(o, "discard", "unmap");
     return o;
 }
 
@@ -206,8 +217,8 @@ struct json_object *qmp_args_bitmap_add(struct qmp_bitmap b, uint64_t granularit
 
     if (granularity)
         put(data, "granularity", json_object_new_int64((int64_t)granularity));
-    put(data, "persistent", json_object_new_boolean(persistent));
-    put(data, "disabled", json_object_new_boolean(disabled));
+    put_true(data, "persistent", persistent);
+    put_true(data, "disabled", disabled);
     return data;
 }
 
@@ -312,14 +323,15 @@ struct json_object *qmp_args_nbd_server_start_fd(const char *fdname)
     return o;
 }
 
-struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,
+struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, unsigned flags,
                                         const struct qmp_bitmap *bitmaps, size_t nbitmaps)
 {
-    struct json_object *o = qmp_args_strings("type", "nbd", "id", id, "node-name", node, "name", name, NULL);
+    struct json_object *o = qmp_args_strings("type", "nbd", "id", id, "node-name", node, NULL);
 
-    put(o, "writable", json_object_new_boolean(writable));
-    if (!writable)
-        put(o, "allocation-depth", json_object_new_boolean(true));
+    if (name)
+        put_string(o, "name", name);
+    put_true(o, "writable", flags & QMP_EXPORT_WRITABLE);
+    put_true(o, "allocation-depth", flags & QMP_EXPORT_DEPTH);
     if (nbitmaps) {
         struct json_object *list = json_object_new_array();
 
@@ -334,7 +346,6 @@ struct json_object *qmp_args_export_add_vhost(const char *id, const char *node, 
 {
     struct json_object *o = qmp_args_strings("type", "vhost-user-blk", "id", id, "node-name", node, NULL);
 
-    put(o, "writable", json_object_new_boolean(false));
     put(o, "addr", qmp_args_strings("type", "fd", "str", fdname, NULL));
     return o;
 }

@@ -32,7 +32,8 @@ struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file
 /* A node that is nothing but its name. */
 struct json_object *qmp_args_blockdev_add_null(const char *node);
 struct json_object *qmp_args_blockdev_add_raw(const char *node, const char *file);
-struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file);
+/* discards: they may come, through an export that is writable. */
+struct json_object *qmp_args_blockdev_add_snapshot_access(const char *node, const char *file, bool discards);
 /* An image of an fdset, read-only, over another node. */
 struct json_object *qmp_args_blockdev_add_empty(const char *node, const char *format, int64_t fdset_id,
                                                 const char *backing);
@@ -76,7 +77,10 @@ struct json_object *qmp_args_create_overlay(const char *job, const char *file_no
 struct json_object *qmp_args_flush(const char *node);
 
 struct json_object *qmp_args_nbd_server_start_fd(const char *fdname);
-struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, bool writable,
+#define QMP_EXPORT_WRITABLE 1u
+#define QMP_EXPORT_DEPTH 2u /* has the context "qemu:allocation-depth" */
+/* name: clients say it; NULL: that of the node. */
+struct json_object *qmp_args_export_add(const char *id, const char *node, const char *name, unsigned flags,
                                         const struct qmp_bitmap *bitmaps, size_t nbitmaps);
 /* fdname: of a listening socket (getfd). */
 struct json_object *qmp_args_export_add_vhost(const char *id, const char *node, const char *fdname);

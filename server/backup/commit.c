@@ -320,8 +320,8 @@ static int step_export(struct seq *s, struct failure *f)
     if (!c->still_socket || c->active)
         return SEQ_DONE;
     names_make(name, c->rig.id, NAMES_EXPORT, 0);
-    calls_add(&c->rig.calls, "block-export-add", qmp_args_export_add(name, c->base_node, name, false, NULL, 0),
-              QMP_NO_FD, 0, NULL);
+    calls_add(&c->rig.calls, "block-export-add", qmp_args_export_add(name, c->base_node, name, 0, NULL, 0), QMP_NO_FD,
+              0, NULL);
     return rig_wait(&c->rig, f);
 }
 

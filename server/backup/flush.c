@@ -30,7 +30,7 @@ int step_live_exports_up(struct seq *q, struct failure *f)
             continue;
         names_make(export, s->rig.id, NAMES_LIVE, i);
         calls_add(&s->rig.calls, "block-export-add",
-                  qmp_args_export_add(export, s->disks[i].disk->node, export, false, NULL, 0), QMP_NO_FD, i, NULL);
+                  qmp_args_export_add(export, s->disks[i].disk->node, export, 0, NULL, 0), QMP_NO_FD, i, NULL);
     }
     return rig_wait(&s->rig, f);
 }

@@ -109,7 +109,7 @@ const struct seq_step session_job_steps[] = {
     {"compare layers", step_compare_layers, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
-    {"make sockets", step_vhost_sockets_up, step_vhost_sockets_down, NULL},
+    {"drop sockets", NULL, step_vhost_sockets_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},

@@ -50,8 +50,8 @@ void late_add_export(struct session *s, unsigned disk)
     char access[NAMES_SIZE], late[NAMES_SIZE];
     struct qmp_bitmap b = {session_view(s, disk, access), names_make(late, s->rig.id, NAMES_LATE, disk)};
 
-    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, b.node, late, false, &b, 1), QMP_NO_FD,
-              disk, NULL);
+    calls_add(&s->late.calls, "block-export-add", qmp_args_export_add(late, b.node, late, 0, &b, 1), QMP_NO_FD, disk,
+              NULL);
 }
 
 void late_remove_bitmap(struct session *s, unsigned disk)

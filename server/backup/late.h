@@ -30,6 +30,10 @@ void late_remove_bitmap(struct session *s, unsigned disk);
 void late_on_gone(struct calls *c, const struct failure *f);
 int late_no_exports(struct seq *q, struct failure *f); /* a row's undo */
 
+/* shared.c: rows of the first such walk; the session's table undoes them. Reads go over NBD until then. */
+int late_make_sockets(struct seq *q, struct failure *f);
+int late_share_memory(struct seq *q, struct failure *f);
+
 /* maps.c: clients may have it: it will not change any more. Their owner may stop the session in here. */
 void maps_tell_ready(struct session *s, unsigned disk, const char *context);
 /* maps.c: calls dirty, too, what layers without the record have allocated. -ENOMEM */

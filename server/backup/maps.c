@@ -70,7 +70,7 @@ static void start_map(struct session *s, unsigned disk, enum names_kind kind, co
     char export[NAMES_SIZE];
     struct source_nbd_config config = {
         .socket_path = s->rig.server_address,
-        .export_name = names_make(export, s->rig.id, kind, disk),
+        .export_name = kind == NAMES_EXPORT ? session_view(s, disk, export) : names_make(export, s->rig.id, kind, disk),
         .timeout_ms = s->rig.timeout_ms,
     };
     int r = -ENOMEM;
@@ -368,12 +368,17 @@ static int no_live_exports(struct seq *q, struct failure *f)
     return calls_wait(&s->late.calls, late_on_gone, f);
 }
 
-/* The first row is the last on the way down, which the walk takes at once: clients have their maps by then. */
+/*
+ * The first row is the last on the way down, which the walk takes at once: clients have their maps by then. What a
+ * pull of changes asks for first comes first, and what takes longest, last.
+ */
 static const struct seq_step maps_steps[] = {
     {"drop live exports", NULL, no_live_exports, NULL},
     {"read dirty maps", read_records, NULL, NULL},
     {"compare depths", compare_depths, NULL, NULL},
     {"fill in records", fill_in_all, NULL, NULL},
+    {"make sockets", late_make_sockets, NULL, NULL},
+    {"share memory", late_share_memory, NULL, NULL},
     {"read allocation", read_allocation, NULL, NULL},
     {"merge what was written", merge_written, no_written, NULL},
     {"add exports for it", export_written, no_written_exports, NULL},

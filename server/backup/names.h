@@ -25,7 +25,7 @@ enum names_kind {
     NAMES_CUT,     /* raw node on top of pre, whose file child the cut replaces */
     NAMES_ACCESS,  /* snapshot-access node: the frozen view */
     NAMES_BASE,    /* self-test only: a small disk of our own */
-    NAMES_EXPORT,  /* block export id, and its NBD name */
+    NAMES_EXPORT,  /* export of the frozen view; NBD clients call it by its node's name */
     NAMES_LAYER,   /* export of the live disk, for what its layers have allocated */
     NAMES_LIVE,    /* export of the live disk, through which it is flushed before the freeze */
     NAMES_LATE,    /* export and bitmap of a map that is read while the session is up */

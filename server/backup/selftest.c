@@ -97,7 +97,8 @@ static int access_up(struct seq *q, struct failure *f)
 
     names_make(cbw, t->rig.id, NAMES_CBW, 0);
     names_make(access, t->rig.id, NAMES_ACCESS, 0);
-    calls_add(&t->rig.calls, "blockdev-add", qmp_args_blockdev_add_snapshot_access(access, cbw), QMP_NO_FD, 0, NULL);
+    calls_add(&t->rig.calls, "blockdev-add", qmp_args_blockdev_add_snapshot_access(access, cbw, false), QMP_NO_FD, 0,
+              NULL);
     return rig_wait(&t->rig, f);
 }
 
@@ -110,10 +111,10 @@ static int exports_up(struct seq *q, struct failure *f)
     names_make(cbw, t->rig.id, NAMES_CBW, 0);
     names_make(reader, t->rig.id, NAMES_EXPORT, 0);
     names_make(writer, t->rig.id, NAMES_LATE, 0);
-    calls_add(&t->rig.calls, "block-export-add", qmp_args_export_add(reader, access, reader, false, NULL, 0), QMP_NO_FD,
-              0, NULL);
-    calls_add(&t->rig.calls, "block-export-add", qmp_args_export_add(writer, cbw, writer, true, NULL, 0), QMP_NO_FD, 0,
+    calls_add(&t->rig.calls, "block-export-add", qmp_args_export_add(reader, access, reader, 0, NULL, 0), QMP_NO_FD, 0,
               NULL);
+    calls_add(&t->rig.calls, "block-export-add", qmp_args_export_add(writer, cbw, writer, QMP_EXPORT_WRITABLE, NULL, 0),
+              QMP_NO_FD, 0, NULL);
     return rig_wait(&t->rig, f);
 }
 

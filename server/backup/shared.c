@@ -8,7 +8,7 @@
  * by its name; the socket's fd is in QEMU under a name only between two commands, and that name is the same for all, so
  * that a successor finds it.
  */
-#include "backup/steps.h"
+#include "backup/late.h"
 
 #include "qmp/commands.h"
 #include "source/paired.h"
@@ -75,7 +75,7 @@ static int make_socket(const struct rig *r, struct session_disk *d)
 
 static void make_sockets(struct rig *r)
 {
-    struct session *s = container_of(r, struct session, rig);
+    struct session *s = container_of(r, struct session, late);
 
     for (unsigned i = 0; i < r->ndisks; i++) {
         int err = make_socket(r, &s->disks[i]);
@@ -91,18 +91,18 @@ static void make_sockets(struct rig *r)
 
 static void after_sockets(struct rig *r)
 {
-    struct session *s = container_of(r, struct session, rig);
+    struct session *s = container_of(r, struct session, late);
 
     if (r->work_failure.err)
         note(&s->disks[0], &r->work_failure);
     seq_done(&r->seq, NULL);
 }
 
-int step_vhost_sockets_up(struct seq *q, struct failure *f)
+int late_make_sockets(struct seq *q, struct failure *f)
 {
-    struct session *s = session_of_seq(q);
+    struct session *s = session_of_late(q);
 
-    return s->vhost_room ? rig_work(&s->rig, make_sockets, after_sockets, f) : SEQ_DONE;
+    return s->vhost_room && !s->depth_pass ? rig_work(&s->late, make_sockets, after_sockets, f) : SEQ_DONE;
 }
 
 static void closefd(struct rig *r);
@@ -119,37 +119,6 @@ int step_vhost_sockets_down(struct seq *q, struct failure *f)
         return SEQ_DONE;
     closefd(&s->rig);
     return rig_wait(&s->rig, f);
-}
-
-/* -- the exports --------------------------------------------------------------------------------------------------- */
-
-static int on_exported(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
-{
-    session_of_calls(c)->disks[index].vhost.exported = true;
-    return 0;
-}
-
-static void on_refused(struct calls *c, unsigned index, const struct failure *f)
-{
-    note(&session_of_calls(c)->disks[index], f);
-}
-
-/* Each export takes the fd out of QEMU's table before the next one comes. */
-void session_add_vhost_exports(struct session *s)
-{
-    char export[NAMES_SIZE], access[NAMES_SIZE], fd[NAMES_SIZE];
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        if (s->disks[i].vhost.listen_fd < 0)
-            continue;
-        s->vhost_fd_passed = true;
-        names_make(fd, NAMES_ID_SERVER, NAMES_VHOST, 0);
-        names_make(export, s->rig.id, NAMES_VHOST, i);
-        calls_try(&s->rig.calls, "getfd", qmp_args_strings("fdname", fd, NULL), s->disks[i].vhost.listen_fd, i, NULL,
-                  on_refused);
-        calls_try(&s->rig.calls, "block-export-add", qmp_args_export_add_vhost(export, session_view(s, i, access), fd),
-                  QMP_NO_FD, i, on_exported, on_refused);
-    }
 }
 
 /* -- the sources --------------------------------------------------------------------------------------------------- */
@@ -188,7 +157,7 @@ static void on_vhost_open(void *arg, struct source *source, const struct failure
     source_paired_add(d->vhost.pair, source);
 }
 
-/* Beside the walk, which does not wait for it: what is read until then is read over NBD. */
+/* QEMU serves it. Beside the walk, which does not wait for it: what is read until then is read over NBD. */
 static void open_vhost(struct session_disk *d)
 {
     struct session *s = d->session;
@@ -199,7 +168,12 @@ static void open_vhost(struct session_disk *d)
         .timeout_ms = s->rig.timeout_ms,
         .room = s->vhost_room,
     };
-    int r = source_vhost_open(s->rig.loop, &config, on_vhost_lost, on_vhost_open, d, &d->vhost.opening);
+    int r;
+
+    drop_fd(&d->vhost.listen_fd);
+    if (!d->vhost.pair)
+        return;
+    r = source_vhost_open(s->rig.loop, &config, on_vhost_lost, on_vhost_open, d, &d->vhost.opening);
 
     d->vhost.fd = -1; /* given */
     if (r == 0)
@@ -208,16 +182,49 @@ static void open_vhost(struct session_disk *d)
     note(d, &f);
 }
 
+/* -- the exports --------------------------------------------------------------------------------------------------- */
+
+static struct session *session_of_late_calls(struct calls *c)
+{
+    return container_of(rig_of_calls(c), struct session, late);
+}
+
+static int on_exported(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    open_vhost(&session_of_late_calls(c)->disks[index]);
+    return 0;
+}
+
+static void on_refused(struct calls *c, unsigned index, const struct failure *f)
+{
+    note(&session_of_late_calls(c)->disks[index], f);
+}
+
+/* Each export takes the fd out of QEMU's table before the next one comes. */
+int late_share_memory(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_late(q);
+    char export[NAMES_SIZE], access[NAMES_SIZE], fd[NAMES_SIZE];
+
+    for (unsigned i = 0; !s->depth_pass && i < s->rig.ndisks; i++) {
+        if (s->disks[i].vhost.listen_fd < 0)
+            continue;
+        s->vhost_fd_passed = true;
+        names_make(fd, NAMES_ID_SERVER, NAMES_VHOST, 0);
+        names_make(export, s->rig.id, NAMES_VHOST, i);
+        calls_try(&s->late.calls, "getfd", qmp_args_strings("fdname", fd, NULL), s->disks[i].vhost.listen_fd, i, NULL,
+                  on_refused);
+        calls_try(&s->late.calls, "block-export-add", qmp_args_export_add_vhost(export, session_view(s, i, access), fd),
+                  QMP_NO_FD, i, on_exported, on_refused);
+    }
+    return rig_wait(&s->late, f);
+}
+
 /* d->source has just been opened: from now on it is the sure one of a pair. */
 void session_pair_source(struct session_disk *d)
 {
-    drop_fd(&d->vhost.listen_fd);
-    if (!d->vhost.exported || source_paired_new(d->source, &d->vhost.pair) < 0) {
-        drop_fd(&d->vhost.fd);
-        return;
-    }
-    d->source = d->vhost.pair;
-    open_vhost(d);
+    if (d->session->vhost_room && source_paired_new(d->source, &d->vhost.pair) == 0)
+        d->source = d->vhost.pair;
 }
 
 void session_close_vhost(struct session_disk *d)

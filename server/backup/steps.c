@@ -423,8 +423,8 @@ void session_add_view(struct session *s, unsigned disk, enum names_kind holder)
     names_make(access, s->rig.id, NAMES_ACCESS, disk);
     names_make(records, s->rig.id, holder, disk);
     calls_add(&s->rig.calls, "blockdev-add",
-              qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, disk)), QMP_NO_FD,
-              disk, NULL);
+              qmp_args_blockdev_add_snapshot_access(access, names_make(cbw, s->rig.id, NAMES_CBW, disk), s->give_back),
+              QMP_NO_FD, disk, NULL);
     for (unsigned k = 0; k < s->nsince; k++) {
         const struct checkpoint *c = session_usable_since(s, disk, s->since[k]);
         struct qmp_bitmap target = {access, names_make(since, s->rig.id, NAMES_SINCE, k)},
@@ -491,20 +491,20 @@ int step_exports_up(struct seq *q, struct failure *f)
                 n++;
             }
         }
-        calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, false, bitmaps, n),
-                  QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "block-export-add",
+                  qmp_args_export_add(export, view, NULL, QMP_EXPORT_DEPTH, bitmaps, n), QMP_NO_FD, i, NULL);
         if (s->give_back) {
             names_make(export, s->rig.id, NAMES_DISCARD, i);
-            calls_add(&s->rig.calls, "block-export-add", qmp_args_export_add(export, view, export, true, NULL, 0),
-                      QMP_NO_FD, i, NULL);
+            calls_add(&s->rig.calls, "block-export-add",
+                      qmp_args_export_add(export, view, export, QMP_EXPORT_WRITABLE, NULL, 0), QMP_NO_FD, i, NULL);
         }
         if (!session_needs_allocation(s, i))
             continue;
         names_make(export, s->rig.id, NAMES_LAYER, i);
         calls_add(&s->rig.calls, "block-export-add",
-                  qmp_args_export_add(export, s->disks[i].disk->top, export, false, NULL, 0), QMP_NO_FD, i, NULL);
+                  qmp_args_export_add(export, s->disks[i].disk->top, export, QMP_EXPORT_DEPTH, NULL, 0), QMP_NO_FD, i,
+                  NULL);
     }
-    session_add_vhost_exports(s);
     return rig_wait(&s->rig, f);
 }
 
@@ -552,12 +552,12 @@ static void on_source_open(void *arg, struct source *source, const struct failur
 int step_sources_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
-    char export[NAMES_SIZE];
+    char access[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         struct source_nbd_config config = {
             .socket_path = s->rig.server_address,
-            .export_name = names_make(export, s->rig.id, NAMES_EXPORT, i),
+            .export_name = session_view(s, i, access),
             .cluster = s->narrow_reads ? COPY_CLUSTER : 0,
             .timeout_ms = s->rig.timeout_ms,
         };
@@ -565,7 +565,8 @@ int step_sources_up(struct seq *q, struct failure *f)
             source_nbd_open(s->rig.loop, &config, on_source_lost, on_source_open, &s->disks[i], &s->disks[i].opening);
 
         if (r < 0)
-            (void)failure_set(&s->step_failure, r, "cannot connect to QEMU's export '%s': %s", export, strerror(-r));
+            (void)failure_set(&s->step_failure, r, "cannot connect to QEMU's export '%s': %s", config.export_name,
+                              strerror(-r));
         else
             s->npending++;
     }
@@ -608,7 +609,7 @@ const struct seq_step session_steps[] = {
     {"settle", step_settle_up, step_let_go, NULL},
     {"add snapshot-access", access_up, rig_no_access, NULL},
     {"lock", rig_lock, rig_no_locks, NULL},
-    {"make sockets", step_vhost_sockets_up, step_vhost_sockets_down, NULL},
+    {"drop sockets", NULL, step_vhost_sockets_down, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},

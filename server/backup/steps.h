@@ -46,7 +46,6 @@ struct session_disk {
     struct source_nbd_open *opening;
     struct {
         int listen_fd, fd;   /* owned; -1: none. QEMU's end, until QEMU has it, and ours, until the source has it */
-        bool exported;       /* QEMU serves it */
         bool serves;         /* reads go through it */
         bool closing;        /* the step under way waits for opening to end */
         struct source *pair; /* borrowed: is in source */
@@ -208,9 +207,7 @@ int step_exports_up(struct seq *q, struct failure *f);
 int step_sources_up(struct seq *q, struct failure *f);
 
 /* shared.c: the views are read through shared memory, too, where QEMU does it */
-int step_vhost_sockets_up(struct seq *q, struct failure *f); /* before the exports */
-int step_vhost_sockets_down(struct seq *q, struct failure *f);
-void session_add_vhost_exports(struct session *s); /* adds to rig.calls */
+int step_vhost_sockets_down(struct seq *q, struct failure *f); /* on the way down, after the exports */
 void session_pair_source(struct session_disk *d);
 void session_close_vhost(struct session_disk *d); /* adds to npending what has to be waited for */
 
