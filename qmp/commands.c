@@ -114,12 +114,12 @@ struct json_object *qmp_args_blockdev_add_image(const char *node, const char *dr
     return o;
 }
 
-struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
+struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, struct json_object *target,
                                               unsigned timeout_s)
 {
     struct json_object *o = new_node("copy-before-write", node, file);
 
-    put_string(o, "target", target);
+    put(o, "target", target);
     /* The guest's write goes on whatever happens to the scratch file: the snapshot is given up instead. */
     put_string(o, "on-cbw-error", "break-snapshot");
     put(o, "cbw-timeout", json_object_new_int64(timeout_s));

@@ -27,7 +27,8 @@ struct json_object *qmp_args_blockdev_add_file(const char *node, int64_t fdset_i
 /* An image for reading that nobody else may write to meanwhile; protocol: "file" or "host_device". */
 struct json_object *qmp_args_blockdev_add_image(const char *node, const char *driver, const char *protocol,
                                                 const char *path);
-struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, const char *target,
+/* target: given, a node's name or what makes one. */
+struct json_object *qmp_args_blockdev_add_cbw(const char *node, const char *file, struct json_object *target,
                                               unsigned timeout_s);
 /* A node that is nothing but its name. */
 struct json_object *qmp_args_blockdev_add_null(const char *node);

@@ -278,12 +278,8 @@ int step_freeze_up(struct seq *q, struct failure *f)
 int step_settle_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
-    char cut[NAMES_SIZE];
 
     if (s->cut.way == SESSION_REOPENED)
         session_set_drives(s, NAMES_CBW, NULL);
-    for (unsigned i = 0; i < s->rig.ndisks; i++)
-        calls_add(&s->rig.calls, "blockdev-del",
-                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
     return rig_wait(&s->rig, f);
 }

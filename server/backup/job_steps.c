@@ -35,7 +35,8 @@ static void add_records(struct session *s, unsigned i, struct json_object *args)
     struct qmp_bitmap written = {names_make(cbw, s->rig.id, NAMES_CBW, i),
                                  names_make(name, s->rig.id, NAMES_WRITTEN, 0)};
 
-    qmp_action_bitmap_add(args, written, s->narrow_reads ? COPY_CLUSTER : 0, false, false);
+    if (s->checkpoint || s->narrow_reads)
+        qmp_action_bitmap_add(args, written, s->narrow_reads ? COPY_CLUSTER : 0, false, false);
     names_make(scratch, s->rig.id, NAMES_SCRATCH, i);
     for (unsigned k = 0; k < s->nsince; k++) {
         const struct checkpoint *c = session_usable_since(s, i, s->since[k]);

@@ -351,16 +351,20 @@ static int correct(struct seq *q, struct failure *f)
 
 /* -- the maps of the freeze ---------------------------------------------------------------------------------------- */
 
-/* They have flushed the disks before the freeze, and nobody is connected any more; the way down has them, too. */
-static int no_live_exports(struct seq *q, struct failure *f)
+/*
+ * What the freeze has left behind: nodes that no device uses any more, and exports that nobody is connected to. The
+ * session's way down has them, too.
+ */
+static int drop_remains(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_late(q);
-
-    char export[NAMES_SIZE];
+    char cut[NAMES_SIZE], export[NAMES_SIZE];
 
     if (s->still || s->engine == ENGINE_JOB || s->depth_pass || late_is_stuck(s))
         return SEQ_DONE;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
+        calls_add(&s->late.calls, "blockdev-del",
+                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
         if (s->disks[i].disk->host_cache)
             calls_add(&s->late.calls, "block-export-del",
                       qmp_args_export_del(names_make(export, s->rig.id, NAMES_LIVE, i)), QMP_NO_FD, i, NULL);
@@ -373,7 +377,7 @@ static int no_live_exports(struct seq *q, struct failure *f)
  * pull of changes asks for first comes first, and what takes longest, last.
  */
 static const struct seq_step maps_steps[] = {
-    {"drop live exports", NULL, no_live_exports, NULL},
+    {"drop remains", NULL, drop_remains, NULL},
     {"read dirty maps", read_records, NULL, NULL},
     {"compare depths", compare_depths, NULL, NULL},
     {"fill in records", fill_in_all, NULL, NULL},

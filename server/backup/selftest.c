@@ -86,7 +86,8 @@ static int cbw_up(struct seq *q, struct failure *f)
     names_make(scratch, t->rig.id, NAMES_SCRATCH, 0);
     names_make(base, t->rig.id, NAMES_BASE, 0);
     names_make(cbw, t->rig.id, NAMES_CBW, 0);
-    calls_add(&t->rig.calls, "blockdev-add", qmp_args_blockdev_add_cbw(cbw, base, scratch, 0), QMP_NO_FD, 0, NULL);
+    calls_add(&t->rig.calls, "blockdev-add", qmp_args_blockdev_add_cbw(cbw, base, json_object_new_string(scratch), 0),
+              QMP_NO_FD, 0, NULL);
     return rig_wait(&t->rig, f);
 }
 

@@ -148,13 +148,20 @@ int step_scratch_nodes_up(struct seq *q, struct failure *f)
 
 /* -- the filters --------------------------------------------------------------------------------------------------- */
 
+static int places_up(struct seq *q, struct failure *f)
+{
+    return session_of_seq(q)->place ? step_places_up(q, f) : SEQ_DONE;
+}
+
 /*
  * The cbw node carries a bitmap of what the guest writes from the cut on: the provisional checkpoint, and on
- * QEMU 7.0-7.2 the correction of the allocation map. It needs the copy granularity for the latter.
+ * QEMU 7.0-7.2 the correction of the allocation map. It needs the copy granularity for the latter. A scratch file's
+ * node comes and goes with it: that is one command less.
  */
 static void add_cbw(struct session *s)
 {
     struct json_object *args = qmp_args_transaction();
+    bool counts = s->checkpoint || s->narrow_reads;
     char cbw[NAMES_SIZE], scratch[NAMES_SIZE], written[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
@@ -163,11 +170,18 @@ static void add_cbw(struct session *s)
 
         names_make(scratch, s->rig.id, NAMES_SCRATCH, i);
         calls_add(&s->rig.calls, "blockdev-add",
-                  qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node, scratch, s->cbw_timeout_s), QMP_NO_FD, i,
-                  NULL);
-        qmp_action_bitmap_add(args, b, s->narrow_reads ? COPY_CLUSTER : 0, false, false);
+                  qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node,
+                                            s->place ? json_object_new_string(scratch)
+                                                     : qmp_args_blockdev_add_file(scratch, s->disks[i].fdset_id),
+                                            s->cbw_timeout_s),
+                  QMP_NO_FD, i, NULL);
+        if (counts)
+            qmp_action_bitmap_add(args, b, s->narrow_reads ? COPY_CLUSTER : 0, false, false);
     }
-    calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    if (counts)
+        calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, 0, NULL);
+    else
+        json_object_put(args);
 }
 
 static uint64_t size_of_node(struct json_object *named, const char *node)
@@ -590,7 +604,7 @@ const struct seq_step session_steps[] = {
     {"hold", rig_hold, rig_no_hold, NULL},
     {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
-    {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
+    {"add scratch places", places_up, rig_no_scratch_nodes, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
     {"export live disks", step_live_exports_up, rig_no_exports, NULL},
     {"flush ahead", step_flush_ahead_up, NULL, NULL},
