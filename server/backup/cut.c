@@ -274,12 +274,19 @@ int step_freeze_up(struct seq *q, struct failure *f)
     return calls_wait(&s->rig.calls, on_reopened, f);
 }
 
-/* The devices go straight to the cbw nodes, unless they have: one layer less in the guest's way. */
+/*
+ * The devices go straight to the cbw nodes, unless they have: one layer less in the guest's way. What is on its way no
+ * more is dropped here only where it would keep the nodes of the records in use (drop_remains()).
+ */
 int step_settle_up(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
+    char cut[NAMES_SIZE];
 
     if (s->cut.way == SESSION_REOPENED)
         session_set_drives(s, NAMES_CBW, NULL);
+    for (unsigned i = 0; s->cut.way != SESSION_REOPENED && i < s->rig.ndisks; i++)
+        calls_add(&s->rig.calls, "blockdev-del",
+                  qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
     return rig_wait(&s->rig, f);
 }
