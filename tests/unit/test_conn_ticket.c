@@ -213,15 +213,16 @@ static void who_is_not_let_in_has_not_used_it(void **state)
 
 int main(void)
 {
-#define TEST(function) cmocka_unit_test_setup_teardown(function, set_up, tear_down)
     const struct CMUnitTest tests[] = {
-        TEST(a_ticket_opens_its_disk_of_its_session_where_names_open_nothing),
-        TEST(its_bearer_is_not_told_whose_disk_it_is),
-        TEST(asking_uses_nothing_up_and_several_connections_may_be_one_client),
-        TEST(after_its_time_it_is_as_if_it_had_never_been),
-        TEST(a_session_that_ends_takes_it_along_also_from_under_a_client),
-        TEST(a_disk_that_the_session_has_not_is_unknown_too),
-        TEST(who_is_not_let_in_has_not_used_it),
+        cmocka_unit_test_setup_teardown(a_ticket_opens_its_disk_of_its_session_where_names_open_nothing, set_up,
+                                        tear_down),
+        cmocka_unit_test_setup_teardown(its_bearer_is_not_told_whose_disk_it_is, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(asking_uses_nothing_up_and_several_connections_may_be_one_client, set_up,
+                                        tear_down),
+        cmocka_unit_test_setup_teardown(after_its_time_it_is_as_if_it_had_never_been, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_session_that_ends_takes_it_along_also_from_under_a_client, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_disk_that_the_session_has_not_is_unknown_too, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(who_is_not_let_in_has_not_used_it, set_up, tear_down),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
