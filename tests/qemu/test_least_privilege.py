@@ -53,7 +53,8 @@ class LeastPrivilege(harness.Case):
     def test_root_becomes_another_user_for_good_and_qemu_needs_no_path(self):
         self.own_folders(NOBODY.pw_uid, NOBODY.pw_gid)
         # QEMU gives up root, too, and is a third user: it may not even enter the folders of the daemon.
-        guest = self.bare(Disk('vda', 16 * MIB), extra=['-runas', 'daemon'])
+        other = ['-run-with', 'user=daemon'] if harness.qemu_version() >= (9, 1, 0) else ['-runas', 'daemon']
+        guest = self.bare(Disk('vda', 16 * MIB), extra=other)
         os.chmod(guest.qmp_path, 0o666)
         guest.write('vda', 0, MIB, 1)
         before = guest.state()
