@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * analyze: what tests/analyze tells the analysers, which look at one file at a time, about functions of others: these
- * return what they are given, which is negative, and leave a failure behind. Included before each file but qmp/base.c. Not part of any build.
+ * return what they are given, which is negative, and leave a failure behind. Included before each file but qmp/base.c.
+ * Not part of any build.
  */
 #include "qmp/base.h"
 
