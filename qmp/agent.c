@@ -72,7 +72,7 @@ static void fit_to_print(char *out, size_t size, const char *words)
     size_t n = 0;
 
     for (; words[n] && n + 1 < size; n++)
-        out[n] = words[n] >= 0x20 && words[n] < 0x7f ? words[n] : '?';
+        out[n] = (char)(words[n] >= 0x20 && words[n] < 0x7f ? words[n] : '?');
     out[n] = '\0';
 }
 

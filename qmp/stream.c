@@ -96,9 +96,13 @@ static int stream_fail(struct qmp_stream *s, int err)
 
 int qmp_stream_feed(struct qmp_stream *s, const char *bytes, size_t len, qmp_stream_cb cb, void *arg, struct failure *f)
 {
+    /* To json-c 0 is the end of its input: in a comment behind a value it makes a whole document of that value. */
+    const char *zero = len > 0 ? memchr(bytes, 0, len) : NULL;
+
     if (s->err)
         return failure_set(f, s->err, "the stream has failed before");
 
+    len = zero ? (size_t)(zero - bytes) : len;
     while (len > 0) {
         struct json_object *doc = NULL;
         size_t taken = 0;
@@ -126,5 +130,5 @@ int qmp_stream_feed(struct qmp_stream *s, const char *bytes, size_t len, qmp_str
         if (r != 0)
             return stream_fail(s, r);
     }
-    return 0;
+    return zero ? stream_fail(s, failure_set(f, -EPROTO, "not a JSON document: a byte 0x00")) : 0;
 }

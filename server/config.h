@@ -106,12 +106,15 @@
 #define TLS_READ_BUFFER 4096u      /* sealed bytes read from the socket at once: 80 requests */
 #define TLS_PART (256u << 10)      /* bytes sealed by one job; 128 to 256 KiB was the best measured */
 #define TLS_PART_SHORT (64u << 10) /* likewise, while all hold more than … */
-#define TLS_SEALED_TOTAL                                                                                               \
-    (8ul << 20)                        /* … so many sealed bytes that sockets have not taken; and then no job begins \
-                                          before the last one's bytes are gone */
-#define TLS_INLINE (16u << 10)         /* bytes that the loop thread seals itself: a record, some 10 us */
-#define TLS_SPARE_BOXES 4u             /* of TLS_PART, kept for the next job */
-#define TLS_HANDSHAKE_MAX (64u << 10)  /* bytes of one handshake message of a client: its certificates */
+#define TLS_SEALED_TOTAL                                                                                              \
+    (8ul << 20)                       /* … so many sealed bytes that sockets have not taken; and then no job begins \
+                                         before the last one's bytes are gone */
+#define TLS_INLINE (16u << 10)        /* bytes that the loop thread seals itself: a record, some 10 us */
+#define TLS_SPARE_BOXES 4u            /* of TLS_PART, kept for the next job */
+#define TLS_HANDSHAKE_MAX (64u << 10) /* bytes of one handshake message of a client: its certificates */
+/* Bytes from the socket without a plain one among them: a handshake, or a record and what belongs to TLS itself. gnutls
+ * looks at TLS_HANDSHAKE_MAX when it has the whole message, which may say of itself that it has 16 MiB. */
+#define TLS_BARREN_MAX (128u << 10)
 #define TLS_HANDSHAKE_OUT (256u << 10) /* bytes that we may have to say in one go: certificates, names of many CAs */
 #define TLS_ALERTS_MAX 16u             /* that are none of an end, in a row: a client that sends more has another aim */
 #define TLS_THREADS_MAX 64u            /* of --threads … */

@@ -23,7 +23,10 @@ bool conn_ticket_find(struct conn *c, const struct nbd_ask *ask, struct catalog_
         return false;
     t = ticket_find(c->set->tickets, ask->export_name, &who, uv_now(c->set->loop));
     lease = t ? ticket_lease(t) : NULL;
-    *ret_hit = (struct catalog_hit){.disk = lease ? vm_lease_disk(lease, ticket_disk(t)) : NULL};
+    *ret_hit = (struct catalog_hit){0};
+    if (!lease)
+        return false;
+    ret_hit->disk = vm_lease_disk(lease, ticket_disk(t));
     if (!ret_hit->disk)
         return false;
     ret_hit->vm = vm_lease_vm(lease);

@@ -58,9 +58,10 @@ static bool change_init(struct control_call *call, struct json_object *args, con
     c->count = count;
     c->name = strdup(name);
     c->op = (struct vm_change){.cb = on_changed, .arg = c};
-    if (!c->name)
-        control_error(call, CONTROL_GENERIC, "out of memory");
-    return c->name;
+    if (c->name)
+        return true;
+    control_error(call, CONTROL_GENERIC, "out of memory");
+    return false;
 }
 
 static void change_refused(struct control_call *call, int r, const struct failure *f)

@@ -130,15 +130,16 @@ static void ask_start(struct control_call *call, struct json_object *args,
                       void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *))
 {
     struct ask *a = container_of(call, struct ask, call);
-    const char *disk = control_string(args, "disk");
-    struct vm *vm = control_vm(call, args);
+    const char *disk = control_string(args, "disk"), *name = control_string(args, "name");
+    struct vm *vm = control_vm(call, args); /* NULL: answered, and the call is gone */
     int r;
 
     if (!vm)
         return;
     a->vm = vm;
     a->disk = disk ? strdup(disk) : NULL;
-    r = disk && !a->disk ? -ENOMEM : vm_query_start(vm, &a->query, cb, a);
+    a->name = name ? strdup(name) : NULL;
+    r = (disk && !a->disk) || (name && !a->name) ? -ENOMEM : vm_query_start(vm, &a->query, cb, a);
     if (r < 0) {
         free(TAKE_PTR(a->disk));
         free(TAKE_PTR(a->name));
@@ -194,13 +195,7 @@ static void on_can_increment(struct vm_query *q, const struct disk_list *disks, 
 
 static void can_increment(struct control_call *call, struct json_object *args)
 {
-    struct ask *a = container_of(call, struct ask, call);
-
-    a->name = strdup(control_string(args, "name"));
-    if (a->name)
-        ask_start(call, args, on_can_increment);
-    else
-        control_error(call, CONTROL_GENERIC, "out of memory");
+    ask_start(call, args, on_can_increment);
 }
 
 static void query_checkpoints(struct control_call *call, struct json_object *args)
@@ -243,7 +238,12 @@ static const struct control_command commands[] = {
     {.name = "query-status", .right = CONTROL_ADMIN, .run = query_status},
     {.name = "query-vms", .run = query_vms},
     {.name = "query-sessions", .run = query_sessions},
-    {.name = "doctor", .right = ACCESS_CONTROL, .params = {{"vm"}}, .size = sizeof(struct consult), .run = consult, .forget = consult_forget},
+    {.name = "doctor",
+     .right = ACCESS_CONTROL,
+     .params = {{"vm"}},
+     .size = sizeof(struct consult),
+     .run = consult,
+     .forget = consult_forget},
     {.name = "query-disks",
      .right = ACCESS_LIST,
      .params = {{"vm", REQUIRED}},

@@ -116,7 +116,7 @@ static int bind_unix(int fd, const struct sockaddr_un *a, const struct listen_fi
         return failure_set(f, -errno, "cannot bind %s: %s", a->sun_path, strerror(errno));
     by = open(a->sun_path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     if (by < 0 || fstat(by, &st) < 0)
-        r = -errno;
+        r = -errno; /* NOLINT(bugprone-branch-clone): one after the other */
     else if (!S_ISSOCK(st.st_mode))
         r = -EEXIST; /* somebody else may write to that directory */
     else if ((file->uid != LISTEN_AS_IS || file->gid != LISTEN_AS_IS) &&

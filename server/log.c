@@ -148,7 +148,7 @@ void log_line(enum log_level level, const char *fmt, ...)
 
         clock_gettime(CLOCK_REALTIME, &now);
         gmtime_r(&now.tv_sec, &tm);
-        strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
+        (void)strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
         len = snprintf(line, sizeof line, "%s.%03ldZ %s: %s\n", date, now.tv_nsec / 1000000, levels[level].name, clean);
     }
     /* Nobody is left to tell when stderr fails. */

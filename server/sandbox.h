@@ -26,6 +26,12 @@ struct sandbox_config {
     bool opens_images; /* by qemu-storage-daemon, which inherits this; which files their layers are nobody knows here */
 };
 
+/*
+ * Before a loop is made: it gets no io_uring. libuv 1.49 and later take one for epoll whatever the environment says,
+ * and end the process when sandbox_enter() has taken its calls away; and with it files and sockets could be had that no
+ * filter sees. Where it cannot be done, sandbox_enter() cannot limit system calls either, and says so.
+ */
+void sandbox_prepare(enum sandbox_mode mode);
 /* Negative only where it was required, or the kernel took one half of it. text: what there is now, for the log. */
 int sandbox_enter(const struct sandbox_config *config, char text[SANDBOX_TEXT_MAX], struct failure *f);
 

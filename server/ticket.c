@@ -49,7 +49,7 @@ static int make_name(char *to)
             return -errno;
         n += r > 0 ? (size_t)r : 0;
     }
-    (void)strcpy(to, TICKET_PREFIX);
+    memcpy(to, TICKET_PREFIX, sizeof TICKET_PREFIX);
     for (size_t i = 0; i < sizeof random; i++)
         (void)snprintf(to + sizeof TICKET_PREFIX - 1 + 2 * i, 3, "%02x", random[i]);
     gnutls_memset(random, 0, sizeof random);

@@ -447,6 +447,10 @@ void tls_received(struct tls *t, size_t n)
 {
     assert(t->job != TLS_JOB_HANDSHAKE && n <= sizeof t->in - t->in_len);
     t->in_len += n;
+    t->barren += n;
+    if (t->barren > TLS_BARREN_MAX && t->state != TLS_FAILED)
+        fail(t, -EPROTO, t->state == TLS_HANDSHAKE ? "the TLS handshake failed" : "TLS failed",
+             "the client says too much that is no data");
     go_on(t);
 }
 
@@ -470,6 +474,8 @@ ssize_t tls_read(struct tls *t, void *to, size_t size)
             queue_out(t);
             write_boxes(t, /* later= */ true);
         }
+        if (n > 0)
+            t->barren = 0;
         if (n >= 0)
             return n;
         if (n == GNUTLS_E_AGAIN)

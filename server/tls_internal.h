@@ -51,6 +51,7 @@ struct tls {
     /* input: sealed; (w) in a handshake */
     uint8_t in[TLS_READ_BUFFER];
     size_t in_at, in_len;
+    size_t barren; /* bytes that came since the last plain one */
     bool in_eof;
 
     struct work work;

@@ -60,7 +60,7 @@ static enum exit_status look(struct daemon *d, const char *job, struct json_obje
         struct json_object *o = json_object_array_get_idx(all, i);
         const char *id = answer_text(o, "id");
 
-        if (id && strcmp(id, job) == 0)
+        if (id && strcmp(id, job) == 0) /* NOLINT(clang-analyzer-core.NonNullParamChecker): there is one on success */
             *ret = json_object_get(o);
     }
     json_object_put(all);

@@ -15,8 +15,9 @@ set -euo pipefail
 build=(build-essential cmake ninja-build pkg-config libuv1-dev libjson-c-dev libnbd-dev libinih-dev libsystemd-dev
     libgnutls28-dev libseccomp-dev nbdkit-plugin-dev)
 demo=(qemu-system-x86 qemu-system-common qemu-utils libnbd-bin python3 python3-libnbd)
-tests=(libcmocka-dev nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
-analyze=(clang clang-tidy libclang-rt-dev cppcheck libcmocka-dev python3)
+fuzz=(clang libclang-rt-dev libcmocka-dev python3)
+tests=("${fuzz[@]}" nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
+analyze=("${fuzz[@]}" clang-tidy cppcheck)
 bench=(openssl virtnbdbackup libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients util-linux mount)
 
 die()

@@ -117,7 +117,9 @@ const char *capabilities_text(const struct capabilities *c, char out[CAPABILITIE
             used +=
                 (size_t)snprintf(out + used, CAPABILITIES_TEXT_SIZE - used, "%s%s", used ? ", " : "", table[i].name);
     }
-    return out[0] ? out : strcpy(out, "nothing that is asked for");
+    if (!out[0])
+        (void)snprintf(out, CAPABILITIES_TEXT_SIZE, "nothing that is asked for");
+    return out;
 }
 
 struct json_object *capabilities_to_json(const struct capabilities *c)
@@ -131,9 +133,10 @@ struct json_object *capabilities_to_json(const struct capabilities *c)
 
 unsigned capabilities_cbw_timeout(const char *version, unsigned wish_s)
 {
-    unsigned major = 0, minor = 0;
+    char *rest;
+    unsigned long major = strtoul(version, &rest, 10);
 
-    if (sscanf(version, "%u.%u", &major, &minor) == 2 && (major > 9 || (major == 9 && minor >= 1)))
+    if (*rest == '.' && (major > 9 || (major == 9 && strtoul(rest + 1, NULL, 10) >= 1)))
         return wish_s;
     return MIN(wish_s, CBW_TIMEOUT_32_BITS_S);
 }

@@ -14,7 +14,7 @@
 #define COMMIT_TICK_MS 1000u /* how often the job's progress is asked for */
 /* A job is given up that has not moved for so long: storage hangs. So is one that cannot finish: the guest writes
  * faster than QEMU copies. */
-#define COMMIT_STALL_MS (10 * 60000u)
+#define COMMIT_STALL_MS (UINT64_C(10) * 60000)
 
 void commit_go_on(struct commit *c, int result, const struct failure *f)
 {
@@ -233,7 +233,7 @@ static int judge_job(struct commit *c, struct failure *f)
     if (uv_now(c->rig.loop) - c->changed_at_ms > COMMIT_STALL_MS)
         return failure_set(f, -ETIMEDOUT, "QEMU's commit job stands at \"%s\", %llu of %llu bytes, since %u minutes",
                            c->seen.status, (unsigned long long)c->seen.current, (unsigned long long)c->seen.total,
-                           COMMIT_STALL_MS / 60000u);
+                           (unsigned)(COMMIT_STALL_MS / 60000));
     return 0;
 }
 
@@ -672,5 +672,7 @@ size_t commit_ndeleted(const struct commit *c)
 
 const char *commit_deleted_at(const struct commit *c, size_t i)
 {
-    return deleted_at(c, i)->path;
+    const struct commit_file *file = deleted_at(c, i);
+
+    return file ? file->path : NULL;
 }

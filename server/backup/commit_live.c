@@ -232,10 +232,10 @@ static int spoil(int fd, struct failure *f)
 
 static void sync_folder_of(const char *path)
 {
-    char copy[PATH_MAX] = "";
+    char copy[PATH_MAX];
     int fd;
 
-    (void)strncat(copy, path, sizeof(copy) - 1);
+    (void)snprintf(copy, sizeof(copy), "%s", path);
     fd = open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         return;

@@ -197,6 +197,7 @@ static bool is_usable(const struct chain *c, size_t layer, const char *name)
  */
 static int collect_sources(struct commit_record *r, const struct commit_plan *p, const struct chain *c, size_t deepest)
 {
+    /* NOLINTNEXTLINE(clang-analyzer-optin.portability.UnixAPI): the top is above the base */
     r->sources = calloc(p->base - p->top + 1, sizeof(*r->sources));
     if (!r->sources)
         return -ENOMEM;

@@ -512,6 +512,7 @@ static int name_the_nameless(struct json_object *query_block, struct disk_list *
         if (!takes_part(entry))
             continue;
         k++;
+        assert(d->node); /* parse_disk() */
         if (!d->name && !(d->name = choose_name(l, qmp_get_string(entry, "device"), d->node)))
             return -ENOMEM;
     }

@@ -6,6 +6,7 @@
 #include "backup/notes_impl.h"
 #include "backup/state_file.h"
 
+#include <assert.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -300,6 +301,7 @@ static int load_file(const struct place *p, const char *file, struct notes *set,
     struct failure why = {0}, told = {0};
     int r = read_note(p, file, &n, &vm, &why);
 
+    assert(r < 0 || n);
     if (r == 0)
         r = no_room(set, n, &why);
     if (r == 0 && notes_reserve(set, set->nnotes + 1) < 0)

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #define TEST_CLUSTER 65536u /* copy granularity over a raw file; see COPY_CLUSTER in steps.h */
-#define TEST_SIZE (2 * TEST_CLUSTER)
+#define TEST_SIZE ((ssize_t)2 * TEST_CLUSTER)
 #define TEST_OLD 0x5a /* what the frozen view must show */
 #define TEST_NEW 0xa5 /* what is written over the first cluster after the freeze */
 

@@ -103,7 +103,7 @@ bool state_name_parse(const char *file, const char *suffix, char out[NAME_MAX + 
             return false;
         if (file[i] == '%' && ((high = hex_value(file[i + 1])) < 0 || (low = hex_value(file[i + 2])) < 0))
             return false;
-        out[n++] = file[i] == '%' ? (char)(high << 4 | low) : file[i];
+        out[n++] = (char)(file[i] == '%' ? high << 4 | low : file[i]);
         i += file[i] == '%' ? 2 : 0;
     }
     out[n] = '\0';

@@ -31,7 +31,7 @@ static int sync_path(const char *path)
         return -errno;
     (void)snprintf(self, sizeof(self), "/proc/self/fd/%d", it);
     if (fstat(it, &st) < 0)
-        err = -errno;
+        err = -errno; /* NOLINT(bugprone-branch-clone): one after the other */
     else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         err = -ENOTSUP;
     else if ((fd = open(self, O_RDONLY | O_NONBLOCK | O_CLOEXEC)) < 0 || fdatasync(fd) < 0)

@@ -368,6 +368,12 @@ def control_seeds():
     yield "not_negotiated", b"\x01" + asks[0]
     yield "wrong", b"\0" + b'{"execute": 7}{"exec": "x"}{"execute": "query-vms", "arguments": []}{"execute": "nothing"}' + \
         command("query-disks") + command("query-disks", vm=7) + command("query-disks", x=1, **vm) + command("query-disks", vm="no")
+    yield "nowhere", b"\0" + b"".join(command(name, vm="no", **more) for name, more in {
+        "query-disks": {"disk": "vda"}, "query-checkpoints": {"disk": "vda"}, "can-increment": {"name": "mon", "disk": "vda"},
+        "checkpoint-create": {"name": "new", "disk": ["vda"]}, "checkpoint-delete": {"name": "mon", "what": "itself"},
+        "checkpoint-adopt": {"name": "mon"}, "checkpoint-invalidate": {"disk": "vda"}, "checkpoint-export": {},
+        "checkpoint-import": {"document": document}, "checkpoint-rename-vm": {"from": "old"}, "doctor": {},
+        "block-commit": {"disk": "vda"}, "session-begin": {"disk": ["vda"], "checkpoint": "new"}}.items())
     yield "broken", b"\0" + asks[0] + b"]"
 
 

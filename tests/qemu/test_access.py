@@ -106,7 +106,7 @@ class Access(harness.Case):
         self.assertEqual([e['export-name'] for e in json.loads(listed)['exports']], ['web/vda'])
         done = as_nobody('nbdinfo', '--size', daemon.uri('web/vda'))
         self.assertEqual(done.stdout.strip(), str(8 * MIB))
-        self.assertRegex(as_nobody('nbdinfo', '--size', daemon.uri('db/vdb')).stdout, 'has no export named')
+        self.assertRegex(as_nobody('nbdcopy', daemon.uri('db/vdb'), 'null:').stdout, 'has no export named')
 
         qpull = [f'{os.path.dirname(daemon.program)}/qpull', '--control', daemon.control]
         vms = json.loads(as_nobody(*qpull, 'vms', '--json').stdout)
