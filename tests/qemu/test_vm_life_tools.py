@@ -51,7 +51,7 @@ class Tools(vmlife.Case):
         h = nbdpull.connect(self.daemon.uri('vm/vda@new'), [nbdpull.ALLOCATION])
         h.block_status(512, 0, lambda *args: 0)  # all maps are read by then
         self.tool('block-export-del', {'id': next(e['id'] for e in self.tool('query-block-exports')
-                                                  if e['type'] == 'nbd' and e['node-name'].endswith('access0')),
+                                                  if e['id'].endswith('-export0')),
                                        'mode': 'hard'})
         harness.wait_until(lambda: self.daemon.vm()['session'] is None, 20)
         with self.assertRaises(nbdpull.nbd.Error):
