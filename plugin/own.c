@@ -10,6 +10,7 @@
 
 #include "backup/scratch.h"
 #include "config.h"
+#include "source/vhost.h"
 #include "vm.h"
 
 #include <nbdkit-plugin.h>
@@ -23,6 +24,7 @@ struct own {
     struct door door;
     struct vm *vm;                             /* owned */
     struct scratch_place *scratch;             /* owned */
+    struct vhost_room room;                    /* memory that QEMU shares with us: the data comes through it */
     struct failure spoiled;                    /* reads failed … */
     char spoiled_session[FROZEN_SESSION_SIZE]; /* … in this one */
     struct wait *retrying;                     /* borrowed: those that will ask again */
@@ -483,6 +485,7 @@ static void begin_start(struct task *task)
         .qga_path = o->qga,
         .quiesce = o->quiesce,
         .watchdog = o->watchdog,
+        .vhost_room = &own->room,
     };
     struct vm_config with_scratch = config;
     int r = scratch_new(&own->door.loop->uv, o->scratch ? o->scratch : "", &limits, &own->scratch);
@@ -568,6 +571,7 @@ int own_new(const struct options *o, struct loop *l, struct door **ret_door, str
     if (!own)
         return failure_set(f, -ENOMEM, "out of memory");
     own->door = (struct door){.ops = &own_ops, .options = o, .loop = l};
+    own->room.limit = CONFIG_SHARED_MEMORY;
     loop_call(l, &start.task);
     if (f->err) {
         free(own);
