@@ -64,7 +64,7 @@ struct wait {
     struct own *own;
     struct failure *failure; /* borrowed */
     uv_timer_t timer;
-    uint64_t deadline_ms; /* loop time */
+    uint64_t deadline_ms; /* of door_now_ms() and uv_now() */
     void (*again)(struct wait *w);
     void (*too_late)(struct wait *w);
     struct wait *next; /* of those that will ask again */
@@ -77,10 +77,7 @@ static void on_wait_closed(uv_handle_t *h)
 
 static void wait_begin(struct wait *w)
 {
-    uv_loop_t *loop = &w->own->door.loop->uv;
-
-    (void)uv_timer_init(loop, &w->timer);
-    w->deadline_ms = uv_now(loop) + w->own->door.options->timeout_s * 1000ull;
+    (void)uv_timer_init(&w->own->door.loop->uv, &w->timer);
 }
 
 static void wait_end(struct wait *w)
@@ -230,10 +227,15 @@ static void begin_list(struct task *task)
     w->again(w);
 }
 
-static int own_list(struct door *d, struct names *ret_names, struct failure *f)
+static int own_list(struct door *d, uint64_t deadline_ms, struct names *ret_names, struct failure *f)
 {
     struct list l = {
-        .wait = {.task.fn = begin_list, .own = own_of(d), .failure = f, .again = list_again, .too_late = list_too_late},
+        .wait = {.task.fn = begin_list,
+                 .own = own_of(d),
+                 .failure = f,
+                 .deadline_ms = deadline_ms,
+                 .again = list_again,
+                 .too_late = list_too_late},
         .names = ret_names,
     };
 
@@ -383,11 +385,17 @@ static void free_handle(struct own_handle *h)
     free(h);
 }
 
-static int own_open(struct door *d, const char *disk, struct handle **ret_handle, struct failure *f)
+static int own_open(struct door *d, const char *disk, uint64_t deadline_ms, struct handle **ret_handle,
+                    struct failure *f)
 {
     struct own_handle *h = calloc(1, sizeof(*h));
     struct open open = {
-        .wait = {.task.fn = begin_open, .own = own_of(d), .failure = f, .again = open_again, .too_late = open_too_late},
+        .wait = {.task.fn = begin_open,
+                 .own = own_of(d),
+                 .failure = f,
+                 .deadline_ms = deadline_ms,
+                 .again = open_again,
+                 .too_late = open_too_late},
         .handle = h,
     };
 
