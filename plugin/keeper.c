@@ -126,7 +126,8 @@ static int is_busy_listing(struct nbd_handle *nbd)
     return nbd_aio_is_connecting(nbd);
 }
 
-int keeper_list(const char *socket, const char *prefix, uint64_t deadline_ms, struct names *ret_names, struct failure *f)
+int keeper_list(const char *socket, const char *prefix, uint64_t deadline_ms, struct names *ret_names,
+                struct failure *f)
 {
     struct listing listing = {.prefix = prefix, .names = ret_names};
     struct nbd_handle *nbd = NULL;
