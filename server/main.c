@@ -188,6 +188,7 @@ static enum exit_status run(int argc, char **argv, const struct server_config *c
     struct failure why = {0};
     int r;
 
+    sandbox_prepare(config->sandbox);
     r = uv_loop_init(&d.loop);
     if (r < 0) {
         log_error("cannot begin: %s", uv_strerror(r));
@@ -232,9 +233,10 @@ int main(int argc, char **argv)
     if (watchdog_is_one(argc, argv))
         return watchdog_main(argc, argv);
     log_init(LOG_LEVEL_INFO);
-    (void)setenv("UV_USE_IO_URING", "0", /* overwrite= */ 1); /* libuv 1.45; no filter of system calls sees into it */
-    (void)signal(SIGPIPE, SIG_IGN);                           /* a client that leaves is told by write(2) */
-    (void)signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of that file, not the end of the daemon */
+    (void)setenv("UV_USE_IO_URING", "0",
+                 /* overwrite= */ 1); /* libuv 1.45-1.48; no filter of system calls sees into it */
+    (void)signal(SIGPIPE, SIG_IGN);   /* a client that leaves is told by write(2) */
+    (void)signal(SIGXFSZ, SIG_IGN);   /* a file-size limit is an error of that file, not the end of the daemon */
     if (config_parse(argc, argv, &config, &why) < 0) {
         (void)fprintf(stderr, "qpulld: %s\n", why.text);
         return EXIT_USAGE;

@@ -137,6 +137,16 @@ static int filter_calls(const struct sandbox_config *c)
     return r;
 }
 
+void sandbox_prepare(enum sandbox_mode mode)
+{
+    scmp_filter_ctx filter = mode == SANDBOX_OFF ? NULL : seccomp_init(SCMP_ACT_ALLOW);
+
+    if (filter && seccomp_attr_set(filter, SCMP_FLTATR_CTL_NNP, 1) == 0 &&
+        seccomp_rule_add(filter, UNKNOWN, SCMP_SYS(io_uring_setup), 0) == 0)
+        (void)seccomp_load(filter);
+    seccomp_release(filter);
+}
+
 /* -- files --------------------------------------------------------------------------------------------------------- */
 /* linux/landlock.h of Debian 12 ends with ABI 2. */
 #define RIGHT_TRUNCATE (1ull << 14)     /* ABI 3 */

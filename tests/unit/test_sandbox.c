@@ -81,6 +81,14 @@ static void *unshare_in_thread(void *arg)
     return is_unknown(syscall(SYS_unshare, CLONE_NEWUSER)) ? arg : NULL;
 }
 
+static void try_before_the_loop(void)
+{
+    sandbox_prepare(SANDBOX_AUTO);
+    expect(is_unknown(syscall(SYS_io_uring_setup, 1, NULL)));
+    expect(!is_unknown(syscall(SYS_setns, -1, 0)));
+    enter(SANDBOX_AUTO, false, "system calls are limited");
+}
+
 static void try_calls(void)
 {
     pthread_t thread;
@@ -115,6 +123,11 @@ static void try_calls(void)
 static void calls_without_use_do_not_exist_in_any_thread(void **state)
 {
     in_child(try_calls);
+}
+
+static void no_ring_can_be_made_once_it_is_prepared(void **state)
+{
+    in_child(try_before_the_loop);
 }
 
 /* Programs: who needs none has none. Builds with sanitizers start their own. */
@@ -275,6 +288,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(calls_without_use_do_not_exist_in_any_thread),
+        cmocka_unit_test(no_ring_can_be_made_once_it_is_prepared),
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
         cmocka_unit_test(without_an_agent_or_images_no_program_can_be_started),
 #endif
