@@ -30,7 +30,7 @@ cat >"$work/nbdkit.supp" <<'EOF'
    obj:*/nbdkit
 }
 EOF
-under=(valgrind -q --leak-check=full --show-leak-kinds=definite,indirect --errors-for-leak-kinds=definite,indirect
+under=(valgrind -q --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
     --error-exitcode=99 --child-silent-after-fork=no --suppressions="$here/../valgrind.supp"
     --suppressions="$work/nbdkit.supp" --log-file="$work/valgrind.%p")
 
