@@ -18,6 +18,8 @@
 #include <unistd.h>
 
 #define IDENTITY "nbdkit"
+#define ALLOCATION "base:allocation"
+#define DIRTY "qemu:dirty-bitmap:"
 #define RETRY_MS 200u /* to ask again for a QEMU that is not reached yet; its client tries by itself */
 
 struct own {
@@ -34,6 +36,7 @@ struct own {
 struct own_handle {
     struct handle handle;
     struct vm_stay stay;
+    struct open *opening; /* borrowed: waits for maps; NULL: it does not */
     const char *since;
     char *disk; /* owned */
 };
@@ -261,7 +264,7 @@ static struct frozen *freeze_of(struct own *own, struct own_handle *h, struct fa
     const struct options *o = own->door.options;
     const char *session = vm_stay_session(&h->stay);
     struct source *source = vm_stay_source(&h->stay);
-    const struct map *allocation = vm_stay_map(&h->stay, "base:allocation"), *dirty = NULL;
+    const struct map *allocation = vm_stay_map(&h->stay, ALLOCATION), *dirty = NULL;
     struct frozen *frozen = door_find(&own->door, h->disk, session);
     _cleanup_free_ char *context = NULL;
     int r;
@@ -276,7 +279,7 @@ static struct frozen *freeze_of(struct own *own, struct own_handle *h, struct fa
     }
     if (frozen)
         return frozen;
-    if (o->since && asprintf(&context, "qemu:dirty-bitmap:%s", o->since) < 0)
+    if (o->since && asprintf(&context, DIRTY "%s", o->since) < 0)
         context = NULL;
     if (o->since && context)
         dirty = vm_stay_map(&h->stay, context);
@@ -290,13 +293,52 @@ static struct frozen *freeze_of(struct own *own, struct own_handle *h, struct fa
     return r < 0 ? NULL : frozen;
 }
 
+/* Data could be read already, but a plugin's client may ask for extents first, and gets one answer. */
+static bool expects_maps(struct own *own, struct vm_stay *stay)
+{
+    const char *since = own->door.options->since;
+    _cleanup_free_ char *context = NULL;
+
+    if (!vm_stay_map(stay, ALLOCATION) && vm_stay_expects_map(stay, ALLOCATION))
+        return true;
+    if (!since || asprintf(&context, DIRTY "%s", since) < 0)
+        context = NULL;
+    return context && !vm_stay_map(stay, context) && vm_stay_expects_map(stay, context);
+}
+
+static void try_open(struct open *open)
+{
+    struct wait *w = &open->wait;
+    struct own_handle *h = open->handle;
+
+    h->opening = expects_maps(w->own, &h->stay) ? open : NULL;
+    if (h->opening)
+        return;
+    h->handle.frozen = freeze_of(w->own, h, w->failure);
+    if (h->handle.frozen) {
+        door_keep(&w->own->door, h->handle.frozen);
+        h->handle.source = vm_stay_source(&h->stay);
+    } else {
+        leave(h, false, false);
+    }
+    wait_end(w);
+}
+
+static void on_maps(struct vm_stay *stay)
+{
+    struct open *open = handle_of(stay)->opening;
+
+    if (open)
+        try_open(open);
+}
+
 static void on_entered(struct vm_stay *stay, const struct failure *f)
 {
     struct open *open = stay->arg;
     struct wait *w = &open->wait;
-    struct own_handle *h = open->handle;
 
-    (void)uv_timer_stop(&w->timer);
+    if (f)
+        (void)uv_timer_stop(&w->timer);
     if (f && is_away(w, f)) {
         wait_for_qemu(w, f->text);
         return;
@@ -306,14 +348,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
         wait_end(w);
         return;
     }
-    h->handle.frozen = freeze_of(w->own, h, w->failure);
-    if (h->handle.frozen) {
-        door_keep(&w->own->door, h->handle.frozen);
-        h->handle.source = vm_stay_source(stay);
-    } else {
-        leave(h, false, false);
-    }
-    wait_end(w);
+    try_open(open);
 }
 
 /* The session is given up: QEMU is gone, or its snapshot. */
@@ -321,7 +356,14 @@ static void on_lost(struct vm_stay *stay, const struct failure *why)
 {
     struct own_handle *h = handle_of(stay);
     struct own *own = own_of(h->handle.door);
+    struct open *open = TAKE_PTR(h->opening);
 
+    if (open) {
+        (void)failure_copy(open->wait.failure, why);
+        leave(h, false, true);
+        wait_end(&open->wait);
+        return;
+    }
     spoil(own, vm_stay_session(stay), why);
     h->handle.lost = *why;
     h->handle.source = NULL;
@@ -346,6 +388,7 @@ static void open_again(struct wait *w)
         .since = &h->since,
         .nsince = o->since ? 1 : 0,
         .on_entered = on_entered,
+        .on_maps = on_maps,
         .on_lost = on_lost,
         .arg = open,
     };
@@ -365,6 +408,7 @@ static void open_too_late(struct wait *w)
     struct open *open = container_of(w, struct open, wait);
     const char *trouble = vm_trouble(w->own->vm);
 
+    open->handle->opening = NULL;
     vm_leave(&open->handle->stay, false, false);
     (void)failure_set(w->failure, -ETIMEDOUT, "the disks of VM '%s' could not be frozen within %u s%s%s",
                       vm_name(w->own->vm), w->own->door.options->timeout_s, *trouble ? ": " : "", trouble);

@@ -94,6 +94,7 @@ static void shut(struct conn *c, bool await_eof)
     conn_ask_forget(c);
     if (c->pulling)
         pull_drop(&c->pull);
+    c->unmapped = NULL;
     nbd_free(TAKE_PTR(c->nbd));
     drop_queue(c);
     if (c->tls)
@@ -306,7 +307,7 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
 
 static bool may_feed(const struct conn *c)
 {
-    return c->state == CONN_TALKING && !c->tls_wanted && !conn_is_full(c) && !c->parked &&
+    return c->state == CONN_TALKING && !c->tls_wanted && !conn_is_full(c) && !c->parked && !c->unmapped &&
            nbd_inflight(c->nbd) < CONN_MAX_REQUESTS && !(c->pulling && pull_reply_is_open(&c->pull));
 }
 
@@ -414,7 +415,10 @@ static void on_nbd_request(void *arg, struct nbd_request *r)
     c->active_ms = now_ms(c);
     /* What is asked for when the memory of all is short is answered in small parts. */
     c->pull.max_extents = c->set->head_bytes < CONN_UNSENT_TOTAL / 2 ? SIZE_MAX : CONN_EXTENTS_SHORT;
-    pull_request(&c->pull, r);
+    if (r->command == NBD_COMMAND_STATUS && !c->mapped)
+        c->unmapped = r;
+    else
+        pull_request(&c->pull, r);
 }
 
 static void on_nbd_hangup(void *arg, enum nbd_end end, const struct failure *why)
@@ -454,6 +458,7 @@ void conn_settle(struct conn *c)
     if (c->state == CONN_TALKING) {
         if (c->parked && !conn_is_full(c))
             conn_ask_parked(c);
+        conn_ask_mapped(c);
         conn_input(c);
         conn_limit_settle(c);
         conn_tls_settle(c);
@@ -645,6 +650,7 @@ void conn_set_fail(struct conn_set *s, const struct failure *why)
             nbd_fail(c->nbd, why);
             if (c->pulling)
                 pull_fail(&c->pull, why);
+            conn_ask_mapped(c);
         }
         conn_settle(c);
     }

@@ -206,15 +206,46 @@ static int may_open(const struct conn *c, const struct catalog_hit *hit, struct 
     return 0;
 }
 
-/* The stay is entered: maps and source stand. */
-static int begin_pull(struct conn *c, struct failure *f)
+/* Each map of its contexts is there, or comes. */
+static int check_maps(struct conn *c, struct failure *f)
+{
+    for (size_t i = 0; i < c->ncontexts; i++) {
+        if (!vm_stay_map(&c->stay, c->contexts[i]) && !vm_stay_expects_map(&c->stay, c->contexts[i]))
+            return failure_set(f, -EIO, "the map \"%s\" of disk \"%s\" could not be read", c->contexts[i], c->disk);
+    }
+    return 0;
+}
+
+/* All maps of its contexts, or none. */
+static int set_maps(struct conn *c, struct failure *f)
 {
     _cleanup_free_ const struct map **maps = calloc(c->ncontexts + 1, sizeof(struct map *));
+
+    if (!maps)
+        return failure_set(f, -ENOMEM, "the server is out of memory");
+    pull_set_allocation(&c->pull, vm_stay_map(&c->stay, "base:allocation"));
+    for (size_t i = 0; i < c->ncontexts; i++) {
+        maps[i] = vm_stay_map(&c->stay, c->contexts[i]);
+        if (!maps[i])
+            return check_maps(c, f);
+    }
+    pull_set_maps(&c->pull, maps);
+    c->mapped = true;
+    return 0;
+}
+
+void conn_ask_mapped(struct conn *c)
+{
+    if (c->unmapped && (c->mapped || c->pull.stopped) && !pull_reply_is_open(&c->pull))
+        pull_request(&c->pull, TAKE_PTR(c->unmapped));
+}
+
+/* The stay is entered: the source stands, and perhaps the maps. */
+static int begin_pull(struct conn *c, struct failure *f)
+{
     struct pull_config config = {
         .nbd = c->nbd,
         .source = vm_stay_source(&c->stay),
-        .allocation = vm_stay_map(&c->stay, "base:allocation"),
-        .contexts = maps,
         .ncontexts = c->ncontexts,
         .budget = &c->set->budget,
         .fair = &c->fair,
@@ -224,15 +255,10 @@ static int begin_pull(struct conn *c, struct failure *f)
         .arg = c,
     };
 
-    if (!maps)
-        return failure_set(f, -ENOMEM, "the server is out of memory");
     if (!config.source)
         return failure_set(f, -EIO, "the session has no frozen disk \"%s\"", c->disk);
-    for (size_t i = 0; i < c->ncontexts; i++) {
-        maps[i] = vm_stay_map(&c->stay, c->contexts[i]);
-        if (!maps[i])
-            return failure_set(f, -EIO, "the map \"%s\" of disk \"%s\" could not be read", c->contexts[i], c->disk);
-    }
+    if (check_maps(c, f) < 0)
+        return f->err;
     if (fair_join_reads(&c->set->fair, &c->fair, vm_name(c->vm)) < 0 || pull_init(&c->pull, &config) < 0)
         return failure_set(f, -ENOMEM, "the server is out of memory");
     if (rate_join(&c->set->rates, &c->pull.rate, vm_stay_session(&c->stay), vm_stay_rate(&c->stay)) < 0) {
@@ -241,7 +267,21 @@ static int begin_pull(struct conn *c, struct failure *f)
     }
     c->size = config.source->size;
     c->pulling = true;
-    return 0;
+    if (set_maps(c, f) == 0)
+        return 0;
+    pull_done(&c->pull);
+    c->pulling = false;
+    return f->err;
+}
+
+static void on_maps(struct vm_stay *stay)
+{
+    struct conn *c = container_of(stay, struct conn, stay);
+    struct failure why = {0};
+
+    if (c->pulling && set_maps(c, &why) < 0)
+        conn_kill(c, why.err, "%s", why.text);
+    conn_settle(c);
 }
 
 static void on_entered(struct vm_stay *stay, const struct failure *f)
@@ -286,6 +326,7 @@ static void on_lost(struct vm_stay *stay, const struct failure *why)
     }
     if (c->pulling)
         pull_fail(&c->pull, why);
+    conn_ask_mapped(c);
     conn_settle(c);
 }
 
@@ -309,12 +350,15 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
         .checkpoint = c->checkpoint,
         .since = c->since,
         .on_entered = on_entered,
+        .on_maps = on_maps,
         .on_lost = on_lost,
         .arg = c,
     };
     for (size_t i = 0; i < c->ncontexts; i++)
         if (strncmp(c->contexts[i], DIRTY_PREFIX, sizeof DIRTY_PREFIX - 1) == 0)
             c->since[c->stay.nsince++] = c->contexts[i] + sizeof DIRTY_PREFIX - 1;
+        else
+            c->stay.depth |= strcmp(c->contexts[i], "qemu:allocation-depth") == 0;
     c->vm = hit->vm;
     c->stay_state = STAY_ENTERING;
     r = vm_enter(hit->vm, &c->stay);

@@ -94,8 +94,10 @@ struct conn {
     const char *asked;                      /* borrowed from nbd until the ask is answered: the export's name */
     bool secret;                            /* it looks like a ticket: not for the log */
     struct pull pull;
-    bool pulling;        /* pull is initialised */
-    uint64_t taken_seen; /* pull.ntaken at the last tick */
+    bool pulling;                 /* pull is initialised */
+    bool mapped;                  /* it has its maps */
+    struct nbd_request *unmapped; /* borrowed from nbd: a question that waits for them, and all input behind it; NULL */
+    uint64_t taken_seen;          /* pull.ntaken at the last tick */
 
     /* deadlines, in loop time */
     uint64_t since_ms;    /* connected, moved on by the time that we took for answers */
@@ -165,5 +167,7 @@ void conn_ask_forget(struct conn *c);
 /* Ends the stay, unless a read of the source is in flight or there is none; true: there is none now. */
 bool conn_try_leave(struct conn *c);
 void conn_ask_done(struct conn *c);
+/* Answers what waits for maps if it can be: they are there, or never will be. */
+void conn_ask_mapped(struct conn *c);
 
 #endif

@@ -477,9 +477,15 @@ int pull_init(struct pull *p, const struct pull_config *config)
     p->maps = calloc(config->ncontexts + 1, sizeof(struct map *));
     if (!p->maps)
         return -ENOMEM;
-    for (size_t i = 0; i < config->ncontexts; i++)
-        p->maps[i] = config->contexts[i];
+    if (config->contexts)
+        pull_set_maps(p, config->contexts);
     return 0;
+}
+
+void pull_set_maps(struct pull *p, const struct map *const *contexts)
+{
+    for (size_t i = 0; i < p->c.ncontexts; i++)
+        p->maps[i] = contexts[i];
 }
 
 void pull_done(struct pull *p)
@@ -522,10 +528,12 @@ static void read_start(struct pull *p, struct nbd_request *r)
 static void status_answer(struct pull *p, struct nbd_request *r)
 {
     size_t most = p->max_extents / MAX(p->c.ncontexts, (size_t)1);
-    size_t max = MAX(MIN(nbd_status_max_extents(r), most), (size_t)1);
+    size_t limit = MAX(MIN(nbd_status_max_extents(r), most), (size_t)1), max = 1;
     _cleanup_free_ struct nbd_extent *extents = NULL;
     _cleanup_free_ struct nbd_status *status = NULL;
 
+    for (size_t i = 0; i < p->c.ncontexts; i++)
+        max = MAX(max, MIN(limit, map_count_extents(p->maps[i], r->offset, r->length)));
     extents = reallocarray(NULL, max * MAX(p->c.ncontexts, (size_t)1), sizeof *extents);
     status = calloc(p->c.ncontexts + 1, sizeof *status);
     if (!extents || !status) {

@@ -28,7 +28,7 @@ struct pull_config {
     struct source *source;        /* borrowed until nreading is 0 after pull_fail() or pull_drop() */
     const struct map *allocation; /* borrowed likewise; base:allocation of the frozen disk, NULL: every byte is read */
     const struct map *const *contexts; /* borrowed until pull_init() returns, the maps likewise: of the negotiated
-                                          contexts, in their order */
+                                          contexts, in their order; NULL: pull_set_maps() brings them */
     size_t ncontexts;
     struct budget *budget;        /* borrowed */
     struct fair_member *fair;     /* borrowed: who reads */
@@ -65,6 +65,14 @@ struct pull {
 
 int pull_init(struct pull *p, const struct pull_config *config);
 void pull_done(struct pull *p); /* also if zeroed */
+
+/* As of the configuration, where there was none. */
+static inline void pull_set_allocation(struct pull *p, const struct map *allocation)
+{
+    p->c.allocation = allocation;
+}
+/* Likewise all the contexts': before the first question about the disk's status. */
+void pull_set_maps(struct pull *p, const struct map *const *contexts);
 
 void pull_request(struct pull *p, struct nbd_request *r);
 

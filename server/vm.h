@@ -156,12 +156,15 @@ struct vm_stay {
     const char *checkpoint;   /* likewise: NAME or NULL */
     const char *const *since; /* likewise: checkpoint names of the negotiated qemu:dirty-bitmap contexts */
     size_t nsince;
+    bool depth; /* wants the map "qemu:allocation-depth", too */
     /* Likewise: the id of the only session that it may join; NULL: any, or one of its own. */
     const char *session;
     struct vm_lease *lease; /* vm_lease.c's own: it has no disk; NULL for all others */
-    /* f NULL: entered; source and maps may be used until on_lost or vm_leave(). Comes once, later, unless vm_leave()
-     * comes before. */
+    /* f NULL: entered; the source, and the maps if they are there, may be used until on_lost or vm_leave(). Comes once,
+     * later, unless vm_leave() comes before. */
     void (*on_entered)(struct vm_stay *stay, const struct failure *f);
+    /* There are more maps than before. After a successful on_entered, any number of times. NULL: who cares. */
+    void (*on_maps)(struct vm_stay *stay);
     /* After a successful on_entered, at most once: the session is lost. Answer what is in flight, hang up, vm_leave().
      */
     void (*on_lost)(struct vm_stay *stay, const struct failure *why);
@@ -171,6 +174,7 @@ struct vm_stay {
     struct vm_stay *next, *prev;
     enum { STAY_OUT, STAY_WAITING, STAY_ASKING, STAY_IN, STAY_LOST } state; /* LOST: on_lost was said */
     size_t nasked;                                                          /* of since, how many maps are there */
+    unsigned nmaps;                                                         /* of on_maps, what it has been told */
     struct session_ask ask;
 };
 
@@ -185,8 +189,9 @@ void vm_leave(struct vm_stay *stay, bool said_disc, bool read_failed);
 void vm_stay_lost(struct vm_stay *stay);
 
 struct source *vm_stay_source(struct vm_stay *stay);
-const struct map *vm_stay_map(struct vm_stay *stay, const char *context);
-const char *vm_stay_session(const struct vm_stay *stay); /* session id, for the log */
+const struct map *vm_stay_map(struct vm_stay *stay, const char *context); /* NULL: it is not there (yet) */
+bool vm_stay_expects_map(struct vm_stay *stay, const char *context);      /* on_maps brings it */
+const char *vm_stay_session(const struct vm_stay *stay);                  /* session id, for the log */
 
 uint64_t vm_stay_rate(const struct vm_stay *stay); /* bytes a second for all in its session together; 0: any */
 

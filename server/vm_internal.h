@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The inside of a VM, shared by vm.c (connection, questions) and vm_session.c (who takes part in which session).
+ * The inside of a VM, shared by vm.c (connection, questions), vm_session.c (who takes part in which session) and
+ * others.
  */
 #ifndef QPULL_VM_INTERNAL_H
 #define QPULL_VM_INTERNAL_H
@@ -116,14 +117,16 @@ struct vm {
     struct session *session;
     struct vm_stay *stays;
     size_t nstays;
-    char *identity;      /* owned: whose session it is */
+    char *identity;         /* owned: whose session it is */
     struct vm_lease *lease; /* borrowed: that has begun it; NULL: a client has */
-    bool starting;       /* disks are being asked for it */
-    bool swept;          /* for this start, because a node of a session stood on a disk */
-    struct failure left; /* what the last sweep could not do */
+    bool starting;          /* disks are being asked for it */
+    bool swept;             /* for this start, because a node of a session stood on a disk */
+    struct failure left;    /* what the last sweep could not do */
     struct vm_query start_query;
+    const struct disk_list *fresh;  /* borrowed: what QEMU has answered just now; NULL: it was longer ago */
     bool ending;                    /* session_stop() was said */
     bool was_up;                    /* it came up */
+    unsigned nmaps;                 /* how often it had more maps than before */
     struct failure session_failure; /* why it failed */
     struct vm_pull *pulls;          /* owned */
     size_t npulls;
@@ -214,8 +217,16 @@ void vm_refuse_waiting(struct vm *vm, const struct failure *why); /* stays that 
 void vm_end_session(struct vm *vm);
 void vm_session_done(struct vm *vm); /* frees what is left of one */
 
-/* Says it to all who are in the session, or wait for it. */
+extern const struct session_ops vm_session_ops;
+
+/* vm_start.c: somebody waits, and there is no session: goes on with whatever one needs to start. */
+void vm_start_session(struct vm *vm);
+
+/* vm_session.c: says it to all who are in the session, or wait for it. */
 void vm_session_tell(struct vm *vm, const struct failure *why);
+struct vm_stay *vm_first_stay(struct vm *vm, int state);
+/* Its callback may leave, enter or free anything: whoever loops over stays begins again from the front after it. */
+void vm_refuse(struct vm_stay *stay, const struct failure *why);
 /* A stay's end, without a word: it was never in, or is a lease's. */
 void vm_session_remove(struct vm_stay *stay);
 

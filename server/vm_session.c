@@ -46,8 +46,7 @@ void vm_session_remove(struct vm_stay *stay)
     stay->state = STAY_OUT;
 }
 
-/* The callback may leave, enter or free anything: whoever loops over stays begins again from the front after it. */
-static void refuse(struct vm_stay *stay, const struct failure *why)
+void vm_refuse(struct vm_stay *stay, const struct failure *why)
 {
     struct failure f = *why; /* why may be the VM's own, which the callback may change */
 
@@ -55,7 +54,7 @@ static void refuse(struct vm_stay *stay, const struct failure *why)
     stay->on_entered(stay, &f);
 }
 
-static struct vm_stay *first_in_state(struct vm *vm, int state)
+struct vm_stay *vm_first_stay(struct vm *vm, int state)
 {
     struct vm_stay *stay = vm->stays;
 
@@ -68,15 +67,15 @@ void vm_refuse_waiting(struct vm *vm, const struct failure *why)
 {
     struct vm_stay *stay;
 
-    while ((stay = first_in_state(vm, STAY_WAITING)))
-        refuse(stay, why);
+    while ((stay = vm_first_stay(vm, STAY_WAITING)))
+        vm_refuse(stay, why);
 }
 
 void vm_move_waiting(struct vm *vm, struct vm *to)
 {
     struct vm_stay *stay;
 
-    while ((stay = first_in_state(vm, STAY_WAITING))) {
+    while ((stay = vm_first_stay(vm, STAY_WAITING))) {
         struct failure f = {0};
         int r;
 
@@ -91,7 +90,7 @@ void vm_move_waiting(struct vm *vm, struct vm *to)
 
 static bool any_inside(struct vm *vm)
 {
-    return first_in_state(vm, STAY_IN) || first_in_state(vm, STAY_ASKING);
+    return vm_first_stay(vm, STAY_IN) || vm_first_stay(vm, STAY_ASKING);
 }
 
 /* -- how each disk's pull ends ------------------------------------------------------------------------------------- */
@@ -209,6 +208,28 @@ static void on_up(void *arg)
     vm_pump(vm);
 }
 
+static struct vm_stay *next_to_map(struct vm *vm)
+{
+    struct vm_stay *stay = vm->stays;
+
+    while (stay && (stay->state != STAY_IN || stay->nmaps == vm->nmaps))
+        stay = stay->next;
+    return stay;
+}
+
+static void on_maps(void *arg)
+{
+    struct vm *vm = arg;
+    struct vm_stay *stay;
+
+    vm->nmaps++;
+    while ((stay = next_to_map(vm))) {
+        stay->nmaps = vm->nmaps;
+        if (stay->on_maps)
+            stay->on_maps(stay);
+    }
+}
+
 /* A session that fails for want of a connection, to the monitor or to the export: QEMU ends, or has ended. */
 static bool is_gone(const struct vm *vm, const struct failure *why)
 {
@@ -235,7 +256,7 @@ void vm_session_tell(struct vm *vm, const struct failure *why)
             stay->on_lost(stay, why);
         } else {
             session_ask_forget(&stay->ask);
-            refuse(stay, why);
+            vm_refuse(stay, why);
         }
     }
 }
@@ -331,164 +352,14 @@ static void on_trace(void *arg, const char *text)
     log_debug("VM %s: session %s: %s", vm->name, vm->session ? session_id(vm->session) : "new", text);
 }
 
-static const struct session_ops session_ops = {
+const struct session_ops vm_session_ops = {
     .on_up = on_up,
+    .on_maps = on_maps,
     .on_failed = on_failed,
     .on_down = on_down,
     .on_note = on_note,
     .on_trace = on_trace,
 };
-
-/* -- starting one -------------------------------------------------------------------------------------------------- */
-
-static bool alike(const struct vm_stay *a, const struct vm_stay *b)
-{
-    return strcmp(a->identity, b->identity) == 0 && (!a->checkpoint == !b->checkpoint) &&
-           (!a->checkpoint || strcmp(a->checkpoint, b->checkpoint) == 0);
-}
-
-/* The dirty maps that all who wait for the same session want: read at the freeze, they are exact. */
-static size_t collect_since(const struct vm *vm, const struct vm_stay *first, const char *since[VM_SINCE_MAX])
-{
-    size_t n = 0;
-
-    for (const struct vm_stay *stay = first; stay; stay = stay->next) {
-        if (stay->state != STAY_WAITING || !alike(stay, first))
-            continue;
-        for (size_t i = 0; i < stay->nsince; i++) {
-            size_t k;
-
-            for (k = 0; k < n && strcmp(since[k], stay->since[i]) != 0; k++)
-                ;
-            if (k == n && n < VM_SINCE_MAX)
-                since[n++] = stay->since[i];
-        }
-    }
-    return n;
-}
-
-static bool any_tracked(const struct disk_list *disks)
-{
-    for (size_t i = 0; i < disks->ndisks; i++) {
-        if (disks->disks[i].tracked)
-            return true;
-    }
-    return false;
-}
-
-/*
- * A disk that keeps no checkpoint may be pulled beside others that do: they share one instant, and so one name. Where
- * no disk can keep it, that is better said now than found out later.
- */
-static int check_stay(const struct vm *vm, const struct vm_stay *stay, const struct disk_list *disks, struct failure *f)
-{
-    const struct disk *d = stay->lease ? NULL : disk_list_find(disks, stay->disk);
-
-    if (stay->lease)
-        return vm_lease_check(vm, stay, disks, f);
-    if (!d)
-        return failure_set(f, -ENOENT, "VM '%s' has no disk '%s'", vm->name, stay->disk);
-    if (stay->checkpoint && !any_tracked(disks))
-        return failure_set(f, -ENOTSUP,
-                           "disk '%s' of VM '%s' cannot keep a checkpoint (%s): its image is %s, only qcow2 version 3 "
-                           "stores bitmaps; open '%s/%s' without '@%s'",
-                           d->name, vm->name, reason_name(REASON_NOT_TRACKED), d->format, vm->name, d->name,
-                           stay->checkpoint);
-    return 0;
-}
-
-/*
- * A session of somebody else stands on a disk: of a dead one, the sweep makes an end; on a living one nothing is built.
- * Says whether the start has to wait, or is over.
- */
-static bool meets_others(struct vm *vm, const struct disk_list *disks)
-{
-    const struct disk *d = disks->disks;
-    struct failure f = {0};
-
-    if (vm->images)
-        return false;
-    while (d < disks->disks + disks->ndisks && !*d->session)
-        d++;
-    if (d == disks->disks + disks->ndisks) {
-        vm->swept = false;
-        return false;
-    }
-    if (!vm->swept) {
-        vm->swept = true;
-        vm_sweep(vm);
-        return true;
-    }
-    vm->swept = false;
-    (void)failure_set(&f, -EBUSY, "disk '%s' of VM '%s' is in session %s already: %s", d->name, vm->name, d->session,
-                      vm->left.err ? vm->left.text : "it could not be undone");
-    vm_refuse_waiting(vm, &f);
-    return true;
-}
-
-static void on_start_disks(struct vm_query *q, const struct disk_list *disks, const struct failure *f)
-{
-    struct vm *vm = container_of(q, struct vm, start_query);
-    struct vm_stay *stay = first_in_state(vm, STAY_WAITING);
-    const char *since[VM_SINCE_MAX];
-    struct failure mine = {0};
-
-    vm->starting = false;
-    if (!stay)
-        return;
-    if (f) {
-        vm_refuse_waiting(vm, f);
-        return;
-    }
-    if (meets_others(vm, disks))
-        return;
-    if (check_stay(vm, stay, disks, &mine) == 0 &&
-        (!vm->may_start || vm->may_start(vm->start_arg, stay->identity, &mine) == 0)) {
-        struct session_config config = {
-            .loop = vm->loop,
-            .qmp = vm->qmp,
-            .vm = vm->name,
-            .disks = disks,
-            .checkpoint = stay->checkpoint,
-            .since = since,
-            .nsince = collect_since(vm, stay, since),
-            .scratch = vm->scratch,
-            .place = vm->place,
-            .state_dir = vm->state_dir,
-            .still_socket = vm->images ? images_nbd_socket(vm->images) : NULL,
-            .engine = vm->engine.engine,
-            .job_breaks = vm->capabilities.has[CAPABILITY_JOB_ON_ERROR],
-            .narrow_reads = vm->narrow,
-            .max_pause_ms = vm->max_pause_ms,
-            .cbw_timeout_s = capabilities_cbw_timeout(vm->qemu_version, vm->cbw_timeout_s),
-            .give_back = vm->give_back,
-            .vhost_room = vm->capabilities.has[CAPABILITY_VHOST] ? vm->vhost_room : NULL,
-            .call_timeout_ms = VM_CALL_TIMEOUT_MS,
-            .quiesce = vm->quiesce,
-            .hold_shutdown = vm->hold_shutdown_ms > 0,
-            .timeout_s = vm->session_timeout_ms / 1000,
-        };
-
-        if (stay->lease)
-            config.nsince = vm_lease_since(disks, since, config.nsince, VM_SINCE_MAX);
-        vm->identity = strdup(stay->identity);
-        if (vm->identity && session_start(&config, &session_ops, vm, &vm->session, &mine) == 0) {
-            if (stay->checkpoint)
-                vm_watch_forget(vm, stay->checkpoint);
-            vm->lease = stay->lease;
-            vm->keeper->counters.started++;
-            log_info("VM %s: session %s starts for %s", vm->name, session_id(vm->session), vm->identity);
-            if (!vm->images && vm->engine.risk)
-                log_warning("VM %s: session %s: engine %s: %s", vm->name, session_id(vm->session),
-                            engine_name(vm->engine.engine), vm->engine.risk);
-            return;
-        }
-        free(TAKE_PTR(vm->identity));
-    }
-    (void)failure_set(&mine, -ENOMEM, "out of memory");
-    refuse(stay, &mine);
-    vm_pump(vm);
-}
 
 /* -- entering ------------------------------------------------------------------------------------------------------ */
 
@@ -521,7 +392,8 @@ static void admit(struct vm_stay *stay)
 
         if (asprintf(&context, "qemu:dirty-bitmap:%s", stay->since[stay->nasked]) < 0)
             context = NULL;
-        if (!context || session_map(vm->session, stay->disk, context))
+        if (!context || session_map(vm->session, stay->disk, context) ||
+            session_expects_map(vm->session, stay->disk, context))
             continue;
         r = session_ask_start(vm->session, &stay->ask, stay->disk, stay->since[stay->nasked], on_asked);
         if (r == 0) {
@@ -530,19 +402,21 @@ static void admit(struct vm_stay *stay)
         }
         (void)failure_set(&f, r, "no incremental of disk '%s' of VM '%s' since '%s': %s", stay->disk, vm->name,
                           stay->since[stay->nasked], why_not(vm, stay));
-        refuse(stay, &f);
+        vm_refuse(stay, &f);
         return;
     }
     p = pull_of(vm, stay->disk, /* make= */ true);
     if (!p) {
         (void)failure_set(&f, -ENOMEM, "out of memory");
-        refuse(stay, &f);
+        vm_refuse(stay, &f);
         return;
     }
     d = disk_list_find(session_disks(vm->session), stay->disk);
     if (stay->checkpoint && !d->tracked)
         log_warning("VM %s: checkpoint %s will not be kept on disk %s (%s): its image is %s", vm->name,
                     stay->checkpoint, d->name, reason_name(REASON_NOT_TRACKED), d->format);
+    if (stay->depth)
+        session_want_depth(vm->session);
     p->nopen++;
     vm->keeper->counters.connections++;
     stay->state = STAY_IN;
@@ -556,7 +430,7 @@ static void on_asked(struct session_ask *a, const struct failure *f)
     struct vm *vm = stay->vm;
 
     if (f)
-        refuse(stay, f);
+        vm_refuse(stay, f);
     else
         admit(stay);
     vm_pump(vm);
@@ -575,7 +449,7 @@ static bool meet_session(struct vm *vm, struct vm_stay *stay)
         if (!stay->lease && !disk_list_find(session_disks(vm->session), stay->disk)) {
             (void)failure_set(&f, -ENOENT, "VM '%s' had no disk '%s' when session %s was frozen", vm->name, stay->disk,
                               session_id(vm->session));
-            refuse(stay, &f);
+            vm_refuse(stay, &f);
             return true;
         }
         (void)uv_timer_stop(&vm->linger);
@@ -595,7 +469,7 @@ static bool meet_session(struct vm *vm, struct vm_stay *stay)
                       "when it has ended",
                       vm->name, session_id(vm->session),
                       session_checkpoint(vm->session) ? session_checkpoint(vm->session) : "none");
-    refuse(stay, &f);
+    vm_refuse(stay, &f);
     return true;
 }
 
@@ -606,21 +480,6 @@ static bool pump_stays(struct vm *vm)
             return true;
     }
     return false;
-}
-
-/* QEMU 7.2 with an iothread aborts when an NBD client disconnects, and on blockdev-add of the filters under load. */
-static bool refuse_iothreads(struct vm *vm)
-{
-    struct failure f = {0};
-
-    if (!vm->narrow || !vm->has_iothreads)
-        return false;
-    (void)failure_set(
-        &f, -ENOTSUP,
-        "VM '%s' uses iothreads, and QEMU %s aborts when such a disk is exported; QEMU 8.0 or later is needed",
-        vm->name, vm->qemu_version);
-    vm_refuse_waiting(vm, &f);
-    return true;
 }
 
 void vm_pump(struct vm *vm)
@@ -634,37 +493,14 @@ void vm_pump(struct vm *vm)
         return;
     vm_ask_if_waiting(vm);
     while (vm_lease_refuse_strays(vm, &stray))
-        refuse(stray, &gone);
+        vm_refuse(stray, &gone);
     if (vm->session) {
         while (vm->session && pump_stays(vm))
             ;
         return;
     }
-    if (!first_in_state(vm, STAY_WAITING) || vm_commit_refuses(vm) || vm->starting || vm->asking ||
-        (vm->images && vm->nwrites))
-        return;
-    if (!vm->images && !vm->capable) { /* the question at the connection was not answered */
-        vm_ask_capabilities(vm);
-        return;
-    }
-    if (vm_engine_refuses(vm))
-        return;
-    if (vm->life.sweep_due) {
-        vm->life.sweep_due = false;
-        vm_sweep(vm);
-        return;
-    }
-    if (vm->life.leftovers && vm->left.err == -EBUSY) { /* looked at just now: somebody else is at work */
-        vm_refuse_waiting(vm, &vm->left);
-        return;
-    }
-    if (!vm->tested) {
-        vm_test(vm);
-        return;
-    }
-    if (refuse_iothreads(vm))
-        return;
-    vm->starting = vm_query_start(vm, &vm->start_query, on_start_disks, vm) == 0;
+    if (vm_first_stay(vm, STAY_WAITING))
+        vm_start_session(vm);
 }
 
 static void on_kick(uv_timer_t *t)
@@ -771,6 +607,11 @@ struct source *vm_stay_source(struct vm_stay *stay)
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
 {
     return stay->vm && stay->vm->session ? session_map(stay->vm->session, stay->disk, context) : NULL;
+}
+
+bool vm_stay_expects_map(struct vm_stay *stay, const char *context)
+{
+    return stay->vm && stay->vm->session && session_expects_map(stay->vm->session, stay->disk, context);
 }
 
 struct vm_counters *vm_stay_counters(struct vm_stay *stay)

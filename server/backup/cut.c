@@ -285,6 +285,5 @@ int step_settle_up(struct seq *q, struct failure *f)
     for (unsigned i = 0; i < s->rig.ndisks; i++)
         calls_add(&s->rig.calls, "blockdev-del",
                   qmp_args_strings("node-name", names_make(cut, s->rig.id, NAMES_CUT, i), NULL), QMP_NO_FD, i, NULL);
-    session_drop_live_exports(s);
     return rig_wait(&s->rig, f);
 }

@@ -35,17 +35,6 @@ int step_live_exports_up(struct seq *q, struct failure *f)
     return rig_wait(&s->rig, f);
 }
 
-void session_drop_live_exports(struct session *s)
-{
-    char export[NAMES_SIZE];
-
-    for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        if (s->disks[i].disk->host_cache)
-            calls_add(&s->rig.calls, "block-export-del",
-                      qmp_args_export_del(names_make(export, s->rig.id, NAMES_LIVE, i)), QMP_NO_FD, i, NULL);
-    }
-}
-
 static unsigned ms_since(uint64_t ns)
 {
     return (unsigned)((uv_hrtime() - ns) / 1000000);
@@ -145,6 +134,8 @@ static void syncs_over(struct session *s)
         flush_over(s, &f);
     else if (is_worth_it(s, ms_since(s->flush.round_ns)) && begin_syncs(s, &f) == 0)
         return;
+    else if (s->flush.ahead && !s->flush.nmissed && ms_since(s->flush.round_ns) <= FLUSH_WORTH_MS)
+        flush_over(s, NULL); /* hardly anything was held back, so what QEMU holds is for the flush before the freeze */
     else if ((r = s->stop_wanted ? SEQ_DONE : begin_flushes(s, &f)) != 0)
         flush_over(s, r < 0 ? &f : NULL);
 }
@@ -160,6 +151,7 @@ static void on_synced(void *arg, int err)
                           "the storage of disk '%s' has not written back within %u s what the host holds of '%s'; the "
                           "freeze would stop the guest's I/O for as long",
                           d->disk->name, FLUSH_ALL_MS / 1000, d->disk->images[0].file);
+    s->flush.nmissed += err != 0;
     if (--s->npending == 0)
         syncs_over(s);
 }
@@ -168,6 +160,7 @@ static void on_synced(void *arg, int err)
 static int begin_syncs(struct session *s, struct failure *f)
 {
     s->flush.round_ns = uv_hrtime();
+    s->flush.nmissed = 0;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         const struct disk *d = s->disks[i].disk;
 
@@ -175,15 +168,26 @@ static int begin_syncs(struct session *s, struct failure *f)
         if (d->host_cache && d->nimages && d->images[0].file[0] == '/' &&
             sync_start(s->rig.loop, d->images[0].file, FLUSH_ALL_MS, on_synced, &s->disks[i]) == 0)
             s->npending++;
+        else
+            s->flush.nmissed += d->host_cache;
     }
     return s->npending ? 0 : begin_flushes(s, f);
 }
 
-int step_flush_up(struct seq *q, struct failure *f)
+static int flush(struct session *s, bool ahead, struct failure *f)
 {
-    struct session *s = session_of_seq(q);
-
+    s->flush.ahead = ahead;
     s->flush.nrounds = 0;
     s->flush.step_ns = uv_hrtime();
     return begin_syncs(s, f);
+}
+
+int step_flush_ahead_up(struct seq *q, struct failure *f)
+{
+    return flush(session_of_seq(q), true, f);
+}
+
+int step_flush_up(struct seq *q, struct failure *f)
+{
+    return flush(session_of_seq(q), false, f);
 }

@@ -113,10 +113,6 @@ const struct seq_step session_job_steps[] = {
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},
-    {"read maps", step_read_maps, NULL, NULL},
-    {"compare depths", step_compare_depths, NULL, NULL},
-    {"fill in records", step_fill_in, NULL, NULL},
-    {"correct maps", step_correct_maps, NULL, NULL},
     {"keep checkpoint", NULL, step_keep_undo, step_keep},
 };
 const unsigned session_njob_steps = ARRAY_SIZE(session_job_steps);

@@ -34,6 +34,7 @@ int step_close_sources(struct seq *q, struct failure *f)
         struct source *source = TAKE_PTR(s->disks[i].source);
 
         session_close_vhost(&s->disks[i]);
+        s->disks[i].bare = s->disks[i].ahead = s->disks[i].giving = NULL; /* parts of it */
         if (!source)
             continue;
         s->npending++;
@@ -88,7 +89,7 @@ int step_probe_and_close(struct seq *q, struct failure *f)
                                         .sure = true,
                                         .cb = on_probe,
                                         .arg = d};
-        r = d->source ? source_read(d->source, &d->probe) : -ENOTCONN;
+        r = d->bare ? source_read(d->bare, &d->probe) : -ENOTCONN;
         if (r < 0)
             session_drop_keep(s, d, "its frozen view cannot be read any more");
         else

@@ -25,14 +25,14 @@ static void look_at_views(struct session *s)
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         struct session_disk *d = &s->disks[i];
 
-        if (d->looking || !d->source)
+        if (d->looking || !d->bare)
             continue;
         d->look = (struct source_read){.length = MIN(sizeof(d->look_buffer), d->disk->size),
                                        .buffer = d->look_buffer,
                                        .sure = true,
                                        .cb = on_looked,
                                        .arg = d};
-        d->looking = source_read(d->source, &d->look) == 0;
+        d->looking = source_read(d->bare, &d->look) == 0;
     }
 }
 

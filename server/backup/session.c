@@ -51,6 +51,8 @@ static void session_free(struct session *s)
         }
         free(d->maps);
         map_free(d->layers);
+        map_free(d->below);
+        map_free(d->written);
         free(d->keep_node);
         if (d->scratch_fd >= 0)
             (void)close(d->scratch_fd);
@@ -79,6 +81,7 @@ static void on_top(struct seq *q)
     s->up_ns = uv_hrtime();
     set_status(s, SESSION_UP);
     session_look_start(s);
+    session_maps_start(s);
     s->ops->on_up(s->arg);
 }
 
@@ -235,6 +238,7 @@ static int fill(struct session *s, const struct session_config *c)
     s->max_pause_ms = c->max_pause_ms;
     s->timeout_s = c->timeout_s;
     s->give_back = c->give_back && !c->still_socket;
+    s->ahead_pool.left = AHEAD_POOL;
     s->vm = strdup(c->vm);
     s->place = c->place;
     s->scratch = c->place ? NULL : c->scratch;
@@ -341,9 +345,9 @@ void session_stop(struct session *s)
     scratch_going(&s->scratch_user);
     if (s->status < SESSION_GOING_DOWN)
         set_status(s, SESSION_GOING_DOWN);
-    if (s->rig.seq.phase == SEQ_TOP && s->late_running)
-        session_late_cancel(s); /* the walk down begins when it has ended */
-    else
+    if (s->rig.seq.phase == SEQ_TOP)
+        session_late_cancel(s);
+    if (s->rig.seq.phase != SEQ_TOP || !s->late_running) /* else the walk down begins when that one has ended */
         stop_walk(s);
 }
 
@@ -361,6 +365,8 @@ static void lose(struct session_disk *d, const char *why, int err, unsigned ms)
     struct failure f = {0};
 
     d->lost = true;
+    if (d->keep && d->session->stop_wanted) /* nobody is told of a failure any more, but of this */
+        session_drop_keep(d->session, d, why);
     d->keep = false;
     (void)failure_set(&f, err, "the frozen view of disk '%s' of VM '%s' is lost: %s%s", d->disk->name, d->session->vm,
                       why, err == -ESTALE ? "; the guest goes on" : "");
@@ -585,13 +591,40 @@ struct source *session_source(struct session *s, const char *disk)
     return d && s->status == SESSION_UP ? d->source : NULL;
 }
 
-const struct map *session_map(struct session *s, const char *disk, const char *context)
+const struct map *session_any_map(const struct session_disk *d, const char *context)
 {
-    struct session_disk *d = find_disk(s, disk);
-
-    for (size_t i = 0; d && i < d->nmaps; i++) {
+    for (size_t i = 0; i < d->nmaps; i++) {
         if (strcmp(d->maps[i].context, context) == 0)
             return d->maps[i].map;
     }
     return NULL;
+}
+
+const struct map *session_map(struct session *s, const char *disk, const char *context)
+{
+    const struct session_disk *d = find_disk(s, disk);
+
+    for (size_t i = 0; d && i < d->nmaps; i++) {
+        if (d->maps[i].ready && strcmp(d->maps[i].context, context) == 0)
+            return d->maps[i].map;
+    }
+    return NULL;
+}
+
+bool session_expects_map(struct session *s, const char *disk, const char *context)
+{
+    const struct session_disk *d = find_disk(s, disk);
+    size_t prefix = strlen(DIRTY_CONTEXT);
+
+    if (!d || session_map(s, disk, context))
+        return false;
+    if (strcmp(context, ALLOCATION_CONTEXT) == 0)
+        return true;
+    if (strcmp(context, DEPTH_CONTEXT) == 0)
+        return s->wants_depth;
+    for (size_t k = 0; k < s->nsince; k++) {
+        if (strncmp(context, DIRTY_CONTEXT, prefix) == 0 && strcmp(s->since[k], context + prefix) == 0)
+            return session_usable_since(s, (unsigned)(d - s->disks), s->since[k]);
+    }
+    return false;
 }

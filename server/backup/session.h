@@ -27,8 +27,11 @@ enum session_status { SESSION_GOING_UP, SESSION_UP, SESSION_GOING_DOWN, SESSION_
 const char *session_status_name(enum session_status s);
 
 struct session_ops {
-    /* All disks are frozen, sources and maps stand. Comes at most once, never after session_stop(). */
+    /* All disks are frozen and can be read. Comes at most once, never after session_stop(). */
     void (*on_up)(void *arg);
+    /* There are more maps than before (session_map). Any number of times, after on_up, never after on_failed or
+     * session_stop(). */
+    void (*on_maps)(void *arg);
     /*
      * The frozen view is lost (set-up failed, QEMU gone, snapshot broken). Reads answer -EIO from now on. The owner
      * lets its clients go and calls session_stop(); at most once, never after it.
@@ -145,8 +148,15 @@ const char *session_lost_disk(const struct session *s);
 
 /* While up: borrowed until session_stop(). NULL: no such disk. */
 struct source *session_source(struct session *s, const char *disk);
-/* The frozen map of "base:allocation", "qemu:allocation-depth" or "qemu:dirty-bitmap:NAME"; NULL: not read (yet). */
+/*
+ * The frozen map of "base:allocation", "qemu:allocation-depth" or "qemu:dirty-bitmap:NAME"; NULL: not read (yet). They
+ * are read while the session is up: the dirty maps of its configuration first, then base:allocation.
+ */
 const struct map *session_map(struct session *s, const char *disk, const char *context);
+/* "qemu:allocation-depth" comes, too: it is read for who asks. While up. */
+void session_want_depth(struct session *s);
+/* It is not there, and on_maps brings it, unless the session fails before. */
+bool session_expects_map(struct session *s, const char *disk, const char *context);
 
 /*
  * While up: reads one more dirty map, as it is now (a superset of the frozen truth). Where the disk has no usable

@@ -31,7 +31,7 @@ void session_one_done(struct session *s, const struct failure *f)
         struct failure step = s->step_failure;
 
         memset(&s->step_failure, 0, sizeof(s->step_failure));
-        seq_done(&s->rig.seq, &step);
+        seq_done(s->late_running ? &s->late.seq : &s->rig.seq, &step);
     }
 }
 
@@ -152,9 +152,9 @@ int step_scratch_nodes_up(struct seq *q, struct failure *f)
  * The cbw node carries a bitmap of what the guest writes from the cut on: the provisional checkpoint, and on
  * QEMU 7.0-7.2 the correction of the allocation map. It needs the copy granularity for the latter.
  */
-static int cbw_up(struct seq *q, struct failure *f)
+static void add_cbw(struct session *s)
 {
-    struct session *s = session_of_seq(q);
+    struct json_object *args = qmp_args_transaction();
     char cbw[NAMES_SIZE], scratch[NAMES_SIZE], written[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
@@ -165,10 +165,9 @@ static int cbw_up(struct seq *q, struct failure *f)
         calls_add(&s->rig.calls, "blockdev-add",
                   qmp_args_blockdev_add_cbw(cbw, s->disks[i].disk->node, scratch, s->cbw_timeout_s), QMP_NO_FD, i,
                   NULL);
-        calls_add(&s->rig.calls, "block-dirty-bitmap-add",
-                  qmp_args_bitmap_add(b, s->narrow_reads ? COPY_CLUSTER : 0, false, false), QMP_NO_FD, i, NULL);
+        qmp_action_bitmap_add(args, b, s->narrow_reads ? COPY_CLUSTER : 0, false, false);
     }
-    return rig_wait(&s->rig, f);
+    calls_add(&s->rig.calls, "transaction", args, QMP_NO_FD, 0, NULL);
 }
 
 static uint64_t size_of_node(struct json_object *named, const char *node)
@@ -258,31 +257,48 @@ static int on_sizes(struct calls *c, unsigned index, struct json_object *ret, st
  * a snapshot that somebody takes now goes in between our filter and the disk; one taken before that left our filter on
  * what is now a backing image.
  */
+static void compare_disks(struct session *s)
+{
+    calls_add(&s->rig.calls, "query-block", NULL, QMP_NO_FD, 0, on_roots);
+    calls_add(&s->rig.calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 0, on_sizes);
+}
+
 int step_compare_disks(struct seq *q, struct failure *f)
 {
     struct session *s = session_of_seq(q);
 
-    calls_add(&s->rig.calls, "query-block", NULL, QMP_NO_FD, 0, on_roots);
-    calls_add(&s->rig.calls, "query-named-block-nodes", qmp_args_query_named_block_nodes(), QMP_NO_FD, 0, on_sizes);
+    compare_disks(s);
     return rig_wait(&s->rig, f);
 }
 
-/*
- * Two raw nodes for each disk: "cut", whose file child the freeze replaces, and below it "pre", which only writes from
- * before the freeze go through. A recording bitmap on pre, with the checkpoint's record merged into it, is therefore
- * exact at the instant of the freeze, although the guest's CPUs never stop.
- */
-static int passthroughs_up(struct seq *q, struct failure *f)
+static bool wants_records(const struct session *s, unsigned disk)
 {
-    struct session *s = session_of_seq(q);
+    for (unsigned k = 0; k < s->nsince; k++) {
+        if (session_usable_since(s, disk, s->since[k]))
+            return true;
+    }
+    return false;
+}
+
+/*
+ * A raw node for each disk: "cut", whose file child the freeze replaces; and below it, where records are wanted, one
+ * more: "pre", which only writes from before the freeze go through. A recording bitmap on pre, with the checkpoint's
+ * record merged into it, is therefore exact at the instant of the freeze, although the guest's CPUs never stop.
+ */
+static void add_passthroughs(struct session *s)
+{
     char pre[NAMES_SIZE], cut[NAMES_SIZE], since[NAMES_SIZE];
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
-        names_make(pre, s->rig.id, NAMES_PRE, i);
+        const char *below = s->disks[i].disk->node;
+
+        if (wants_records(s, i)) {
+            names_make(pre, s->rig.id, NAMES_PRE, i);
+            calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(pre, below), QMP_NO_FD, i, NULL);
+            below = pre;
+        }
         names_make(cut, s->rig.id, NAMES_CUT, i);
-        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(pre, s->disks[i].disk->node), QMP_NO_FD, i,
-                  NULL);
-        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(cut, pre), QMP_NO_FD, i, NULL);
+        calls_add(&s->rig.calls, "blockdev-add", qmp_args_blockdev_add_raw(cut, below), QMP_NO_FD, i, NULL);
         for (unsigned k = 0; k < s->nsince; k++) {
             const struct checkpoint *c = session_usable_since(s, i, s->since[k]);
             struct qmp_bitmap b = {pre, names_make(since, s->rig.id, NAMES_SINCE, k)};
@@ -292,6 +308,19 @@ static int passthroughs_up(struct seq *q, struct failure *f)
                           QMP_NO_FD, i, NULL);
         }
     }
+}
+
+/*
+ * All of it in one go: QEMU answers the two questions, in their turn, when the filters stand and before a device is
+ * touched, and whatever is refused is undone with all that was not.
+ */
+static int filters_up(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    add_cbw(s);
+    compare_disks(s);
+    add_passthroughs(s);
     return rig_wait(&s->rig, f);
 }
 
@@ -420,8 +449,10 @@ static int access_up(struct seq *q, struct failure *f)
 
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         session_add_view(s, i, NAMES_PRE);
-        calls_add(&s->rig.calls, "blockdev-del",
-                  qmp_args_strings("node-name", names_make(pre, s->rig.id, NAMES_PRE, i), NULL), QMP_NO_FD, i, NULL);
+        if (wants_records(s, i))
+            calls_add(&s->rig.calls, "blockdev-del",
+                      qmp_args_strings("node-name", names_make(pre, s->rig.id, NAMES_PRE, i), NULL), QMP_NO_FD, i,
+                      NULL);
     }
     return rig_wait(&s->rig, f);
 }
@@ -486,7 +517,8 @@ static void on_source_lost(void *arg, const struct failure *why)
     session_lost_export(d, why->text);
 }
 
-static int allow_giving_back(struct session_disk *d)
+/* Without it nothing is freed early, that is all. */
+static void allow_giving_back(struct session_disk *d)
 {
     struct session *s = d->session;
     char export[NAMES_SIZE];
@@ -496,7 +528,8 @@ static int allow_giving_back(struct session_disk *d)
         .timeout_ms = s->rig.timeout_ms,
     };
 
-    return giveback_new(s->rig.loop, &config, d->cluster, d->source, &d->source);
+    if (giveback_new(s->rig.loop, &config, d->cluster, d->source, &d->source) == 0)
+        d->giving = d->source;
 }
 
 static void on_source_open(void *arg, struct source *source, const struct failure *f)
@@ -508,7 +541,11 @@ static void on_source_open(void *arg, struct source *source, const struct failur
     if (source)
         session_pair_source(d);
     if (source && d->session->give_back && d->cluster)
-        (void)allow_giving_back(d); /* without it nothing is freed early, that is all */
+        allow_giving_back(d);
+    d->bare = d->source;
+    /* Without it clients that read one request at a time are slower, that is all. */
+    if (source && ahead_new(d->session->rig.loop, &d->session->ahead_pool, d->source, &d->source) == 0)
+        d->ahead = d->source;
     session_one_done(d->session, f);
 }
 
@@ -544,6 +581,8 @@ int step_sources_up(struct seq *q, struct failure *f)
  * where the way up ended between the freeze and the sources. The first flush comes before all that drains the disks,
  * the second right before the freeze.
  *
+ * The maps are read when the table's top is reached, while clients read data already (maps.c).
+ *
  * A QEMU that is held because its guest has shut down ends with the undoing of the first row, when all else is undone.
  */
 const struct seq_step session_steps[] = {
@@ -553,10 +592,9 @@ const struct seq_step session_steps[] = {
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},
     {"start NBD server", rig_server_up, rig_server_down, NULL},
     {"export live disks", step_live_exports_up, rig_no_exports, NULL},
-    {"flush ahead", step_flush_up, NULL, NULL},
-    {"add copy-before-write", cbw_up, rig_no_cbw, NULL},
-    {"compare disks", step_compare_disks, NULL, NULL},
-    {"add pass-throughs", passthroughs_up, rig_no_passthroughs, NULL},
+    {"flush ahead", step_flush_ahead_up, NULL, NULL},
+    {"copy-before-write", NULL, rig_no_cbw, NULL},
+    {"add filters", filters_up, rig_no_passthroughs, NULL},
     {"insert", insert_up, rig_detach, NULL},
     {"compare layers", layers_up, NULL, NULL},
     {"copy records", records_up, NULL, NULL},
@@ -574,10 +612,6 @@ const struct seq_step session_steps[] = {
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
     {"let go of scratch", NULL, step_let_go, step_let_go},
-    {"read maps", step_read_maps, NULL, NULL},
-    {"compare depths", step_compare_depths, NULL, NULL},
-    {"fill in records", step_fill_in, NULL, NULL},
-    {"correct maps", step_correct_maps, NULL, NULL},
     {"keep checkpoint", NULL, step_keep_undo, step_keep},
 };
 const unsigned session_nsteps = ARRAY_SIZE(session_steps);

@@ -10,6 +10,7 @@
 #include "backup/reopen.h"
 #include "backup/rig.h"
 #include "backup/session.h"
+#include "source/ahead.h"
 #include "source/nbd.h"
 
 /* The copy granularity of a copy-before-write node over a raw file (QEMU: BLOCK_COPY_CLUSTER_SIZE_DEFAULT,
@@ -19,9 +20,14 @@
 /* From the end of an export until the monitor must have said why; then the session fails without knowing. */
 #define SESSION_LAST_WORDS_MS 1000u
 
+#define DIRTY_CONTEXT "qemu:dirty-bitmap:"
+#define ALLOCATION_CONTEXT "base:allocation"
+#define DEPTH_CONTEXT "qemu:allocation-depth"
+
 struct named_map {
     char *context;   /* owned */
     struct map *map; /* owned */
+    bool ready;      /* clients may have it */
 };
 
 struct session_disk {
@@ -34,6 +40,9 @@ struct session_disk {
     bool keepable;    /* keep.c: the first half of keeping went well */
     char *keep_node;  /* owned: where the checkpoint's bitmap is made */
     struct source *source;
+    struct source *bare;   /* part of source: what never answers from memory; for looks at the frozen view */
+    struct source *ahead;  /* part of source: what reads ahead; NULL: nothing does */
+    struct source *giving; /* part of source: what gives back; NULL: nothing does */
     struct source_nbd_open *opening;
     struct {
         int listen_fd, fd;   /* owned; -1: none. QEMU's end, until QEMU has it, and ours, until the source has it */
@@ -42,8 +51,10 @@ struct session_disk {
         bool closing;        /* the step under way waits for opening to end */
         struct source *pair; /* borrowed: is in source */
         struct source_vhost_open *opening;
-    } vhost;            /* shared.c */
-    struct map *layers; /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
+    } vhost;             /* shared.c */
+    struct map *layers;  /* owned: at which depth, from 1, the live disk has its data; NULL: not needed */
+    struct map *below;   /* owned: what is allocated in backing files only; NULL: not known yet */
+    struct map *written; /* owned: what the guest may have written before the maps were read; NULL: not needed */
     size_t nmaps;
     struct named_map *maps; /* owned */
     /* the probe before a checkpoint is kept */
@@ -57,15 +68,18 @@ struct session_disk {
 };
 
 struct session {
-    struct rig rig;  /* walks the table */
-    struct rig late; /* reads one more map (maps.c); same id */
-    bool late_running;
+    struct rig rig;              /* walks the table */
+    struct rig late;             /* reads maps (late.h); same id */
+    bool late_running;           /* only at the table's top */
+    bool mapping;                /* it is the first of these walks, which reads all maps of the freeze */
+    bool mapped;                 /* all of them are there but for the depth's */
+    bool wants_depth;            /* somebody asks for that one, too: it costs QEMU as much as all others together … */
+    bool depth_pass;             /* … and comes, or has come, in a walk of its own */
+    bool merged;                 /* of it: what the guest has written may be merged into bitmaps of ours */
     struct session_ask *asks;    /* queue; the first is under way */
-    struct session_ask written;  /* the ask of the "correct maps" step */
     struct session_ask stand_in; /* for one that was forgotten while under way */
-    unsigned correcting;
     struct failure ask_failure;
-    struct map *late_map;
+    struct map *late_map; /* of an ask */
     struct source_nbd_map *late_reading;
 
     enum session_status status;
@@ -106,6 +120,7 @@ struct session {
     bool narrow_reads;
     unsigned cbw_timeout_s;
     bool give_back;
+    struct ahead_pool ahead_pool;
     unsigned npending; /* opens, maps, closes of the step under way */
     struct failure step_failure;
     struct {
@@ -113,6 +128,8 @@ struct session {
         uint64_t all_ns;            /* spent in all steps */
         unsigned nrounds;           /* of the step under way */
         unsigned slowest;           /* disk, in the last round */
+        bool ahead;                 /* it is not the one right before the freeze */
+        unsigned nmissed;           /* disks whose file could not be synced in the last round */
     } flush;
     unsigned max_pause_ms; /* 0: any */
     struct {
@@ -164,6 +181,8 @@ void session_one_done(struct session *s, const struct failure *f);
 /* All that a step wanted to start was started, or has left its failure: what the step function returns. */
 int session_begun(struct session *s, struct failure *f);
 int session_add_map(struct session *s, unsigned disk, const char *context, struct map *map /* given */);
+/* Also one that is not finished yet; or NULL. */
+const struct map *session_any_map(const struct session_disk *d, const char *context);
 
 /* session.c: QEMU has closed the connection to its export. The session fails as soon as the monitor says why. */
 void session_lost_export(struct session_disk *d, const char *why);
@@ -197,22 +216,19 @@ void session_close_vhost(struct session_disk *d); /* adds to npending what has t
 
 /* flush.c */
 int step_live_exports_up(struct seq *q, struct failure *f);
+int step_flush_ahead_up(struct seq *q, struct failure *f);
 int step_flush_up(struct seq *q, struct failure *f);
-void session_drop_live_exports(struct session *s); /* adds to rig.calls */
 
 /* cut.c */
 void session_set_drives(struct session *s, enum names_kind kind, calls_ret_cb on_ret); /* adds to rig.calls */
 int step_freeze_up(struct seq *q, struct failure *f);
 int step_settle_up(struct seq *q, struct failure *f);
 
-/* maps.c */
-int step_read_maps(struct seq *q, struct failure *f);
-int step_compare_depths(struct seq *q, struct failure *f);
-int step_fill_in(struct seq *q, struct failure *f);
-int step_correct_maps(struct seq *q, struct failure *f);
-void session_late_next(struct session *s);
-void session_late_cancel(struct session *s);
-/* session.c: maps.c has ended one ask; a stop may be waiting for that. */
+/* maps.c: the maps of the freeze are read while the session is up already. */
+void session_maps_start(struct session *s);
+void session_late_next(struct session *s);   /* late.c: begins what waits */
+void session_late_cancel(struct session *s); /* asks.c */
+/* session.c: a walk of these has ended; a stop may be waiting for that. */
 void session_late_idle(struct session *s);
 
 /* quiesce_steps.c: rows for any engine's table */

@@ -144,8 +144,6 @@ const struct seq_step session_still_steps[] = {
     {"copy records", records_up, rig_no_bitmaps, NULL},
     {"add exports", step_exports_up, rig_no_exports, NULL},
     {"open sources", step_sources_up, step_close_sources, step_probe_and_close},
-    {"read maps", step_read_maps, NULL, NULL},
-    {"fill in records", step_fill_in, NULL, NULL},
     {"keep checkpoint", NULL, NULL, keep},
 };
 const unsigned session_nstill_steps = ARRAY_SIZE(session_still_steps);

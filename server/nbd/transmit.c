@@ -6,6 +6,7 @@
 #include "nbd/internal.h"
 
 #include <assert.h>
+#include <endian.h>
 #include <errno.h>
 
 #define CONTEXT_ID_FIRST 1u      /* 0 is what LIST_META_CONTEXT says */
@@ -401,12 +402,29 @@ size_t nbd_status_max_extents(const struct nbd_request *r)
 /* How many of the extents to send: up to the end of the request, and not too many. */
 static size_t count_extents(const struct nbd_request *r, const struct nbd_status *s)
 {
-    uint64_t covered = 0;
-    size_t i;
+    uint64_t left = r->length;
+    size_t max = MIN(s->nextents, nbd_status_max_extents(r)), i;
 
-    for (i = 0; i < s->nextents && i < nbd_status_max_extents(r) && covered < r->length; i++)
-        covered += MIN(s->extents[i].length, r->length - covered);
+    for (i = 0; i < max && left > 0; i++)
+        left -= MIN(s->extents[i].length, left);
     return i;
+}
+
+/* A million of these are a map: no call for each number. */
+static inline uint8_t *put_extent32(uint8_t *p, uint32_t length, uint32_t flags)
+{
+    const uint32_t extent_be[2] = {htobe32(length), htobe32(flags)};
+
+    memcpy(p, extent_be, sizeof(extent_be));
+    return p + sizeof(extent_be);
+}
+
+static inline uint8_t *put_extent64(uint8_t *p, uint64_t length, uint64_t flags)
+{
+    const uint64_t extent_be[2] = {htobe64(length), htobe64(flags)};
+
+    memcpy(p, extent_be, sizeof(extent_be));
+    return p + sizeof(extent_be);
 }
 
 static void send_status(const struct nbd_request *r, const struct nbd_status *s, uint32_t id, bool last)
@@ -432,13 +450,8 @@ static void send_status(const struct nbd_request *r, const struct nbd_status *s,
             p = buffer;
         }
         left -= length;
-        if (n->extended) {
-            p = codec_put64(p, length);
-            p = codec_put64(p, s->extents[i].flags);
-        } else {
-            p = codec_put32(p, (uint32_t)length);
-            p = codec_put32(p, (uint32_t)MIN(s->extents[i].flags, UINT32_MAX));
-        }
+        p = n->extended ? put_extent64(p, length, s->extents[i].flags)
+                        : put_extent32(p, (uint32_t)length, (uint32_t)MIN(s->extents[i].flags, UINT32_MAX));
     }
     nbd_send(n, buffer, (size_t)(p - buffer), NULL);
 }

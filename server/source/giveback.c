@@ -35,6 +35,7 @@ struct giveback {
     uv_timer_t timer;
 
     struct upstream upstream;
+    bool begun;    /* QEMU may be told */
     bool up, dead; /* dead: QEMU does not want to, or is not there */
     unsigned nflying;
     uint64_t since_ms; /* upstream_now() of the last request or answer */
@@ -110,7 +111,7 @@ static void ask_one(struct giveback *g)
 /* Whatever can be asked of QEMU now, is. */
 static void pump(struct giveback *g)
 {
-    if (g->nclosing || g->dead || !g->up || !g->on_way || g->nreading[!g->generation])
+    if (g->nclosing || g->dead || !g->up || !g->begun || !g->on_way || g->nreading[!g->generation])
         return;
     while (g->asked < g->batch.n && g->nflying < GIVEBACK_FLYING && !g->dead)
         ask_one(g);
@@ -314,4 +315,12 @@ int giveback_new(uv_loop_t *loop, const struct source_nbd_config *export, uint32
     (void)uv_timer_init(loop, &g->timer); /* never fails */
     *ret_source = &g->source;
     return 0;
+}
+
+void giveback_begin(struct source *s)
+{
+    struct giveback *g = to_giveback(s);
+
+    g->begun = true;
+    pump(g);
 }

@@ -7,7 +7,9 @@
  *
  * Only whole clusters are given back, never the first one (what stands of the frozen view is probed there), nor one at
  * the end that is no whole one. QEMU hears of it over a connection of its own, in batches, one at a time and after the
- * reads that were under way: reads never wait for it. Where QEMU does not want to, nothing is freed, that is all.
+ * reads that were under way: reads never wait for it. Where QEMU does not want to, nothing is freed, that is all. Block
+ * status of what was given back is EINVAL, too: so QEMU hears of nothing before its maps have been read
+ * (giveback_begin).
  *
  * Loop thread only. It keeps a bit for each cluster: 2 MiB for a disk of 1 TiB and clusters of 64 KiB.
  */
@@ -26,5 +28,8 @@
  */
 int giveback_new(uv_loop_t *loop, const struct source_nbd_config *export, uint32_t cluster, struct source *below,
                  struct source **ret_source);
+
+/* From now on QEMU is told. Once. */
+void giveback_begin(struct source *s);
 
 #endif

@@ -160,12 +160,19 @@ size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct
         return 0;
     end = offset + MIN(length, m->length - offset);
     for (size_t i = map_find(m, offset); offset < end && n < max; i++, n++) {
-        uint64_t stop = MIN(map_run_end(m, i), end);
+        uint64_t stop = i + 1 < m->nruns ? MIN(m->starts[i + 1], end) : end;
 
         extents[n] = (struct nbd_extent){.length = stop - offset, .flags = m->flags[i]};
         offset = stop;
     }
     return n;
+}
+
+size_t map_count_extents(const struct map *m, uint64_t offset, uint64_t length)
+{
+    if (length == 0 || offset >= m->length)
+        return 0;
+    return map_find(m, offset + MIN(length, m->length - offset) - 1) - map_find(m, offset) + 1;
 }
 
 int map_overlay(const struct map *m, const struct map *mask, uint64_t value, struct map **ret_map)

@@ -33,6 +33,9 @@ uint64_t map_count(const struct map *m, uint64_t mask);
  */
 size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct nbd_extent *extents, size_t max);
 
+/* How many extents that would be, with no limit. */
+size_t map_count_extents(const struct map *m, uint64_t offset, uint64_t length);
+
 /*
  * A new map that equals m, but has the flags `value` wherever `mask` has any flag bit. The two must be of one length
  * (-EINVAL). Used where QEMU's own answer cannot be trusted for areas written since the freeze.

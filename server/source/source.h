@@ -48,6 +48,9 @@ struct source_read {
     int err;
     source_read_cb own_cb; /* source/paired: whom to tell in the end */
     void *own_arg;
+    /* private to source/ahead, which stands on all others */
+    struct source *ahead;
+    source_read_cb ahead_told;
     /* private to a source that stands on another one (source/giveback) */
     struct source *via;
     source_read_cb told;

@@ -83,8 +83,25 @@ static void on_asked(struct session_ask *a, const struct failure *f)
     finish_top(d);
 }
 
+/* Of the disk at hand, or of all. */
+static bool waits_for_maps(const struct daemon *d)
+{
+    bool waits = false;
+
+    for (unsigned i = d->disk < d->list->ndisks && d->model ? d->disk : 0; i < d->list->ndisks; i++) {
+        const char *name = d->list->disks[i].name;
+
+        waits |= session_expects_map(d->session, name, DIRTY) || session_expects_map(d->session, name, ALLOCATION);
+    }
+    return waits;
+}
+
+/* Also where nobody looks at the maps: how many commands there are is not a matter of chance. */
 static void ask_one_more(struct daemon *d)
 {
+    d->waits_for_maps = waits_for_maps(d);
+    if (d->waits_for_maps)
+        return;
     if (d->config.ask && session_ask_start(d->session, &d->ask, d->list->disks[0].name, "old", on_asked) == 0)
         return;
     finish_top(d);
@@ -130,6 +147,10 @@ static void read_next(struct daemon *d)
 {
     struct source *source;
 
+    if (d->cluster == GUEST_NCLUSTERS && waits_for_maps(d)) {
+        d->waits_for_maps = true;
+        return;
+    }
     if (d->cluster == GUEST_NCLUSTERS) {
         check_maps(d, d->disk, "at the freeze", false);
         d->cluster = 0;
@@ -169,6 +190,20 @@ static void on_up(void *arg)
         ask_one_more(d);
 }
 
+static void on_maps(void *arg)
+{
+    struct daemon *d = arg;
+
+    d->nlate += d->stopped || d->nfailed;
+    if (!d->waits_for_maps)
+        return;
+    d->waits_for_maps = false;
+    if (d->model && d->disk < d->list->ndisks)
+        read_next(d);
+    else
+        ask_one_more(d);
+}
+
 static void on_failed(void *arg, const struct failure *why)
 {
     struct daemon *d = arg;
@@ -200,6 +235,7 @@ static void on_trace(void *arg, const char *text)
 
 static const struct session_ops session_ops = {
     .on_up = on_up,
+    .on_maps = on_maps,
     .on_failed = on_failed,
     .on_down = on_down,
     .on_trace = on_trace,
@@ -377,6 +413,7 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
 void daemon_again(struct daemon *d)
 {
     disk_list_free(TAKE_PTR(d->list));
+    d->waits_for_maps = false;
     d->nup = d->nfailed = d->ndown = d->nended = d->nbroken = d->nlate = d->nswept = 0;
     d->stopped = d->wants_checkpoint = d->finished = d->begun = false;
     d->failure = d->problems = d->check = (struct failure){0};

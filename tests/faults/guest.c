@@ -267,8 +267,12 @@ static struct json_object *wait_for_answer(struct guest *g)
         struct pollfd p = {.fd = g->control, .events = POLLIN};
         struct failure f = {0};
         ssize_t n;
+        int r;
 
-        if (poll(&p, 1, ANSWER_MS) <= 0)
+        do
+            r = poll(&p, 1, ANSWER_MS);
+        while (r < 0 && errno == EINTR); /* a daemon has ended */
+        if (r <= 0)
             die("the guest is frozen: QEMU has not answered within %d ms (process %d)", ANSWER_MS, (int)g->pid);
         n = read(g->control, bytes, sizeof(bytes));
         if (n <= 0)

@@ -33,11 +33,12 @@ struct stand {
     bool made[GUEST_MAX_DISKS];     /* the command that makes the checkpoint reached QEMU */
     bool made_hit[GUEST_MAX_DISKS]; /* … and is the one that the fault hit */
     bool cut;
-    bool paused;        /* by scenario->pause_at */
-    bool stops;         /* blockdev-reopen was refused: the guest is stopped for the freeze */
-    bool late_stop;     /* when QEMU died the session was ending already */
-    uint64_t died_ns;   /* uv_hrtime() at QEMU's death, 0: it lives */
-    uv_timer_t resume;  /* active: QEMU is stopped */
+    bool paused;       /* by scenario->pause_at */
+    bool stops;        /* blockdev-reopen was refused: the guest is stopped for the freeze */
+    bool late_stop;    /* when QEMU died the session was ending already */
+    uint64_t died_ns;  /* uv_hrtime() at QEMU's death, 0: it lives */
+    uv_timer_t resume; /* active: QEMU is stopped */
+    uv_signal_t children;
     bool freeze_wanted; /* … and the freeze waits inside it */
     struct stand *next_abandoned;
 };

@@ -75,7 +75,7 @@ class Deleted(Layers):
         self.reasons()
         with open(f'{self.daemon.state}/lineage.away', 'w'):
             pass
-        harness.wait_until(lambda: 'vm.json' in harness.os.listdir(f'{self.daemon.state}/lineage'), 10, 'the memory')
+        harness.wait_until(lambda: harness.os.path.exists(f'{self.daemon.state}/lineage/vm.json'), 10, 'the memory')
         harness.os.rename(f'{self.daemon.state}/lineage', f'{self.folder}/lineage')
         harness.os.rename(f'{self.daemon.state}/lineage.away', f'{self.daemon.state}/lineage')
         answer = self.daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'gone'})

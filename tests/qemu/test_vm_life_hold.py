@@ -183,6 +183,30 @@ class Hold(harness.Case):
         harness.wait_until(lambda: 'QEMU went away' in self.daemon.log() or 'earlier session' in self.daemon.log(), 10)
         self.daemon.stop()
 
+    def strike(self, target, when):
+        """One session, and a command of it at which the daemon is killed. How many there are before it is a matter of
+        time, so it is found by name: the first of that name after so many set-actions, itself included."""
+        seen = []
+
+        def count(name):
+            seen.append(name)
+            if (name, seen.count('set-action')) == target and self.proxy.number is None:
+                self.proxy.number = len(self.proxy.commands)
+        self.proxy.at(None, **{when: lambda: self.daemon.kill() or False})
+        self.proxy.at_each(count)
+        try:
+            self.open('vm/vda').shutdown()
+        except nbdpull.nbd.Error:
+            pass
+        harness.wait_until(lambda: self.daemon.process.poll() is not None, 20, f'the blow {when} {target} of {seen}')
+        self.proxy.at_each(None)
+        self.proxy.off()
+        self.daemon.start()
+        self.daemon.wait_idle()
+        self.assertEqual(self.vm.state(), self.before, f'killed {when} {target} of {seen}')
+        self.open('vm/vda').shutdown()  # the self-test of the new one
+        self.daemon.wait_idle()
+
     def test_a_daemon_killed_at_any_of_its_commands_leaves_nothing_held(self):
         """The rows of the hold are the first and the last that a session does."""
         self.begin(proxy=True)
@@ -198,22 +222,11 @@ class Hold(harness.Case):
         # Making the mark, pausing; powering off, looking, removing the mark.
         self.assertEqual(names[actions[0] - 1], 'blockdev-add')
         self.assertEqual(names[actions[1]:actions[1] + 3], ['set-action', 'query-status', 'blockdev-del'])
-        for first, n in ((actions[0] - 1, 2), (actions[1], 3)):
-            for number in range(first, first + n):
-                for when in ('before', 'after'):
-                    self.proxy.at(number, **{when: lambda: self.daemon.kill() or False})
-                    try:
-                        self.open('vm/vda').shutdown()
-                    except nbdpull.nbd.Error:
-                        pass
-                    harness.wait_until(lambda: self.daemon.process.poll() is not None, 20, 'the blow')
-                    self.proxy.off()
-                    self.daemon.start()
-                    self.daemon.wait_idle()
-                    self.assertEqual(self.vm.state(), self.before, f'killed {when} command {number} of {names}')
-                    self.open('vm/vda').shutdown()  # the self-test of the new one
-                    self.daemon.wait_idle()
-                    blows += 1
+        for target in (('blockdev-add', 0), ('set-action', 1), ('set-action', 2), ('query-status', 2),
+                       ('blockdev-del', 2)):
+            for when in ('before', 'after'):
+                self.strike(target, when)
+                blows += 1
         self.assertEqual(blows, 10)
         self.check_not_held_any_more()
 

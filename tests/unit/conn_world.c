@@ -103,9 +103,25 @@ struct source *vm_stay_source(struct vm_stay *stay)
 
 const struct map *vm_stay_map(struct vm_stay *stay, const char *context)
 {
-    return strcmp(context, "base:allocation") == 0            ? stay->vm->allocation
+    return stay->vm->unmapped                                 ? NULL
+           : strcmp(context, "base:allocation") == 0          ? stay->vm->allocation
            : strcmp(context, "qemu:dirty-bitmap:monday") == 0 ? stay->vm->dirty
                                                               : NULL;
+}
+
+void vm_map(struct vm *vm)
+{
+    vm->unmapped = false;
+    for (struct vm_stay *s = vm->stays, *next; s; s = next) {
+        next = s->next;
+        if (s->state == STAY_IN)
+            s->on_maps(s);
+    }
+}
+
+bool vm_stay_expects_map(struct vm_stay *stay, const char *context)
+{
+    return stay->vm->unmapped;
 }
 
 struct vm_counters *vm_stay_counters(struct vm_stay *stay)

@@ -49,6 +49,7 @@ struct vm {
     struct vm_stay *stays; /* entered or entering */
     /* what a test wants */
     bool hold_entering;
+    bool unmapped;          /* maps come with vm_map() */
     struct failure refusal; /* of entering */
     uint64_t rate;
     struct vm_counters counters;
@@ -83,6 +84,8 @@ struct world {
 enum form { SIMPLE, STRUCTURED };
 #define FLAGS_SIMPLE (NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE)
 
+/* The maps are there now: tells all who have entered. */
+void vm_map(struct vm *vm);
 /* Answers one of the reads that wait, by its place among them. */
 void vm_answer_read(struct vm *vm, unsigned i);
 /* Answers what waits, and from now on at once. */

@@ -155,6 +155,93 @@ static void bytes_are_those_of_the_disk_and_zeros_are_not_read(void **state)
     client_expect(w, c, &b);
 }
 
+/* Opened with its allocation context while the maps of the session are still being read. */
+static struct client *open_unmapped(struct world *w)
+{
+    const char *const queries[] = {"base:allocation"};
+    struct client *c = client_greet(w, 0, STRUCTURED);
+    struct bytes b = {0};
+
+    w->vms[0].unmapped = true;
+    say_meta(&b, NBD_OPT_SET_META_CONTEXT, "web/vda", ARRAY_SIZE(queries), queries);
+    client_say(c, &b);
+    loop_until(&w->loop, c->in.len >= 2 * NBD_OPTION_REPLY_SIZE);
+    loop_turn(&w->loop, 2);
+    bytes_done(&c->in);
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    client_say(c, &b);
+    loop_until(&w->loop, w->vms[0].nentered == 1);
+    loop_until(&w->loop, c->in.len > 0);
+    loop_turn(&w->loop, 2);
+    bytes_done(&c->in);
+    return c;
+}
+
+/* What is asked behind a question about the map waits with it. */
+static void a_map_that_is_not_there_yet_is_waited_for_and_data_is_not(void **state)
+{
+    struct world *w = *state;
+    struct client *c = open_unmapped(w);
+    struct bytes b = {0};
+
+    say_read(&b, 1, 512 * KIB, 4096); /* zeros, which nobody knows yet */
+    client_say(c, &b);
+    want_chunk(&b, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA, 1, 8 + 4096);
+    put64(&b, 512 * KIB);
+    put_raw(&b, w->vms[0].source.data + 512 * KIB, 4096);
+    client_expect(w, c, &b);
+
+    say_request(&b, 0, NBD_CMD_BLOCK_STATUS, 2, 0, 512 * KIB);
+    say_read(&b, 3, 512 * KIB, 512 * KIB);
+    client_say(c, &b);
+    loop_turn(&w->loop, 20);
+    assert_int_equal(c->in.len, 0);
+    vm_map(&w->vms[0]);
+    want_chunk(&b, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_BLOCK_STATUS, 2, 4 + 2 * 8);
+    put32(&b, 1); /* the context's id */
+    put32(&b, 256 * KIB);
+    put32(&b, NBD_STATE_HOLE | NBD_STATE_ZERO);
+    put32(&b, 256 * KIB);
+    put32(&b, 0);
+    want_chunk(&b, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_HOLE, 3, 12);
+    put64(&b, 512 * KIB);
+    put32(&b, 512 * KIB);
+    client_expect(w, c, &b);
+}
+
+static void a_lost_session_answers_what_waits_for_a_map(void **state)
+{
+    struct world *w = *state;
+    struct client *c = open_unmapped(w);
+    struct bytes b = {0};
+
+    say_request(&b, 0, NBD_CMD_BLOCK_STATUS, 2, 0, 4096);
+    client_say(c, &b);
+    loop_turn(&w->loop, 20);
+    assert_int_equal(c->in.len, 0);
+    vm_lose(&w->vms[0], "scratch is full");
+    loop_until(&w->loop, c->eof);
+    assert_true(c->in.len > 0);
+    loop_until(&w->loop, w->vms[0].nleft == 1);
+    bytes_done(&c->in);
+}
+
+static void a_client_that_leaves_while_it_waits_for_a_map_is_forgotten(void **state)
+{
+    struct world *w = *state;
+    struct client *c = open_unmapped(w);
+    struct bytes b = {0};
+
+    say_request(&b, 0, NBD_CMD_BLOCK_STATUS, 2, 0, 4096);
+    client_say(c, &b);
+    loop_turn(&w->loop, 20);
+    client_close(c);
+    loop_turn(&w->loop, 20);
+    vm_map(&w->vms[0]);
+    loop_until(&w->loop, w->set.nopen == 0);
+    assert_int_equal(w->vms[0].nleft, 1);
+}
+
 static void a_reply_of_one_piece_has_nothing_in_its_middle(void **state)
 {
     struct world *w = *state;
@@ -353,6 +440,9 @@ int main(void)
         TEST(a_client_that_leaves_while_the_session_goes_up_is_forgotten),
         TEST(bytes_are_those_of_the_disk_and_zeros_are_not_read),
         LENT(bytes_are_those_of_the_disk_and_zeros_are_not_read),
+        TEST(a_map_that_is_not_there_yet_is_waited_for_and_data_is_not),
+        TEST(a_lost_session_answers_what_waits_for_a_map),
+        TEST(a_client_that_leaves_while_it_waits_for_a_map_is_forgotten),
         TEST(a_reply_of_one_piece_has_nothing_in_its_middle),
         LENT(a_reply_of_one_piece_has_nothing_in_its_middle),
         TEST(pieces_that_come_in_any_order_make_good_replies),

@@ -85,6 +85,7 @@ static struct rig *open_rig(void **state, const char *command)
     server_start(&rig->server, command);
     assert_int_equal(source_memory_new(&rig->loop, data, SIZE, on_lost, rig, &rig->below), 0);
     assert_int_equal(giveback_new(&rig->loop, &config, CLUSTER, rig->below, &rig->source), 0);
+    giveback_begin(rig->source);
     return rig;
 }
 

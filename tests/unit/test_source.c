@@ -5,6 +5,7 @@
 #include "nbd_servers.h"
 #include "qmp/base.h"
 #include "qmp/unix.h"
+#include "source/ahead.h"
 #include "source/giveback.h"
 #include "source/memory.h"
 #include "source/nbd.h"
@@ -122,6 +123,15 @@ static void giveback_open(struct rig *rig)
 
     nbd_open(rig);
     assert_int_equal(giveback_new(&rig->loop, &config, 65536, rig->source, &rig->source), 0);
+    giveback_begin(rig->source);
+}
+
+static struct ahead_pool pool = {AHEAD_POOL};
+
+static void ahead_giveback_open(struct rig *rig)
+{
+    giveback_open(rig);
+    assert_int_equal(ahead_new(&rig->loop, &pool, rig->source, &rig->source), 0);
 }
 
 static void nbd_stall(struct rig *rig)
@@ -178,6 +188,14 @@ static struct kind giveback_kind = {
     .command = "exec qemu-nbd -r -t -e 2 -f raw -x '' disk",
     .export_name = "",
     .open = giveback_open,
+    .stall = nbd_stall,
+    .lose = nbd_lose,
+};
+static struct kind ahead_kind = {
+    .program = "qemu-nbd",
+    .command = "exec qemu-nbd -r -t -e 2 -f raw -x '' disk",
+    .export_name = "",
+    .open = ahead_giveback_open,
     .stall = nbd_stall,
     .lose = nbd_lose,
 };
@@ -586,6 +604,7 @@ int main(void)
         CONTRACT(&vhost_kind, "vhost, qemu-storage-daemon"),
         CONTRACT(&narrow_vhost_kind, "vhost, qemu-storage-daemon, narrow reads"),
         CONTRACT(&giveback_kind, "giveback over nbd"),
+        CONTRACT(&ahead_kind, "ahead over giveback over nbd"),
     };
     const char *replay = getenv("QPULL_TEST_SEED");
 
