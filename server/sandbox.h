@@ -28,8 +28,8 @@ struct sandbox_config {
 
 /*
  * Before the loop is made that will run inside: libuv from 1.49 on makes an io_uring with each loop, whatever
- * UV_USE_IO_URING says, and ends the process where the ring stops answering. From here on there is none to be made. Where
- * the kernel has no filters nothing happens; sandbox_enter() sees to that.
+ * UV_USE_IO_URING says, and ends the process where the ring stops answering. From here on there is none to be made.
+ * Where the kernel has no filters nothing happens; sandbox_enter() sees to that.
  */
 void sandbox_prepare(enum sandbox_mode mode);
 /* Negative only where it was required, or the kernel took one half of it. text: what there is now, for the log. */
