@@ -233,10 +233,9 @@ int main(int argc, char **argv)
     if (watchdog_is_one(argc, argv))
         return watchdog_main(argc, argv);
     log_init(LOG_LEVEL_INFO);
-    (void)setenv("UV_USE_IO_URING", "0",
-                 /* overwrite= */ 1); /* libuv 1.45-1.48; no filter of system calls sees into it */
-    (void)signal(SIGPIPE, SIG_IGN);   /* a client that leaves is told by write(2) */
-    (void)signal(SIGXFSZ, SIG_IGN);   /* a file-size limit is an error of that file, not the end of the daemon */
+    (void)setenv("UV_USE_IO_URING", "0", /* overwrite= */ 1); /* libuv 1.45; sandbox_prepare() has the rest */
+    (void)signal(SIGPIPE, SIG_IGN);                           /* a client that leaves is told by write(2) */
+    (void)signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of that file, not the end of the daemon */
     if (config_parse(argc, argv, &config, &why) < 0) {
         (void)fprintf(stderr, "qpulld: %s\n", why.text);
         return EXIT_USAGE;

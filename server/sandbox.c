@@ -137,14 +137,20 @@ static int filter_calls(const struct sandbox_config *c)
     return r;
 }
 
-void sandbox_prepare(enum sandbox_mode mode)
+static int refuse_rings(void)
 {
-    scmp_filter_ctx filter = mode == SANDBOX_OFF ? NULL : seccomp_init(SCMP_ACT_ALLOW);
+    scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ALLOW);
+    int r;
 
-    if (filter && seccomp_attr_set(filter, SCMP_FLTATR_CTL_NNP, 1) == 0 &&
-        seccomp_rule_add(filter, UNKNOWN, SCMP_SYS(io_uring_setup), 0) == 0)
-        (void)seccomp_load(filter);
+    if (!filter)
+        return -ENOMEM;
+    r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_NNP, 1);
+    if (r == 0)
+        r = seccomp_rule_add(filter, UNKNOWN, SCMP_SYS(io_uring_setup), 0);
+    if (r == 0)
+        r = seccomp_load(filter);
     seccomp_release(filter);
+    return r;
 }
 
 /* -- files --------------------------------------------------------------------------------------------------------- */
@@ -259,6 +265,12 @@ static int limit_files(const struct sandbox_config *c, struct failure *f)
 }
 
 /* -- both ---------------------------------------------------------------------------------------------------------- */
+void sandbox_prepare(enum sandbox_mode mode)
+{
+    if (mode != SANDBOX_OFF)
+        (void)refuse_rings();
+}
+
 int sandbox_enter(const struct sandbox_config *c, char text[SANDBOX_TEXT_MAX], struct failure *f)
 {
     char files[SANDBOX_TEXT_MAX / 2];

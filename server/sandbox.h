@@ -27,9 +27,9 @@ struct sandbox_config {
 };
 
 /*
- * Before the loop is made that will run inside: libuv from 1.49 on makes an io_uring with each loop, whatever
- * UV_USE_IO_URING says, and ends the process where the ring stops answering. From here on there is none to be made.
- * Where the kernel has no filters nothing happens; sandbox_enter() sees to that.
+ * Before a loop is made: it gets no io_uring. libuv 1.49 and later take one for epoll whatever the environment says,
+ * and end the process when sandbox_enter() has taken its calls away; and with it files and sockets could be had that no
+ * filter sees. Where it cannot be done, sandbox_enter() cannot limit system calls either, and says so.
  */
 void sandbox_prepare(enum sandbox_mode mode);
 /* Negative only where it was required, or the kernel took one half of it. text: what there is now, for the log. */

@@ -21,6 +21,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <uv.h>
 
 #define ABI_WITH_TCP 4
 #define OTHER_USER "nobody"
@@ -81,14 +82,6 @@ static void *unshare_in_thread(void *arg)
     return is_unknown(syscall(SYS_unshare, CLONE_NEWUSER)) ? arg : NULL;
 }
 
-static void try_before_the_loop(void)
-{
-    sandbox_prepare(SANDBOX_AUTO);
-    expect(is_unknown(syscall(SYS_io_uring_setup, 1, NULL)));
-    expect(!is_unknown(syscall(SYS_setns, -1, 0)));
-    enter(SANDBOX_AUTO, false, "system calls are limited");
-}
-
 static void try_calls(void)
 {
     pthread_t thread;
@@ -125,9 +118,36 @@ static void calls_without_use_do_not_exist_in_any_thread(void **state)
     in_child(try_calls);
 }
 
-static void no_ring_can_be_made_once_it_is_prepared(void **state)
+static void on_idle(uv_async_t *async)
 {
-    in_child(try_before_the_loop);
+    uv_close((uv_handle_t *)async, NULL);
+}
+
+/* As the program does it: the loop is older than the sandbox. */
+static void try_loop(void)
+{
+    uv_loop_t loop;
+    uv_async_t async;
+    uv_pipe_t pipe;
+    int pair[2];
+
+    sandbox_prepare(SANDBOX_AUTO);
+    expect(is_unknown(syscall(SYS_io_uring_setup, 1, NULL)));
+    expect(syscall(SYS_getpgid, 0) >= 0 && socket(AF_INET, SOCK_STREAM, 0) >= 0); /* and nothing else yet */
+    expect(uv_loop_init(&loop) == 0);
+    expect(uv_async_init(&loop, &async, on_idle) == 0);
+    enter(SANDBOX_AUTO, false, "system calls are limited");
+    expect(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    expect(uv_pipe_init(&loop, &pipe, 0) == 0 && uv_pipe_open(&pipe, pair[0]) == 0);
+    expect(uv_async_send(&async) == 0);
+    expect(uv_run(&loop, UV_RUN_ONCE) >= 0);
+    uv_close((uv_handle_t *)&pipe, NULL);
+    expect(uv_run(&loop, UV_RUN_DEFAULT) == 0 && uv_loop_close(&loop) == 0);
+}
+
+static void a_loop_that_was_made_before_runs_on(void **state)
+{
+    in_child(try_loop);
 }
 
 /* Programs: who needs none has none. Builds with sanitizers start their own. */
@@ -288,7 +308,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(calls_without_use_do_not_exist_in_any_thread),
-        cmocka_unit_test(no_ring_can_be_made_once_it_is_prepared),
+        cmocka_unit_test(a_loop_that_was_made_before_runs_on),
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
         cmocka_unit_test(without_an_agent_or_images_no_program_can_be_started),
 #endif
