@@ -266,7 +266,7 @@ static void *qpull_open(int readonly)
         (void)failure_copy(&f, &not_begun);
     if (!disk)
         (void)failure_set(&f, -ENOMEM, "out of memory");
-    if (f.err || check_disk(disk, &f) < 0 || door->ops->open(door, disk, until, &h, &f) < 0) {
+    if (f.err || !disk || check_disk(disk, &f) < 0 || door->ops->open(door, disk, until, &h, &f) < 0) {
         (void)refuse(&f);
         return NULL;
     }
