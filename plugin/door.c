@@ -32,6 +32,11 @@ bool door_is_wanted(void)
     return nbdkit_nanosleep(0, 1) == 0;
 }
 
+uint64_t door_now_ms(void)
+{
+    return uv_hrtime() / 1000000;
+}
+
 /* -- frozen disks that somebody has open --------------------------------------------------------------------------- */
 
 static struct frozen *find(struct frozen *f, const char *disk, const char *session)

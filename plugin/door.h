@@ -35,8 +35,9 @@ void names_free(struct names *n);
 int names_add(struct names *n, const char *name); /* copied; -ENOMEM */
 
 struct door_ops {
-    int (*list)(struct door *d, struct names *ret_names, struct failure *f);
-    int (*open)(struct door *d, const char *disk, struct handle **ret_handle, struct failure *f);
+    /* deadline_ms: of door_now_ms(); the whole of it ends by then. */
+    int (*list)(struct door *d, uint64_t deadline_ms, struct names *ret_names, struct failure *f);
+    int (*open)(struct door *d, const char *disk, uint64_t deadline_ms, struct handle **ret_handle, struct failure *f);
     void (*close)(struct handle *h);
     /* Loop thread: a read failed; and: the last read of a lost handle is answered. */
     void (*read_failed)(struct handle *h, int err);
@@ -71,6 +72,7 @@ void door_clear(struct door *d, const char *session); /* all that was put aside 
  */
 #define DOOR_LOOK_MS 500u
 bool door_is_wanted(void);
+uint64_t door_now_ms(void); /* the clock of the loop, too */
 
 /* Whether reads of it are in flight. */
 bool door_is_busy(struct handle *h);

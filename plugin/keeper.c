@@ -2,22 +2,12 @@
 #include "keeper.h"
 
 #include <libnbd.h>
-#include <sys/time.h>
-#include <time.h>
 
 #define GOODBYE_MS 5000u /* for the server to take it */
 
 struct keeper {
     struct nbd_handle *nbd; /* owned */
 };
-
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
 
 /* libnbd begins its sentences with the name of its function, which says nothing to anybody here. */
 static int fail(struct failure *f, const char *what)
@@ -29,16 +19,16 @@ static int fail(struct failure *f, const char *what)
 }
 
 /* While goes_on(nbd) says so; nbd_poll() moves it. leaving: the client has gone, as it should. */
-static int wait_until(struct nbd_handle *nbd, int (*goes_on)(struct nbd_handle *), uint64_t deadline, bool leaving,
+static int wait_until(struct nbd_handle *nbd, int (*goes_on)(struct nbd_handle *), uint64_t deadline_ms, bool leaving,
                       struct failure *f, const char *what)
 {
     while (goes_on(nbd) > 0) {
-        uint64_t now = now_ms();
-        int r = now < deadline ? nbd_poll(nbd, (int)MIN(deadline - now, (uint64_t)DOOR_LOOK_MS)) : 0;
+        uint64_t now = door_now_ms();
+        int r = now < deadline_ms ? nbd_poll(nbd, (int)MIN(deadline_ms - now, (uint64_t)DOOR_LOOK_MS)) : 0;
 
         if (r < 0)
             return fail(f, what);
-        if (r == 0 && now_ms() >= deadline)
+        if (r == 0 && door_now_ms() >= deadline_ms)
             return failure_set(f, -ETIMEDOUT, "%s: no answer in time", what);
         if (r == 0 && !leaving && !door_is_wanted())
             return failure_set(f, -ESHUTDOWN, "%s: given up: the client has gone, or nbdkit is ending", what);
@@ -52,10 +42,9 @@ static int open_nbd(const char *socket, const char *what, struct nbd_handle **re
     return *ret_nbd ? 0 : fail(f, what);
 }
 
-int keeper_new(const char *socket, const char *export_name, const char *context, unsigned timeout_ms,
+int keeper_new(const char *socket, const char *export_name, const char *context, uint64_t deadline_ms,
                struct keeper **ret_keeper, struct failure *f)
 {
-    uint64_t deadline = now_ms() + timeout_ms;
     struct keeper *k = calloc(1, sizeof(*k));
     _cleanup_free_ char *what = NULL;
     int r;
@@ -70,7 +59,7 @@ int keeper_new(const char *socket, const char *export_name, const char *context,
                    (context && nbd_add_meta_context(k->nbd, context) < 0) || nbd_aio_connect_unix(k->nbd, socket) < 0))
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(k->nbd, nbd_aio_is_connecting, deadline, /* leaving= */ false, f, what);
+        r = wait_until(k->nbd, nbd_aio_is_connecting, deadline_ms, /* leaving= */ false, f, what);
     if (r == 0 && nbd_aio_is_ready(k->nbd) <= 0)
         r = fail(f, what);
     if (r == 0 && context && nbd_can_meta_context(k->nbd, context) <= 0)
@@ -104,7 +93,7 @@ void keeper_free(struct keeper *k, bool well)
     if (!k)
         return;
     if (well && k->nbd && nbd_aio_is_ready(k->nbd) > 0 && nbd_aio_disconnect(k->nbd, 0) == 0)
-        (void)wait_until(k->nbd, is_open, now_ms() + GOODBYE_MS, /* leaving= */ true, &ignored, "goodbye");
+        (void)wait_until(k->nbd, is_open, door_now_ms() + GOODBYE_MS, /* leaving= */ true, &ignored, "goodbye");
     nbd_close(k->nbd);
     free(k);
 }
@@ -137,9 +126,9 @@ static int is_busy_listing(struct nbd_handle *nbd)
     return nbd_aio_is_connecting(nbd);
 }
 
-int keeper_list(const char *socket, const char *prefix, unsigned timeout_ms, struct names *ret_names, struct failure *f)
+int keeper_list(const char *socket, const char *prefix, uint64_t deadline_ms, struct names *ret_names,
+                struct failure *f)
 {
-    uint64_t deadline = now_ms() + timeout_ms;
     struct listing listing = {.prefix = prefix, .names = ret_names};
     struct nbd_handle *nbd = NULL;
     _cleanup_free_ char *what = NULL;
@@ -153,12 +142,12 @@ int keeper_list(const char *socket, const char *prefix, unsigned timeout_ms, str
     if (r == 0 && (nbd_set_opt_mode(nbd, true) < 0 || nbd_aio_connect_unix(nbd, socket) < 0))
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(nbd, is_connecting, deadline, /* leaving= */ false, f, what);
+        r = wait_until(nbd, is_connecting, deadline_ms, /* leaving= */ false, f, what);
     if (r == 0 && nbd_aio_opt_list(nbd, (nbd_list_callback){.callback = on_export, .user_data = &listing},
                                    NBD_NULL_COMPLETION) < 0)
         r = fail(f, what);
     if (r == 0)
-        r = wait_until(nbd, is_busy_listing, deadline, /* leaving= */ false, f, what);
+        r = wait_until(nbd, is_busy_listing, deadline_ms, /* leaving= */ false, f, what);
     if (r == 0 && listing.no_memory)
         r = failure_set(f, -ENOMEM, "out of memory");
     nbd_close(nbd);

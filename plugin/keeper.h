@@ -14,7 +14,7 @@
 struct keeper;
 
 /* context: of the dirty map, or NULL. Negative errno and the server's own words, as far as libnbd passes them on. */
-int keeper_new(const char *socket, const char *export_name, const char *context, unsigned timeout_ms,
+int keeper_new(const char *socket, const char *export_name, const char *context, uint64_t deadline_ms,
                struct keeper **ret_keeper, struct failure *f);
 /* Whether the server has not ended it. */
 bool keeper_stands(struct keeper *k);
@@ -22,7 +22,7 @@ bool keeper_stands(struct keeper *k);
 void keeper_free(struct keeper *k, bool well);
 
 /* Names of all exports that begin with prefix, without it. */
-int keeper_list(const char *socket, const char *prefix, unsigned timeout_ms, struct names *ret_names,
+int keeper_list(const char *socket, const char *prefix, uint64_t deadline_ms, struct names *ret_names,
                 struct failure *f);
 
 #endif

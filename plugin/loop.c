@@ -5,7 +5,6 @@
 
 #include <errno.h>
 #include <signal.h>
-#include <time.h>
 
 static void on_wake(uv_async_t *wake)
 {
@@ -77,12 +76,11 @@ void loop_begin(struct loop *l, struct task *t)
         (void)uv_async_send(&l->wake);
 }
 
-bool task_wait(struct task *t, unsigned ms)
+/* A clock that is set only makes this early or late; sem_clockwait() is not known to gcc 12's ThreadSanitizer. */
+struct timespec task_time(unsigned ms)
 {
     struct timespec until;
-    int r;
 
-    /* A clock that is set only makes this early or late; sem_clockwait() is not known to gcc 12's ThreadSanitizer. */
     (void)clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += ms / 1000;
     until.tv_nsec += (long)(ms % 1000) * 1000000;
@@ -90,6 +88,14 @@ bool task_wait(struct task *t, unsigned ms)
         until.tv_sec++;
         until.tv_nsec -= 1000000000;
     }
+    return until;
+}
+
+bool task_wait(struct task *t, unsigned ms)
+{
+    struct timespec until = task_time(ms);
+    int r;
+
     while ((r = sem_timedwait(&t->done, &until)) < 0 && errno == EINTR)
         ;
     if (r < 0)

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdbool.h>
+#include <time.h>
 #include <uv.h>
 
 struct task {
@@ -35,6 +36,7 @@ void loop_call(struct loop *l, struct task *t);
 /* The same in two: has the loop do it; and waits about so long at most. True: it has ended, and the task is the
  * caller's again. */
 void loop_begin(struct loop *l, struct task *t);
+struct timespec task_time(unsigned ms); /* so long from now, for a wait that takes CLOCK_REALTIME */
 bool task_wait(struct task *t, unsigned ms);
 /* The last touch of the task: its caller goes on. */
 void task_done(struct task *t);

@@ -10,6 +10,7 @@
 
 #include "backup/scratch.h"
 #include "config.h"
+#include "source/vhost.h"
 #include "vm.h"
 
 #include <nbdkit-plugin.h>
@@ -25,6 +26,7 @@ struct own {
     struct door door;
     struct vm *vm;                             /* owned */
     struct scratch_place *scratch;             /* owned */
+    struct vhost_room room;                    /* memory that QEMU shares with us: the data comes through it */
     struct failure spoiled;                    /* reads failed … */
     char spoiled_session[FROZEN_SESSION_SIZE]; /* … in this one */
     struct wait *retrying;                     /* borrowed: those that will ask again */
@@ -65,7 +67,7 @@ struct wait {
     struct own *own;
     struct failure *failure; /* borrowed */
     uv_timer_t timer;
-    uint64_t deadline_ms; /* loop time */
+    uint64_t deadline_ms; /* of door_now_ms() and uv_now() */
     void (*again)(struct wait *w);
     void (*too_late)(struct wait *w);
     struct wait *next; /* of those that will ask again */
@@ -78,10 +80,7 @@ static void on_wait_closed(uv_handle_t *h)
 
 static void wait_begin(struct wait *w)
 {
-    uv_loop_t *loop = &w->own->door.loop->uv;
-
-    (void)uv_timer_init(loop, &w->timer);
-    w->deadline_ms = uv_now(loop) + w->own->door.options->timeout_s * 1000ull;
+    (void)uv_timer_init(&w->own->door.loop->uv, &w->timer);
 }
 
 static void wait_end(struct wait *w)
@@ -231,10 +230,15 @@ static void begin_list(struct task *task)
     w->again(w);
 }
 
-static int own_list(struct door *d, struct names *ret_names, struct failure *f)
+static int own_list(struct door *d, uint64_t deadline_ms, struct names *ret_names, struct failure *f)
 {
     struct list l = {
-        .wait = {.task.fn = begin_list, .own = own_of(d), .failure = f, .again = list_again, .too_late = list_too_late},
+        .wait = {.task.fn = begin_list,
+                 .own = own_of(d),
+                 .failure = f,
+                 .deadline_ms = deadline_ms,
+                 .again = list_again,
+                 .too_late = list_too_late},
         .names = ret_names,
     };
 
@@ -425,11 +429,17 @@ static void free_handle(struct own_handle *h)
     free(h);
 }
 
-static int own_open(struct door *d, const char *disk, struct handle **ret_handle, struct failure *f)
+static int own_open(struct door *d, const char *disk, uint64_t deadline_ms, struct handle **ret_handle,
+                    struct failure *f)
 {
     struct own_handle *h = calloc(1, sizeof(*h));
     struct open open = {
-        .wait = {.task.fn = begin_open, .own = own_of(d), .failure = f, .again = open_again, .too_late = open_too_late},
+        .wait = {.task.fn = begin_open,
+                 .own = own_of(d),
+                 .failure = f,
+                 .deadline_ms = deadline_ms,
+                 .again = open_again,
+                 .too_late = open_too_late},
         .handle = h,
     };
 
@@ -527,6 +537,7 @@ static void begin_start(struct task *task)
         .qga_path = o->qga,
         .quiesce = o->quiesce,
         .watchdog = o->watchdog,
+        .vhost_room = &own->room,
     };
     struct vm_config with_scratch = config;
     int r = scratch_new(&own->door.loop->uv, o->scratch ? o->scratch : "", &limits, &own->scratch);
@@ -612,6 +623,7 @@ int own_new(const struct options *o, struct loop *l, struct door **ret_door, str
     if (!own)
         return failure_set(f, -ENOMEM, "out of memory");
     own->door = (struct door){.ops = &own_ops, .options = o, .loop = l};
+    own->room.limit = CONFIG_SHARED_MEMORY;
     loop_call(l, &start.task);
     if (f->err) {
         free(own);

@@ -162,7 +162,12 @@ static void qpull_unload(void)
 
 /* -- exports ------------------------------------------------------------------------------------------------------- */
 
-static int names_of(struct names *ret_names, struct failure *f)
+static uint64_t deadline(void)
+{
+    return door_now_ms() + options.timeout_s * 1000ull;
+}
+
+static int names_of(uint64_t deadline_ms, struct names *ret_names, struct failure *f)
 {
     if (!door)
         return failure_copy(f, &not_begun);
@@ -170,7 +175,7 @@ static int names_of(struct names *ret_names, struct failure *f)
         if (names_add(ret_names, options.disks[i]) < 0)
             return failure_set(f, -ENOMEM, "out of memory");
     }
-    return options.ndisks > 0 ? 0 : door->ops->list(door, ret_names, f);
+    return options.ndisks > 0 ? 0 : door->ops->list(door, deadline_ms, ret_names, f);
 }
 
 static int qpull_list_exports(int readonly, int is_tls, struct nbdkit_exports *exports)
@@ -178,7 +183,7 @@ static int qpull_list_exports(int readonly, int is_tls, struct nbdkit_exports *e
     _cleanup_(names_free) struct names names = {0};
     struct failure f = {0};
 
-    if (names_of(&names, &f) < 0)
+    if (names_of(deadline(), &names, &f) < 0)
         return refuse(&f);
     for (size_t i = 0; i < names.nnames; i++) {
         if (nbdkit_add_export(exports, names.names[i], NULL) < 0)
@@ -188,11 +193,11 @@ static int qpull_list_exports(int readonly, int is_tls, struct nbdkit_exports *e
 }
 
 /* The first named disk, or the only one there is. NULL and a sentence. */
-static char *default_disk(struct failure *f)
+static char *default_disk(uint64_t deadline_ms, struct failure *f)
 {
     _cleanup_(names_free) struct names names = {0};
 
-    if (names_of(&names, f) < 0)
+    if (names_of(deadline_ms, &names, f) < 0)
         return NULL;
     if (options.ndisks == 0 && names.nnames != 1) {
         (void)failure_set(f, -ENOENT,
@@ -203,13 +208,21 @@ static char *default_disk(struct failure *f)
     return strdup(names.names[0]);
 }
 
-/* nbdkit asks this for a client's list, too: a disk that is not known now is only an error where it is opened. */
+/*
+ * nbdkit asks this for a client's list, too: that there is no such disk is only an error where it is opened. Who has
+ * waited in vain for an answer shall not wait once more for open to find the same.
+ */
 static const char *qpull_default_export(int readonly, int is_tls)
 {
     struct failure f = {0};
-    _cleanup_free_ char *disk = default_disk(&f);
+    _cleanup_free_ char *disk = default_disk(deadline(), &f);
 
-    return disk ? nbdkit_strdup_intern(disk) : "";
+    if (disk)
+        return nbdkit_strdup_intern(disk);
+    if (f.err == -ENOENT)
+        return "";
+    (void)refuse(&f);
+    return NULL;
 }
 
 /* To a qpulld an "@" would be the wish for a checkpoint: that is for who starts nbdkit, not for its clients. */
@@ -244,15 +257,16 @@ static int write_dirty_map(struct handle *h, struct failure *f)
 static void *qpull_open(int readonly)
 {
     struct failure f = {0};
+    uint64_t until = deadline();
     const char *name = nbdkit_export_name();
-    _cleanup_free_ char *disk = name && *name ? strdup(name) : default_disk(&f);
+    _cleanup_free_ char *disk = name && *name ? strdup(name) : default_disk(until, &f);
     struct handle *h = NULL;
 
     if (!door)
         (void)failure_copy(&f, &not_begun);
     if (!disk)
         (void)failure_set(&f, -ENOMEM, "out of memory");
-    if (f.err || !disk || check_disk(disk, &f) < 0 || door->ops->open(door, disk, &h, &f) < 0) {
+    if (f.err || !disk || check_disk(disk, &f) < 0 || door->ops->open(door, disk, until, &h, &f) < 0) {
         (void)refuse(&f);
         return NULL;
     }

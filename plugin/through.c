@@ -9,6 +9,7 @@
 #include "source/nbd.h"
 
 #include <stdio.h>
+#include <time.h>
 
 #define DIRTY_CONTEXT "qemu:dirty-bitmap:"
 
@@ -42,6 +43,10 @@ struct open {
     struct failure *failure;        /* borrowed */
     struct map *allocation, *dirty; /* owned */
     struct source *source;          /* owned */
+    uint64_t deadline_ms;           /* of door_now_ms(): of all of it */
+    /* loop thread: what is waited for, or NULL */
+    struct source_nbd_map *asking;
+    struct source_nbd_open *opening;
 };
 
 static struct door *door_of(const struct open *o)
@@ -72,6 +77,7 @@ static void on_map(void *arg, struct map *map, const struct failure *f)
 {
     struct open *o = arg;
 
+    o->asking = NULL;
     if (f)
         (void)failure_copy(o->failure, f);
     else if (!o->allocation)
@@ -85,6 +91,7 @@ static void on_open(void *arg, struct source *s, const struct failure *f)
 {
     struct open *o = ((struct through_handle *)arg)->open;
 
+    o->opening = NULL;
     if (f)
         (void)failure_copy(o->failure, f);
     o->source = s;
@@ -125,8 +132,6 @@ static void go_on(struct open *o)
 {
     struct source_nbd_config config = config_of(o);
     uv_loop_t *loop = &door_of(o)->loop->uv;
-    struct source_nbd_open *opening; /* both end by their own deadlines */
-    struct source_nbd_map *asking;
     bool have_maps = o->handle->handle.frozen;
     int r;
 
@@ -135,11 +140,11 @@ static void go_on(struct open *o)
         return;
     }
     if (!have_maps && !o->allocation)
-        r = source_nbd_map(loop, &config, "base:allocation", on_map, o, &asking);
+        r = source_nbd_map(loop, &config, "base:allocation", on_map, o, &o->asking);
     else if (!have_maps && o->context && !o->dirty)
-        r = source_nbd_map(loop, &config, o->context, on_map, o, &asking);
+        r = source_nbd_map(loop, &config, o->context, on_map, o, &o->asking);
     else if (!o->source)
-        r = source_nbd_open(loop, &config, on_lost, on_open, o->handle, &opening);
+        r = source_nbd_open(loop, &config, on_lost, on_open, o->handle, &o->opening);
     else {
         take_frozen(o);
         return;
@@ -155,6 +160,79 @@ static void begin_open(struct task *task)
     struct open *o = container_of(task, struct open, task);
 
     go_on(o);
+}
+
+struct give_up {
+    struct task task;
+    struct open *open;
+    struct failure why;
+};
+
+/* What is waited for answers, later, and finds the failure. */
+static void begin_give_up(struct task *task)
+{
+    struct give_up *g = container_of(task, struct give_up, task);
+    struct open *o = g->open;
+
+    (void)failure_copy(o->failure, &g->why);
+    if (o->asking)
+        source_nbd_map_cancel(o->asking);
+    if (o->opening)
+        source_nbd_open_cancel(o->opening);
+    task_done(task);
+}
+
+static uint64_t left_ms(const struct open *o)
+{
+    uint64_t now = door_now_ms();
+
+    return now < o->deadline_ms ? o->deadline_ms - now : 0;
+}
+
+/* Why the open must end now; 0: it need not. */
+static int why_end(const struct open *o, struct failure *f)
+{
+    if (left_ms(o) == 0)
+        return failure_set(f, -ETIMEDOUT, "disk '%s': qpulld at '%s' has not given it within %u s", o->disk,
+                           door_of(o)->options->server, door_of(o)->options->timeout_s);
+    if (!door_is_wanted())
+        return failure_set(f, -ESHUTDOWN, "disk '%s': given up: the client has gone, or nbdkit is ending", o->disk);
+    return 0;
+}
+
+static unsigned look_ms(const struct open *o)
+{
+    return (unsigned)MIN(left_ms(o), (uint64_t)DOOR_LOOK_MS);
+}
+
+static void open_call(struct open *o)
+{
+    struct loop *loop = door_of(o)->loop;
+    struct give_up give_up = {.task.fn = begin_give_up, .open = o};
+
+    loop_begin(loop, &o->task);
+    while (!task_wait(&o->task, give_up.why.err ? DOOR_LOOK_MS : look_ms(o))) {
+        if (!give_up.why.err && why_end(o, &give_up.why) < 0)
+            loop_call(loop, &give_up.task);
+    }
+}
+
+/* While another one opens its disk. */
+static int wait_for_turn(struct open *o)
+{
+    pthread_mutex_t *opening = &through_of(door_of(o))->opening;
+
+    for (;;) {
+        struct timespec until = task_time(look_ms(o));
+        int r = pthread_mutex_timedlock(opening, &until);
+
+        if (r == 0)
+            return 0;
+        if (r != ETIMEDOUT)
+            return failure_set(o->failure, -r, "disk '%s': %s", o->disk, strerror(r));
+        if (why_end(o, o->failure) < 0)
+            return o->failure->err;
+    }
 }
 
 /* What is open already is kept for us, so that its keeper stays. */
@@ -237,10 +315,10 @@ static int open_it(struct open *o)
     if (f->err)
         return f->err;
     if (!o->handle->handle.frozen &&
-        keeper_new(options->server, o->handle->export_name, o->context, options->timeout_s * 1000, &o->keeper, f) < 0)
+        keeper_new(options->server, o->handle->export_name, o->context, o->deadline_ms, &o->keeper, f) < 0)
         return f->err;
     o->task.fn = begin_open;
-    loop_call(loop, &o->task);
+    open_call(o);
     if (f->err)
         return f->err;
     /* It has been there all the time: then this is its session, and no later one. */
@@ -249,11 +327,12 @@ static int open_it(struct open *o)
                : failure_set(f, -ENOTCONN, "disk '%s': qpulld at '%s' has ended the session", o->disk, options->server);
 }
 
-static int through_open(struct door *d, const char *disk, struct handle **ret_handle, struct failure *f)
+static int through_open(struct door *d, const char *disk, uint64_t deadline_ms, struct handle **ret_handle,
+                        struct failure *f)
 {
     struct through_handle *h = calloc(1, sizeof(*h));
     _cleanup_free_ char *context = NULL;
-    struct open o = {.handle = h, .disk = disk, .failure = f};
+    struct open o = {.handle = h, .disk = disk, .failure = f, .deadline_ms = deadline_ms};
 
     if (h)
         h->export_name = export_name_of(d->options, disk);
@@ -267,9 +346,10 @@ static int through_open(struct door *d, const char *disk, struct handle **ret_ha
     h->handle.door = d;
     h->open = &o;
     o.context = context;
-    (void)pthread_mutex_lock(&through_of(d)->opening);
-    (void)open_it(&o);
-    (void)pthread_mutex_unlock(&through_of(d)->opening);
+    if (wait_for_turn(&o) == 0) {
+        (void)open_it(&o);
+        (void)pthread_mutex_unlock(&through_of(d)->opening);
+    }
     h->open = NULL;
     if (f->err) {
         keeper_free(o.keeper, /* well= */ false);
@@ -282,7 +362,7 @@ static int through_open(struct door *d, const char *disk, struct handle **ret_ha
 
 /* -- the rest ------------------------------------------------------------------------------------------------------ */
 
-static int through_list(struct door *d, struct names *ret_names, struct failure *f)
+static int through_list(struct door *d, uint64_t deadline_ms, struct names *ret_names, struct failure *f)
 {
     _cleanup_free_ char *prefix = NULL;
 
@@ -290,7 +370,7 @@ static int through_list(struct door *d, struct names *ret_names, struct failure 
         prefix = NULL;
         return failure_set(f, -ENOMEM, "out of memory");
     }
-    return keeper_list(d->options->server, prefix, d->options->timeout_s * 1000, ret_names, f);
+    return keeper_list(d->options->server, prefix, deadline_ms, ret_names, f);
 }
 
 static void through_read_failed(struct handle *handle, int err)

@@ -1,24 +1,18 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""nbdkit's qpull plugin against "nbdkit nbd" before the same frozen view, exported by QEMU itself, and against qpulld:
-nbdcopy with its defaults, to null, one QEMU each with the same image in the page cache, interleaved. a: the plugin, b: the
-other one, both GiB/s (medians); ratio: the median of a round's own ratios, low and high their quartiles. The rows "CPU" are
-the CPU seconds that a GiB costs in all processes (QEMU, nbdkit or qpulld, nbdcopy): less is better, and a busy
-machine distorts them less.
+"""nbdkit's qpull plugin (b) against "nbdkit nbd" before the same frozen view, exported by QEMU itself, and against qpulld
+(each an a): nbdcopy with its defaults, to null, one QEMU each with the same image in the page cache. CPU is seconds for each
+GiB in all processes: QEMU, nbdkit or qpulld, nbdcopy.
 
-    tests/bench/plugin.py [--rounds N] [--mib N] [--bin DIR] [--json FILE]"""
-import argparse
-import json
+    tests/bench/plugin.py [--rounds N] [--mib N] [--bin DIR] [--json FILE] [--quick]"""
 import os
 import shutil
-import statistics
 import sys
-import tempfile
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.join(os.path.dirname(os.path.abspath(__file__)), '../qemu')]
-import bench  # noqa: E402
-import harness  # noqa: E402
-from qmpclient import Qmp  # noqa: E402
+import bench
+import harness
+from bench import MIB
+from qmpclient import Qmp
 
 NODE = 'node-vda'
 
@@ -82,44 +76,31 @@ def worlds(folder, programs, size):
             'qpulld': (daemon.uri('vm/vda'), [third, daemon.process.pid])}, by_hand
 
 
-def row(name, unit, a, b):
-    ratios = [x / y for x, y in zip(a, b)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return {'name': name, 'unit': unit, 'a': round(statistics.median(a), 3), 'b': round(statistics.median(b), 3),
-            'ratio': round(statistics.median(ratios), 3), 'low': round(quartiles[0], 3), 'high': round(quartiles[2], 3)}
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--mib', type=int, default=1024)
-    parser.add_argument('--bin', default=None)
-    parser.add_argument('--json')
-    args = parser.parse_args(argv)
+def main(argv):
+    p = bench.parser(__doc__, rounds=15)
+    p.add_argument('--mib', type=int, help='size of the disk (default 1024)')
+    p.add_argument('--bin', help='where the programs are (default: the release build)')
+    args = bench.parse(p, argv)
+    size = (args.mib or (16 if args.quick else 1024)) * MIB
     programs = os.path.abspath(args.bin or harness.bin_dir())
-    folder = tempfile.mkdtemp(prefix='qpull-bench-', dir='/dev/shm')
+    if not shutil.which('nbdkit') or not os.path.exists(f'{programs}/nbdkit-qpull-plugin.so'):
+        bench.finish(args, [bench.missing('plugin', 'no nbdkit, or no plugin was built')])
+        return
     try:
-        places, _by_hand = worlds(folder, programs, args.mib << 20)
-        for uri, pids in places.values():
-            copy(uri, pids, args.mib << 20)  # the first one freezes
-        found = {name: [] for name in places}
-        for i in range(args.rounds):
-            names = list(places)
-            for name in names[i % 3:] + names[:i % 3]:
-                found[name].append(copy(*places[name], args.mib << 20))
+        with bench.work_folder(memory=True) as folder:
+            places, by_hand = worlds(folder, programs, size)
+            # The first one freezes.
+            found = bench.rounds({name: lambda w=where: copy(*w, size) for name, where in places.items()}, args.rounds)
+            by_hand.close()
     finally:
         harness.kill_children()
-        shutil.rmtree(folder, ignore_errors=True)
-    rows = [row(f'plugin / {other}{what}', unit, [x[i] for x in found['plugin']], [x[i] for x in found[other]])
-            for i, (what, unit) in enumerate((('', 'GiB/s'), (', CPU', 's/GiB'))) for other in ('nbdkit nbd', 'qpulld')]
-    for r in rows:
-        print(f'{r["name"]:26} {r["a"]:6.2f} {r["b"]:6.2f} {r["unit"]}  ratio {r["ratio"]:.2f} '
-              f'({r["low"]:.2f}-{r["high"]:.2f})')
-    if args.json:
-        with open(args.json, 'w', encoding='ascii') as f:
-            json.dump(rows, f, indent=1)
-    return 0
+    rows = []
+    for other in ('nbdkit nbd', 'qpulld'):
+        for i, (metric, unit, better) in enumerate((('throughput', 'GiB/s', 'more'), ('CPU of all', 's/GiB', 'less'))):
+            rows.append(bench.row(f'against {other}: {metric}', unit, [x[i] for x in found[other]],
+                                  [x[i] for x in found['plugin']], better))
+    bench.finish(args, rows)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main(sys.argv[1:])

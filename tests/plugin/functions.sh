@@ -46,7 +46,9 @@ run_nbdkit()
     sanitized_nbdkit -v -U - "${own[@]}" --run "unset LD_PRELOAD; $command" "$plugin" "$@" 2>>"$nbdkit_log"
 }
 
-# start_nbdkit WORD… -- PARAMETER…: at $socket, its process is $nbdkit_pid; returns when it accepts clients.
+# start_nbdkit WORD… -- PARAMETER…: at $socket, its process is $nbdkit_pid; returns when it accepts clients. $under is the
+# program that it runs under, if any.
+under=()
 start_nbdkit()
 {
     local own=()
@@ -56,11 +58,11 @@ start_nbdkit()
     done
     shift
     rm -f "$socket" "$work/nbdkit.pid"
-    LD_PRELOAD=$preload ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} nbdkit -f -v -U "$socket" \
+    LD_PRELOAD=$preload ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} "${under[@]}" nbdkit -f -v -U "$socket" \
         --pidfile="$work/nbdkit.pid" "${own[@]}" "$plugin" "$@" 2>>"$nbdkit_log" &
     nbdkit_pid=$!
     children+=($nbdkit_pid)
-    wait_for 30 test -s "$work/nbdkit.pid"
+    wait_for 60 test -s "$work/nbdkit.pid"
 }
 
 # stop_nbdkit: it must end well and have nothing to hide.

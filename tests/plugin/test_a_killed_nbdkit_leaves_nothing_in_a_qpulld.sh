@@ -35,7 +35,7 @@ for phase in setup read idle end; do
         kill -TERM $nbdkit_pid
         ;;
     esac
-    kill -9 $nbdkit_pid
+    kill -9 $nbdkit_pid || [ $phase = end ] # which may have come
     wait $nbdkit_pid || true
     socket=$qpulld_socket
     wait_idle vm

@@ -13,11 +13,17 @@ grep -q 'Read' "$work/log"
 expect "$(cat "$work/stats")" 'read: '
 nothing_left vm
 
-for filter in exitlast exportname cacheextents noextents nocache; do
+single=(exitlast exportname noextents nocache)
+kept="'exitlast', 'exportname', 'nocache', 'noextents'"
+if [ -e "$(nbdkit --dump-config | sed -n 's/^filterdir=//p')/nbdkit-cacheextents-filter.so" ]; then # until nbdkit 1.46
+    single+=(cacheextents)
+    kept="'cacheextents', $kept"
+fi
+for filter in "${single[@]}"; do
     run_nbdkit "nbdcopy \"\$uri\" $work/$filter.img" --filter=$filter -- "$work/vm.qmp" disk=vda checkpoint=$filter "${common[@]}"
     qemu-img compare -q -U -f raw -F qcow2 "$work/$filter.img" "$work/vda.img"
 done
-test "$(bitmaps vm)" = "['cacheextents', 'exitlast', 'exportname', 'nocache', 'noextents']"
+test "$(bitmaps vm)" = "[$kept]"
 
 # What a client writes into the cow filter stays there: the next client sees the disk.
 run_nbdkit "qemu-io -f raw -c 'write -q -P 0x99 0 64k' -c 'read -q -P 0x99 0 64k' \"\$uri\" && nbdcopy \"\$uri\" $work/cow.img" \

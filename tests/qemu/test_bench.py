@@ -15,6 +15,7 @@ ROWS = {
     'guest': [f'{scene} against {other}: {metric}' for scene, other in (
         ('idle session', 'none'), ('idle session', 'libvirt\'s'), ('full-speed pull', 'libvirt\'s'),
         ('stalled client', 'libvirt\'s'), ('stalled client', 'idle session')) for metric in ('p50', 'p99', 'writes')],
+    'plugin': [f'against {other}: {metric}' for other in ('nbdkit nbd', 'qpulld') for metric in ('throughput', 'CPU of all')],
     'many': [f'{vms}: {metric}' for vms in ('1 VM', '3 VMs') for metric in ('throughput', 'CPU of QEMU')],
 }
 
