@@ -65,7 +65,7 @@ static void finish_top(struct daemon *d)
     if (d->config.at_top)
         d->config.at_top(d->config.arg);
     for (unsigned i = 0; i < d->list->ndisks; i++) {
-        if (d->config.keep & (1u << i)) {
+        if (!d->read_failed && (d->config.keep & (1u << i))) {
             session_keep(d->session, d->list->disks[i].name);
             d->wants_checkpoint = true;
         }
@@ -125,9 +125,11 @@ static void on_read(struct source_read *r, int err)
 {
     struct daemon *d = r->arg;
 
+    d->reading = false;
     if (d->stopped)
         return;
     if (err && d->config.impatient) {
+        d->read_failed = true;
         d->nbroken++;
         finish_top(d);
         return;
@@ -166,7 +168,9 @@ static void read_next(struct daemon *d)
                                    .cb = on_read,
                                    .arg = d};
     source = session_source(d->session, d->list->disks[d->disk].name);
-    if (!source || source_read(source, &d->read) < 0) {
+    d->reading = source && source_read(source, &d->read) == 0;
+    if (!d->reading) {
+        d->read_failed = true;
         d->nbroken++;
         if (!d->config.impatient)
             (void)failure_set(&d->check, -EIO, "disk %u has no source that can be read", d->disk);
@@ -413,7 +417,7 @@ void daemon_start(struct daemon *d, uv_loop_t *loop, const char *path, const str
 void daemon_again(struct daemon *d)
 {
     disk_list_free(TAKE_PTR(d->list));
-    d->waits_for_maps = false;
+    d->waits_for_maps = d->reading = d->read_failed = false;
     d->nup = d->nfailed = d->ndown = d->nended = d->nbroken = d->nlate = d->nswept = 0;
     d->stopped = d->wants_checkpoint = d->finished = d->begun = false;
     d->failure = d->problems = d->check = (struct failure){0};

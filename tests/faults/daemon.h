@@ -40,6 +40,8 @@ struct daemon_config {
 struct daemon {
     /* what it was told */
     bool waits_for_maps;
+    bool reading;                         /* at the top */
+    bool read_failed;                     /* so no checkpoint is to be kept */
     unsigned nup, nfailed, ndown, nended; /* nended: the self-test's or the sweep's callback */
     unsigned nbroken;                     /* reads and asks that were answered with an error */
     unsigned nlate;                       /* on_up or on_failed after session_stop() */

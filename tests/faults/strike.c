@@ -195,7 +195,10 @@ static enum verdict on_command(void *arg, const char *name, struct json_object *
         json_object_put(guest_call(&st->guest, NULL, "{'execute':'stop'}"));
         st->paused = true;
     }
-    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st) && (!st->stops || guest_runs(&st->guest)))
+    /* QEMU does not answer the guest while it drains and its answers to our reads are not taken: our loop stands still
+     * for the guest's writes, a daemon's never does. */
+    if (st->run.writing && !st->scenario->small_scratch && !is_stopped(st) && !st->daemon.reading &&
+        (!st->stops || guest_runs(&st->guest)))
         guest_write(&st->guest);
     hit = (st->ncommands == st->run.at && st->run.fault != FAULT_NONE) ||
           (st->kill_at && fnmatch(st->kill_at, text, 0) == 0);
