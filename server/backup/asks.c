@@ -11,10 +11,6 @@
 #include <stdio.h>
 
 /*
- * A bitmap cannot join an export that stands, so a second export of the same frozen node carries it for as long as it
- * is read. The walk goes up this little table and down again for each ask.
- */
-/*
  * The freeze has drained, so the layers' records have all from before it; without a transaction, since somebody may run
  * a block job by now (see 0009 on drains).
  */
