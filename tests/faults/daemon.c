@@ -125,9 +125,9 @@ static void on_read(struct source_read *r, int err)
 {
     struct daemon *d = r->arg;
 
-    d->reading = false;
     if (d->stopped)
-        return;
+        return; /* what QEMU has sent of it may still lie in the socket: it counts as being read */
+    d->reading = false;
     if (err && d->config.impatient) {
         d->read_failed = true;
         d->nbroken++;
