@@ -423,6 +423,43 @@ static void a_graph_in_circles_ends(void **state)
     disk_list_free(l);
 }
 
+/* A commit of the live layer by others, as query-block, query-named-block-nodes and the graph tell of it. */
+#define NODES                                                                                    \
+    "{'name':'m','type':'block-driver','id':1},{'name':'top','type':'block-driver','id':2},"     \
+    "{'name':'base','type':'block-driver','id':3},{'name':'vda','type':'block-backend','id':4}," \
+    "{'name':'','type':'block-backend','id':5}"
+#define EDGES                                                                                                     \
+    "{'name':'backing','parent':1,'child':2},{'name':'backing','parent':2,'child':3},{'name':'root','parent':5,'" \
+    "child':2}"
+
+static bool agree(const char *root, int stands_on)
+{
+    char graph[1024], query[128];
+    struct json_object *a, *b, *c;
+    bool r;
+
+    (void)snprintf(query, sizeof(query), "[{'inserted':{'node-name':'%s'}}]", root);
+    (void)snprintf(graph, sizeof(graph),
+                   "{'nodes':[" NODES "],'edges':[" EDGES ",{'name':'root','parent':4,'child':%d}]}", stands_on);
+    a = json_tokener_parse(query);
+    b = json_tokener_parse("[{'node-name':'m','drv':'mirror_top'},{'node-name':'top','drv':'qcow2'},"
+                           "{'node-name':'base','drv':'qcow2'}]");
+    c = json_tokener_parse(graph);
+    r = answers_agree(a, b, c);
+    json_object_put(a);
+    json_object_put(b);
+    json_object_put(c);
+    return r;
+}
+
+static void answers_agree_beside_a_job_and_not_across_its_end(void **state)
+{
+    assert_true(agree("top", 1));  /* while it runs: its filter is between, and is not told of */
+    assert_true(agree("base", 3)); /* afterwards */
+    assert_false(agree("top", 3)); /* it ended between the answers; its own back end is no device */
+    assert_false(agree("base", 1));
+}
+
 static void every_reason_has_a_name_and_a_sentence(void **state)
 {
     for (unsigned r = REASON_NONE; r <= REASON_BUSY; r++) {
@@ -459,6 +496,7 @@ int main(void)
         cmocka_unit_test(answers_that_make_no_sense_are_refused),
         cmocka_unit_test(answers_without_disks_are_an_empty_list),
         cmocka_unit_test(a_graph_in_circles_ends),
+        cmocka_unit_test(answers_agree_beside_a_job_and_not_across_its_end),
         cmocka_unit_test(every_reason_has_a_name_and_a_sentence),
     };
 
