@@ -126,11 +126,18 @@ class Meddling(harness.Case):
         settle(self.vm)
         exporting = [i for i, name in enumerate(proxy.commands) if name == 'block-export-add']
         refused = 0
-        for number in range(exporting[1], exporting[-1] + 2):
-            self.vm.cmd(f'write vda {number * 65536 % (3 * MIB)} {SECTOR} {number}')
+
+        def aim(name):
+            """How many commands there are before it is a matter of time: the question after the reading, by its name."""
+            if name == 'query-block-exports' and 'block-export-add' in proxy.commands and proxy.number is None:
+                proxy.number = len(proxy.commands)
+        for number in (*range(exporting[1], exporting[-1] + 2), None):
+            self.vm.cmd(f'write vda {(number or 1) * 65536 % (3 * MIB)} {SECTOR} {number or 1}')
             proxy.at(number, before=lambda: self.snapshot(disk, []))
+            proxy.at_each(None if number else aim)
             truth, why = self.session(daemon, f'a{number}', ['base'], {'base': base})
             settle(self.vm)
+            proxy.at_each(None)
             proxy.off()
             if truth is None:
                 refused += 1
