@@ -39,7 +39,9 @@ def settle(guest, timeout=30):
     """Waits until no session's nodes are left in QEMU."""
     def is_gone():
         nodes = guest.look('query-named-block-nodes', {'flat': True})
-        return not any(n['node-name'].startswith('qpull-') for n in nodes)
+        fds = [fd for fdset in guest.look('query-fdsets') for fd in fdset['fds']]  # they go last, after the NBD server
+        return not any(n['node-name'].startswith('qpull-') for n in nodes) and \
+            not any(fd.get('opaque', '').startswith('qpull-') for fd in fds)
 
     harness.wait_until(is_gone, timeout, 'the teardown')
 
