@@ -84,7 +84,7 @@ def main():
                 for n in builds:
                     ratios = [a / b for a, b in zip(found[n], found['direct'])]
                     row = {'transport': transport, 'request-kib': kib, 'build': n, 'mib-s': medians[n],
-                           'direct-mib-s': medians['direct'], 'ratio': medians[n] / medians['direct'],
+                           'direct-mib-s': medians['direct'], 'ratio': statistics.median(ratios),
                            'least': min(ratios), 'most': max(ratios)}
                     rows.append(row)
                     print(f'{transport:4} {kib:5} KiB {n}: {medians[n]:6.0f} MiB/s, direct {medians["direct"]:6.0f}; ratio '

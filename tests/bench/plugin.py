@@ -6,7 +6,6 @@ GiB in all processes: QEMU, nbdkit or qpulld, nbdcopy.
 
     tests/bench/plugin.py [--rounds N] [--mib N] [--bin DIR] [--json FILE] [--quick]"""
 import os
-import re
 import shutil
 import sys
 
@@ -14,6 +13,9 @@ import bench
 import harness
 from bench import MIB
 from qmpclient import Qmp
+
+sys.path.insert(0, f'{bench.HERE}/../plugin')
+import nbdkitworld  # noqa: E402
 
 NODE = 'node-vda'
 
@@ -43,20 +45,10 @@ def frozen_by_hand(folder, look, size):
     return qmp
 
 
-def sanitizer_of(plugin):
-    """Where the plugin is built with one, nbdkit, which is not, has to load it first: only --quick runs of such builds
-    (see tests/plugin/wake_sanitizer.c)."""
-    if '/' not in plugin:
-        return {}
-    found = re.search(r'=> (\S*/lib[at]san\S*)', harness.run(['ldd', plugin]).stdout)
-    waker = os.path.join(os.path.dirname(plugin), '../tests/plugin/wake_sanitizer.so')
-    return {'LD_PRELOAD': f'{found.group(1)}:{waker}', 'ASAN_OPTIONS': 'detect_leaks=0'} if found else {}
-
-
-def nbdkit(folder, name, plugin, *words):
+def nbdkit(folder, name, *words):
     socket = f'{folder}/{name}.nbd'
-    process = harness.spawn(['nbdkit', '-f', '-U', socket, '--pidfile', f'{folder}/{name}.pid', plugin, *words],
-                            env={**os.environ, **sanitizer_of(plugin)})
+    process = harness.spawn(['nbdkit', '-f', '-U', socket, '--pidfile', f'{folder}/{name}.pid', *words],
+                            env=nbdkitworld.environment())
     harness.wait_until(lambda: os.path.exists(f'{folder}/{name}.pid'), 30, name)
     return f'nbd+unix:///vda?socket={socket}', process.pid
 

@@ -22,7 +22,8 @@ def environment():
     """With the sanitizer's library, where the plugin has one (see wake_sanitizer.c)."""
     libraries = subprocess.run(['ldd', PLUGIN], stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r'=> (/\S*/lib[at]san\.so\S*) ', libraries)
-    preload = {'LD_PRELOAD': f'{found.group(1)}:{os.environ["QPULL_TEST_TOOLS"]}/wake_sanitizer.so'} if found else {}
+    waker = f'{os.path.dirname(PLUGIN)}/../tests/plugin/wake_sanitizer.so'
+    preload = {'LD_PRELOAD': f'{found.group(1)}:{waker}'} if found else {}
     return {**os.environ, 'ASAN_OPTIONS': 'detect_leaks=0', **preload}
 
 

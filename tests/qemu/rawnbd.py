@@ -143,6 +143,17 @@ def pull_a_little(address, export, context):
         pass
 
 
+def refused(raw, export, option=OPT_GO):
+    """(error, sentence) of an option about an export; its name is cut out of the sentence. raw is closed."""
+    try:
+        raw.go(export, option)
+    except Refused as e:
+        return e.error, e.sentence.replace(export or '-', 'NAME')
+    finally:
+        raw.close()
+    raise AssertionError(f'{export} was opened')
+
+
 def refusal(address, export):
     """The words with which GO is refused, or None if it is not."""
     raw = Raw(address)

@@ -12,6 +12,10 @@ ROWS = {
     'pull': [f'{transport} {cache} {client}: {metric}' for transport in ('unix', 'tcp') for cache in ('cached', 'O_DIRECT')
              for client in ('nbdcopy', 'nbdcopy tuned', 'qemu-img convert', 'one at a time')
              for metric in ('throughput', 'CPU of QEMU', 'CPU of all')],
+    'one': [f'{transport} {kib} KiB: throughput' for transport in ('unix', 'tcp') for kib in (64, 128, 2048)],
+    'maps': ['1 M extents, nbdinfo --map against QEMU: time', '1 M extents, nbdinfo --map against a bare socket: time',
+             '1 M extents, memory of the session: memory'],
+    'freeze': ['1 disk: GO to first byte', '1 disk: pause'],
     'guest': [f'{scene} against {other}: {metric}' for scene, other in (
         ('idle session', 'none'), ('idle session', 'libvirt\'s'), ('full-speed pull', 'libvirt\'s'),
         ('stalled client', 'libvirt\'s'), ('stalled client', 'idle session')) for metric in ('p50', 'p99', 'writes')],

@@ -20,15 +20,7 @@ SIZE = 8 * MIB
 
 
 def refusal(address, export, option=rawnbd.OPT_GO):
-    """(error, sentence without the name) of an option about an export."""
-    raw = rawnbd.Raw(address)
-    try:
-        raw.go(export, option)
-    except rawnbd.Refused as e:
-        return e.error, e.sentence.replace(export, 'NAME')
-    finally:
-        raw.close()
-    raise AssertionError(f'{export} was opened')
+    return rawnbd.refused(rawnbd.Raw(address), export, option)
 
 
 class Tickets(harness.Case):

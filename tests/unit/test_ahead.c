@@ -193,17 +193,22 @@ static void who_reads_one_by_one_is_read_ahead_for(void **state)
     answer(&rig->below.timer);
 }
 
-static void who_waits_for_what_is_under_way_gets_it(void **state)
+/* A read of what is being read ahead, and not answered from below. */
+static struct client_read *wait_for_a_piece(struct rig *rig)
 {
-    struct rig *rig = *state;
-    struct client_read *c;
-
     for (uint64_t at = 0; at < AHEAD_BEGIN * REQUEST; at += REQUEST)
         assert_int_equal(read_one(rig, at, REQUEST), 0);
     rig->below.hold = true;
     for (uint64_t at = AHEAD_BEGIN * REQUEST; !rig->below.reads.first; at += REQUEST)
         assert_int_equal(read_one(rig, at, REQUEST), 0);
-    c = begin(rig, 1, rig->below.reads.first->offset, REQUEST);
+    return begin(rig, 1, rig->below.reads.first->offset, REQUEST);
+}
+
+static void who_waits_for_what_is_under_way_gets_it(void **state)
+{
+    struct rig *rig = *state;
+    struct client_read *c = wait_for_a_piece(rig);
+
     loop_turn(&rig->loop, 4);
     assert_int_equal(c->nanswers, 0);
     rig->below.hold = false;
@@ -381,14 +386,8 @@ static void any_mixture_gives_right_bytes(void **state)
 static void closing_answers_who_waits(void **state)
 {
     struct rig *rig = *state;
-    struct client_read *c;
+    struct client_read *c = wait_for_a_piece(rig);
 
-    for (uint64_t at = 0; at < AHEAD_BEGIN * REQUEST; at += REQUEST)
-        assert_int_equal(read_one(rig, at, REQUEST), 0);
-    rig->below.hold = true;
-    for (uint64_t at = AHEAD_BEGIN * REQUEST; !rig->below.reads.first; at += REQUEST)
-        assert_int_equal(read_one(rig, at, REQUEST), 0);
-    c = begin(rig, 1, rig->below.reads.first->offset, REQUEST);
     source_close(rig->source, on_closed, rig);
     loop_until(&rig->loop, rig->closed);
     assert_int_equal(c->nanswers, 1);
