@@ -4,6 +4,7 @@
 """Frozen disks are read through memory shared with QEMU. Whoever breaks that way, the client sees right bytes and no
 error, the guest goes on, and nothing is left."""
 import os
+import re
 import signal
 import time
 
@@ -37,6 +38,12 @@ class Shared(harness.Case):
     def vhost_export(self):
         return next((e['id'] for e in self.vm.look('query-block-exports') if e['type'] == 'vhost-user-blk'), None)
 
+    def remains(self):
+        """The cut node, which no device uses after the freeze, and the export for the flush before it."""
+        nodes = [n['node-name'] for n in self.vm.look('query-named-block-nodes', {'flat': True})]
+        exports = [e['id'] for e in self.vm.look('query-block-exports')]
+        return [name for name in nodes + exports if re.fullmatch('qpull-.*-(cut|live)[0-9]+', name)]
+
     def finish(self):
         self.client.shutdown()
         self.daemon.wait_idle()
@@ -57,6 +64,12 @@ class Shared(harness.Case):
         result = load.stop()
         self.assertEqual((result['errors'], result['bad']), (0, 0))
         self.assertEqual(self.notes(), [])
+        self.finish()
+
+    def test_what_only_the_freeze_needs_goes_once_maps_are_read(self):
+        self.ready()
+        harness.wait_until(lambda: not self.remains(), 20, 'a session without what only its freeze needs')
+        self.assertSame(nbdpull.read_all(self.client), self.frozen)
         self.finish()
 
     def test_without_room_disks_are_read_over_nbd(self):
