@@ -253,8 +253,8 @@ void vm_refuse_questions(struct vm *vm, const struct failure *f)
  */
 void vm_stop_if_idle(struct vm *vm)
 {
-    if (!vm->stopping || vm->session || vm_is_committing(vm) || vm->state == VM_SWEEPING || vm->state == VM_TESTING ||
-        vm->twin || vm->note_writing || vm_watch_is_busy(vm))
+    if (!vm->stopping || vm->telling || vm->session || vm_is_committing(vm) || vm->state == VM_SWEEPING ||
+        vm->state == VM_TESTING || vm->twin || vm->note_writing || vm_watch_is_busy(vm))
         return;
     if (vm->images) {
         vm_images_stop(vm);

@@ -59,12 +59,15 @@ static void drop_answers(struct vm *vm)
         json_object_put(TAKE_PTR(vm->answers[i]));
 }
 
-/* list is given. A client that enters at this answer needs no other, unless somebody else has changed something at it.
+/*
+ * list is given. A client that enters at this answer needs no other, unless somebody else has changed something at it.
+ * Nobody's end stops the VM before all have heard: they may call QEMU.
  */
 static void answer(struct vm *vm, struct disk_list *list, const struct failure *f)
 {
     uint64_t ncalls = vm->qmp ? qmp_client_ncalls(vm->qmp) : 0;
 
+    vm->telling = true;
     while (vm->answering) {
         struct vm_query *q = vm->answering;
 
@@ -74,11 +77,12 @@ static void answer(struct vm *vm, struct disk_list *list, const struct failure *
         q->vm = NULL;
         q->cb(q, f ? NULL : list, f);
     }
-    vm->asking = false;
+    vm->asking = vm->telling = false;
     vm->fresh = !f && vm->qmp && qmp_client_ncalls(vm->qmp) == ncalls ? list : NULL;
     vm_pump(vm);
     vm->fresh = NULL;
     disk_list_free(list);
+    vm_stop_if_idle(vm);
 }
 
 /* While backup jobs of ours go, QEMU must not be asked about its disks (session_may_ask()): the question waits, or

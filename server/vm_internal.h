@@ -91,6 +91,7 @@ struct vm {
     struct vm_query *waiting, *answering;
     struct calls calls;
     bool asking;
+    bool telling; /* the answer, to one after the other */
     unsigned nasks;
     unsigned nrounds;               /* of questions that count against VM_ROUNDS_BURST … */
     uint64_t rested_ms;             /* … one less for every VM_ROUND_REST_MS since then */

@@ -220,8 +220,6 @@ static void on_seen(uv_work_t *work, int status)
         judge(vm, TAKE_PTR(k->seen), w->jobs.njobs > 0 || k->npromises != w->npromises);
     }
     look_free(k);
-    if (vm)
-        vm_stop_if_idle(vm);
 }
 
 /* A file system does not answer: names must do this time. */
@@ -235,7 +233,6 @@ static void on_look_deadline(uv_timer_t *t)
                 vm->name);
     k->vm = NULL;
     judge(vm, TAKE_PTR(k->list), /* jobs= */ true);
-    vm_stop_if_idle(vm);
 }
 
 static int find_targets(struct look *k, struct json_object *named_nodes, struct json_object *graph)

@@ -128,6 +128,21 @@ class HalfClosed(harness.Case):
         self.assertEqual(self.daemon.process.wait(30), 0)
         self.daemon.check_log()
 
+    def test_one_change_s_end_does_not_take_the_connection_from_the_next(self):
+        """All wait for one look at the disks; the daemon is told to end just before, while or after it looks."""
+        for round_ms in range(12):
+            with self.subTest(round_ms=round_ms):
+                names = [{'execute': f'checkpoint-{what}', 'arguments': {'vm': 'vm', 'name': name}, 'id': name}
+                         for what, name in (('delete', 'none'), ('create', f'c{round_ms}'), ('delete', 'nobody'))]
+                self.connect(*names)
+                time.sleep(round_ms / 1000)
+                self.daemon.process.terminate()
+                self.assertEqual(self.daemon.process.wait(30), 0)
+                self.daemon.check_log()
+                self.daemon = self.qpulld(self.vm, linger=0)
+                self.daemon.wait_idle()
+        self.daemon.stop()
+
 
 if __name__ == '__main__':
     harness.main()
