@@ -330,12 +330,11 @@ int agent_new(uv_loop_t *loop, const char *path, int fd, struct agent **ret_agen
         return -ENOMEM;
     a->loop = loop;
     a->path = strdup(path);
-    if (!a->path || agent_reader_init(&a->reader, on_heard, a) < 0) {
-        agent_reader_done(&a->reader);
-        free(a->path);
+    if (!a->path) {
         free(a);
         return -ENOMEM;
     }
+    agent_reader_init(&a->reader, on_heard, a);
     /* Numbers of ours are not those of the client before us. */
     if (getrandom(&random, sizeof(random), GRND_NONBLOCK) != sizeof(random))
         random = (uint32_t)uv_hrtime();

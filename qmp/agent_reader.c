@@ -3,10 +3,10 @@
 
 #include <errno.h>
 
-int agent_reader_init(struct agent_reader *r, agent_reader_cb cb, void *arg)
+void agent_reader_init(struct agent_reader *r, agent_reader_cb cb, void *arg)
 {
     *r = (struct agent_reader){.cb = cb, .arg = arg};
-    return qmp_stream_init(&r->stream, AGENT_MAX_DOCUMENT);
+    qmp_stream_init(&r->stream, AGENT_MAX_DOCUMENT);
 }
 
 void agent_reader_done(struct agent_reader *r)

@@ -39,8 +39,8 @@ struct agent_reader {
     void *arg;
 };
 
-int agent_reader_init(struct agent_reader *r, agent_reader_cb cb, void *arg);
-void agent_reader_done(struct agent_reader *r); /* also after a failed init */
+void agent_reader_init(struct agent_reader *r, agent_reader_cb cb, void *arg);
+void agent_reader_done(struct agent_reader *r);
 /* From now on the answer behind that sync's is waited for, and no other. Also from within the callback. */
 void agent_reader_begin(struct agent_reader *r, int64_t sync_id);
 /* -EPROTO, -EMSGSIZE: no answer will come any more (the sentence is in f); begin is possible. */

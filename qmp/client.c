@@ -197,9 +197,8 @@ static int link_new(struct qmp_client *c, int fd, struct failure *f)
     }
     l->client = c;
     l->fd = fd;
-    r = qmp_stream_init(&l->stream, c->limits.max_document);
-    if (r == 0)
-        r = uv_poll_init(c->loop, &l->poll, fd);
+    qmp_stream_init(&l->stream, c->limits.max_document);
+    r = uv_poll_init(c->loop, &l->poll, fd);
     if (r < 0) {
         close(fd);
         link_free(l);

@@ -18,30 +18,27 @@
  */
 #define TOKENER_FLAGS JSON_TOKENER_ALLOW_TRAILING_CHARS
 
-int qmp_stream_init(struct qmp_stream *s, size_t max_document)
+void qmp_stream_init(struct qmp_stream *s, size_t max_document)
 {
     *s = (struct qmp_stream){.max_document = max_document ? MIN(max_document, DOCUMENT_CAP) : QMP_STREAM_MAX_DOCUMENT};
+}
 
-    s->tokener = json_tokener_new_ex(TOKENER_DEPTH);
-    if (!s->tokener) {
-        s->err = -ENOMEM;
-        return -ENOMEM;
-    }
-    json_tokener_set_flags(s->tokener, TOKENER_FLAGS);
-    return 0;
+static void end_document(struct qmp_stream *s)
+{
+    if (s->tokener)
+        json_tokener_free(TAKE_PTR(s->tokener));
+    s->used = 0;
 }
 
 void qmp_stream_reset(struct qmp_stream *s)
 {
-    json_tokener_reset(s->tokener);
-    s->used = 0;
+    end_document(s);
     s->err = 0;
 }
 
 void qmp_stream_done(struct qmp_stream *s)
 {
-    if (s->tokener)
-        json_tokener_free(TAKE_PTR(s->tokener));
+    end_document(s);
     s->err = -EPIPE;
 }
 
@@ -69,6 +66,12 @@ static int feed_document(struct qmp_stream *s, const char *bytes, size_t len, si
 
     if (room == 0)
         return failure_set(f, -EMSGSIZE, "a document is longer than %zu bytes", s->max_document);
+    if (!s->tokener) {
+        s->tokener = json_tokener_new_ex(TOKENER_DEPTH);
+        if (!s->tokener)
+            return failure_set(f, -ENOMEM, "out of memory");
+        json_tokener_set_flags(s->tokener, TOKENER_FLAGS);
+    }
 
     doc = json_tokener_parse_ex(s->tokener, bytes, (int)slice);
     e = json_tokener_get_error(s->tokener);
@@ -83,8 +86,7 @@ static int feed_document(struct qmp_stream *s, const char *bytes, size_t len, si
 
     *ret_taken = json_tokener_get_parse_end(s->tokener);
     *ret_doc = doc;
-    s->used = 0;
-    json_tokener_reset(s->tokener);
+    end_document(s);
     return 0;
 }
 

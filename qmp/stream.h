@@ -20,7 +20,7 @@
 #define QMP_STREAM_MAX_DEPTH 512
 
 struct qmp_stream {
-    struct json_tokener *tokener; /* owned */
+    struct json_tokener *tokener; /* owned; NULL between documents: with room for such a depth it is 16 KiB */
     size_t used;                  /* bytes of the document under way, 0: between documents */
     size_t max_document;          /* bytes; a longer document is -EMSGSIZE */
     int err;                      /* a stream that failed stays failed */
@@ -30,10 +30,10 @@ struct qmp_stream {
 typedef int (*qmp_stream_cb)(void *arg, struct json_object *doc);
 
 /* max_document in bytes, 0: QMP_STREAM_MAX_DOCUMENT. */
-int qmp_stream_init(struct qmp_stream *s, size_t max_document);
-/* As new: for a peer that says where a document begins. After a good init; not from within the callback. */
+void qmp_stream_init(struct qmp_stream *s, size_t max_document);
+/* As new: for a peer that says where a document begins. Not from within the callback. */
 void qmp_stream_reset(struct qmp_stream *s);
-void qmp_stream_done(struct qmp_stream *s); /* also after a failed init, or twice; not from within the callback */
+void qmp_stream_done(struct qmp_stream *s); /* or twice; not from within the callback */
 
 /*
  * Feeds len bytes and calls cb once for each document that ends in them, in order. Documents may follow each other

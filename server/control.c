@@ -594,8 +594,8 @@ static int on_connection(void *arg, uv_stream_t *listener)
     c->clients = client;
     if (c->nclients++ == 0)
         (void)uv_timer_start(&c->tick, on_tick, CONN_TICK_MS, CONN_TICK_MS);
-    if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || !is_welcome(client) ||
-        qmp_stream_init(&client->stream, CONTROL_DOCUMENT_MAX) < 0) {
+    qmp_stream_init(&client->stream, CONTROL_DOCUMENT_MAX);
+    if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || !is_welcome(client)) {
         client_close(client);
         return 0;
     }

@@ -69,7 +69,8 @@ static void end_open(struct end *e, struct proxy *p, int fd, uv_poll_cb cb)
     /* Without privilege the kernel clips it, which is enough for a few disks. */
     if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size)) < 0)
         (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
-    if (!e->poll || uv_poll_init(p->loop, e->poll, fd) < 0 || qmp_stream_init(&e->stream, 0) < 0)
+    qmp_stream_init(&e->stream, 0);
+    if (!e->poll || uv_poll_init(p->loop, e->poll, fd) < 0)
         die("out of memory");
     e->poll->data = e;
     (void)uv_poll_start(e->poll, UV_READABLE, cb);

@@ -172,7 +172,7 @@ static void connect_client(void)
     (void)snprintf(address.sun_path, sizeof(address.sun_path), "%s", w->control);
     w->client = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     CHECK(w->client >= 0 && connect(w->client, (struct sockaddr *)&address, sizeof(address)) == 0);
-    CHECK(qmp_stream_init(&w->heard, HEARD_MAX) == 0);
+    qmp_stream_init(&w->heard, HEARD_MAX);
     w->nanswers = w->nreturns = w->ngreetings = 0;
 }
 
@@ -254,7 +254,7 @@ static bool is_as_before(const struct input *in, bool negotiated)
     struct said said = {.ncommands = negotiated, .nqueries = negotiated};
     struct qmp_stream own;
 
-    CHECK(qmp_stream_init(&own, HEARD_MAX) == 0);
+    qmp_stream_init(&own, HEARD_MAX);
     (void)qmp_stream_feed(&own, (const char *)in->data, in->size, on_said, &said, NULL);
     qmp_stream_done(&own);
     return !w->changed && w->nanswers >= said.ncommands && w->nreturns <= said.nqueries;
