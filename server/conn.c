@@ -246,19 +246,23 @@ static void conn_output(struct conn *c)
 
 /*
  * Sends what is worth a system call of its own straight away, as far as the socket takes it: its memory is free again
- * before the next reply comes. Returns how many bytes went.
+ * before the next reply comes, and the loop need not turn for it. Returns how many bytes went.
  */
 static size_t send_now(struct conn *c, const void *head, size_t len, const struct nbd_payload *payload)
 {
-    uv_buf_t bufs[] = {uv_buf_init((char *)head, (unsigned)len), {0}};
+    uv_buf_t bufs[2];
+    unsigned n = 0;
     int sent;
 
     /* Nothing goes past TLS, from the moment on in which it was asked for. */
-    if (c->tls || c->tls_wanted || c->queue || c->batch || c->state >= CONN_SHUT || !payload ||
-        payload->len < CONN_NOW_LEAST)
+    if (c->tls || c->tls_wanted || c->queue || c->batch || c->state >= CONN_SHUT ||
+        (payload ? payload->len : len) < CONN_NOW_LEAST)
         return 0;
-    bufs[1] = uv_buf_init((char *)payload->data, (unsigned)payload->len);
-    sent = len > 0 ? uv_try_write(&c->sock.stream, bufs, 2) : uv_try_write(&c->sock.stream, bufs + 1, 1);
+    if (len > 0)
+        bufs[n++] = uv_buf_init((char *)head, (unsigned)len);
+    if (payload)
+        bufs[n++] = uv_buf_init((char *)payload->data, (unsigned)payload->len);
+    sent = uv_try_write(&c->sock.stream, bufs, n);
     if (sent <= 0)
         return 0; /* what went wrong comes again when it is written in its turn */
     c->submitted += (size_t)sent;
@@ -272,8 +276,8 @@ static void on_nbd_send(void *arg, const void *head, size_t len, struct nbd_payl
     size_t sent = send_now(c, head, len, payload);
     struct conn_chunk *chunk;
 
-    if (sent > 0 && sent == len + payload->len) {
-        if (payload->release)
+    if (sent > 0 && sent == len + (payload ? payload->len : 0)) {
+        if (payload && payload->release)
             payload->release(payload);
         return;
     }

@@ -10,7 +10,7 @@
 #include <errno.h>
 
 #define CONTEXT_ID_FIRST 1u      /* 0 is what LIST_META_CONTEXT says */
-#define REPLY_BUFFER_SIZE 16384u /* bytes of extents encoded before they go out */
+#define REPLY_BUFFER_SIZE 65536u /* bytes of extents encoded before they go out: twice libnbd's usual question */
 
 /* -- the export ---------------------------------------------------------------------------------------------------- */
 
@@ -399,15 +399,19 @@ size_t nbd_status_max_extents(const struct nbd_request *r)
     return r->one ? 1 : NBD_EXTENTS_MAX / MAX(r->nbd->ncontexts, 1);
 }
 
-/* How many of the extents to send: up to the end of the request, and not too many. */
+/* How many of the extents to send: up to the end of the request, and not too many. 0 where one of them is empty, too.
+ */
 static size_t count_extents(const struct nbd_request *r, const struct nbd_status *s)
 {
+    size_t max = MIN(s->nextents, nbd_status_max_extents(r)), n;
     uint64_t left = r->length;
-    size_t max = MIN(s->nextents, nbd_status_max_extents(r)), i;
 
-    for (i = 0; i < max && left > 0; i++)
-        left -= MIN(s->extents[i].length, left);
-    return i;
+    for (n = 0; n < max && left > 0; n++) {
+        if (s->extents[n].length == 0)
+            return 0;
+        left -= MIN(s->extents[n].length, left);
+    }
+    return n;
 }
 
 /* A million of these are a map: no call for each number. */
@@ -427,10 +431,9 @@ static inline uint8_t *put_extent64(uint8_t *p, uint64_t length, uint64_t flags)
     return p + sizeof(extent_be);
 }
 
-static void send_status(const struct nbd_request *r, const struct nbd_status *s, uint32_t id, bool last)
+static void send_status(const struct nbd_request *r, const struct nbd_status *s, size_t count, uint32_t id, bool last)
 {
     struct nbd *n = r->nbd;
-    size_t count = count_extents(r, s);
     uint8_t buffer[REPLY_BUFFER_SIZE];
     uint8_t *p = buffer;
     uint64_t left = r->length;
@@ -456,29 +459,20 @@ static void send_status(const struct nbd_request *r, const struct nbd_status *s,
     nbd_send(n, buffer, (size_t)(p - buffer), NULL);
 }
 
-static bool extents_are_sound(const struct nbd_request *r, const struct nbd_status *s)
-{
-    size_t count = count_extents(r, s);
-
-    for (size_t i = 0; i < count; i++) {
-        if (s->extents[i].length == 0)
-            return false;
-    }
-    return count > 0;
-}
-
 void nbd_reply_status(struct nbd_request *r, const struct nbd_status *status, size_t nstatus)
 {
+    size_t counts[NBD_CONTEXTS_MAX];
+
     assert(r->nbd && r->command == NBD_COMMAND_STATUS);
     assert(nstatus == r->nbd->ncontexts);
     for (size_t i = 0; i < nstatus; i++) {
-        if (!extents_are_sound(r, &status[i])) {
+        if ((counts[i] = count_extents(r, &status[i])) == 0) {
             nbd_reply_error(r, -EIO, "The map of this disk ends too early");
             return;
         }
     }
     for (size_t i = 0; i < nstatus; i++)
-        send_status(r, &status[i], transmit_context_id(i), i + 1 == nstatus);
+        send_status(r, &status[i], counts[i], transmit_context_id(i), i + 1 == nstatus);
     request_done(r);
 }
 
