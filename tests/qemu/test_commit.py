@@ -107,6 +107,26 @@ class Commit(Layers):
             self.daemon.stop()
             self.vm.quit()
 
+    def test_a_record_that_is_younger_than_its_layer_is_not_taken_for_the_whole(self):
+        """Somebody makes a record of a checkpoint's name in a layer that was written before: its allocation counts."""
+        for active in (False, True):
+            self.begin()
+            self.snapshot()
+            self.work()
+            self.checkpoint('c')
+            self.snapshot()
+            self.work()
+            self.vm.look('block-dirty-bitmap-add', {'node': self.nodes[-1], 'name': 'c', 'persistent': True})
+            if not active:
+                self.snapshot()
+            self.serve()
+            self.check(['c'], 'before')
+            self.commit(*self.commit_of(2, 0))
+            self.check(['c'], f'after, active {active}')
+            self.work()
+            self.daemon.stop()
+            self.vm.quit()
+
     def test_layers_of_different_granularity_and_cluster_size(self):
         self.begin(options='cluster_size=4096')
         self.checkpoint('fine', granularity=4096)

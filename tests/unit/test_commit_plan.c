@@ -110,7 +110,7 @@ static const struct {
     {"r r . .", 2, 3, "leave", ""},
     /* begun in a committed layer */
     {"r .", 0, 1, "make", "n0"},
-    {"r r .", 0, 2, "make", "n0 n1"},
+    {"r r .", 0, 2, "make marks", "n0 n1"}, /* the upper one may be younger than its layer */
     {"r r .", 1, 2, "make", "n1"},
     {". r .", 0, 2, "make marks", "n1"},
     {"i r .", 0, 2, "make marks", "n1"},
