@@ -205,8 +205,7 @@ static int collect_sources(struct commit_record *r, const struct commit_plan *p,
         struct json_object *b = named_bitmap(c->layers[i], r->name);
         uint64_t granularity, count;
 
-        /* Above the deepest a record may be younger than its layer (0006): the allocation counts, as it did until now.
-         */
+        /* A record above the deepest may be younger than its layer (0006): allocation counts, as it does in a pull. */
         r->needs_marks |= i < deepest;
         if (!is_usable(c, i, r->name) || chain_size(c, i) != chain_size(c, p->top)) {
             r->needs_marks = true;

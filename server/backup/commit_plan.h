@@ -53,8 +53,8 @@ struct commit_record {
     enum commit_action action;
     enum reason reason; /* why it could not be used before */
     /*
-     * MAKE: a committed layer has no usable record of this name, and its allocation stood in for it. The base's record
-     * must therefore see all that the job writes, from the first byte.
+     * MAKE: a committed layer lies above the deepest record, or has no usable one of this name: its allocation stood in
+     * for it. The base's record must therefore see all that the job writes, from the first byte.
      */
     bool needs_marks;
     /*

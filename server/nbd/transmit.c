@@ -10,7 +10,7 @@
 #include <errno.h>
 
 #define CONTEXT_ID_FIRST 1u      /* 0 is what LIST_META_CONTEXT says */
-#define REPLY_BUFFER_SIZE 65536u /* bytes of extents encoded before they go out: twice libnbd's usual question */
+#define REPLY_BUFFER_SIZE 65536u /* bytes of extents encoded before they go out: 8,000 of them in one write */
 
 /* -- the export ---------------------------------------------------------------------------------------------------- */
 

@@ -4,7 +4,7 @@
 (each an a): nbdcopy with its defaults, to null, one QEMU each with the same image in the page cache. CPU is seconds for each
 GiB in all processes: QEMU, nbdkit or qpulld, nbdcopy.
 
-    tests/bench/plugin.py [--rounds N] [--mib N] [--bin DIR] [--json FILE] [--quick]"""
+    tests/bench/plugin.py [--rounds N] [--mib N] [--json FILE] [--quick]"""
 import os
 import shutil
 import sys
@@ -83,10 +83,9 @@ def worlds(folder, programs, size):
 def main(argv):
     p = bench.parser(__doc__, rounds=15)
     p.add_argument('--mib', type=int, help='size of the disk (default 1024)')
-    p.add_argument('--bin', help='where the programs are (default: the release build)')
     args = bench.parse(p, argv)
     size = (args.mib or (16 if args.quick else 1024)) * MIB
-    programs = os.path.abspath(args.bin or harness.bin_dir())
+    programs = harness.bin_dir()
     if not shutil.which('nbdkit') or not os.path.exists(f'{programs}/nbdkit-qpull-plugin.so'):
         bench.finish(args, [bench.missing('plugin', 'no nbdkit, or no plugin was built')])
         return
