@@ -567,9 +567,9 @@ bool qmp_client_is_ready(const struct qmp_client *c)
     return c->state == CLIENT_READY;
 }
 
-uint64_t qmp_client_ncalls(const struct qmp_client *c)
+uint64_t qmp_client_nhappenings(const struct qmp_client *c)
 {
-    return c->last_id;
+    return c->last_id + c->nevents;
 }
 
 const char *qmp_client_path(const struct qmp_client *c)

@@ -60,8 +60,9 @@ void qmp_client_close(struct qmp_client *c, qmp_close_cb cb, void *arg);
 
 bool qmp_client_is_ready(const struct qmp_client *c);
 const char *qmp_client_path(const struct qmp_client *c);
-/* Calls that were started, ever: where it has not changed, QEMU was told nothing by us meanwhile. */
-uint64_t qmp_client_ncalls(const struct qmp_client *c);
+/* Calls that were started and events that came, ever: where it has not changed, QEMU was told nothing by us meanwhile,
+ * and has told of nothing. */
+uint64_t qmp_client_nhappenings(const struct qmp_client *c);
 /*
  * Peer's pid by SO_PEERCRED, or 0 when not connected. It is the process that called listen(): QEMU, unless somebody
  * else made the socket and handed it over (libvirt does).

@@ -236,6 +236,7 @@ static int ask_vms(struct catalog_ask *a, struct vm **vms, size_t nvms, query_fn
             continue;
         q->ask = a;
         q->vm = vms[i];
+        q->query.content_ns = a->name ? a->content_ns : 0;
         r = vm_query_start(vms[i], &q->query, on_answer, a);
         if (r == 0)
             a->nqueries++;

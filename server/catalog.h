@@ -35,6 +35,7 @@ struct catalog_ask {
     /* Whether this VM is there for who asks; one that is not makes no difference to the answer, nor to its time. NULL:
      * all are. */
     bool (*sees)(const struct catalog_ask *a, const struct vm *vm);
+    uint64_t content_ns; /* of a find: as of struct vm_query */
     /* entries of a list (borrowed until the callback returns); what cannot be asked now is left out */
     void (*on_list)(struct catalog_ask *a, const struct catalog_entry *entries, size_t nentries);
     /* one of hit and f is NULL */
@@ -50,8 +51,8 @@ struct catalog_ask {
 };
 
 /*
- * Each answers once, later; or returns negative and never answers. sees, and on_list or on_find are set by the caller, the rest
- * zeroed or left as the last callback left it.
+ * Each answers once, later; or returns negative and never answers. sees, content_ns, and on_list or on_find are set by
+ * the caller, the rest zeroed or left as the last callback left it.
  */
 int catalog_list_start(const struct catalog *c, struct catalog_ask *a);
 int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const char *export_name, struct failure *f);

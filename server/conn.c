@@ -63,7 +63,7 @@ static void log_end(struct conn *c)
         [NBD_END_EOF] = "the client left without a word",
         [NBD_END_LOST] = "closed by us",
     };
-    double seconds = (double)(now_ms(c) - c->born_ms) / 1000;
+    double seconds = (double)(uv_hrtime() - c->born_ns) / 1e9;
     const char *colon = c->why.err ? ": " : "", *why = c->why.err ? c->why.text : "";
 
     if (c->quiet)
@@ -555,7 +555,8 @@ static struct conn *conn_new(struct conn_set *s, uv_handle_type type)
         return NULL;
     c->set = s;
     c->id = ++s->next_id;
-    c->born_ms = c->since_ms = c->active_ms = c->progress_ms = uv_now(s->loop);
+    c->born_ns = uv_hrtime();
+    c->since_ms = c->active_ms = c->progress_ms = uv_now(s->loop);
     r = type == UV_NAMED_PIPE ? uv_pipe_init(s->loop, &c->sock.pipe, /* ipc= */ 0) : uv_tcp_init(s->loop, &c->sock.tcp);
     if (r < 0) {
         free(c);
@@ -685,7 +686,7 @@ static struct json_object *to_json(struct conn *c)
     json_object_object_add(o, "rate",
                            json_object_new_uint64(c->stay_state == STAY_ENTERED ? vm_stay_rate(&c->stay) : 0));
     json_object_object_add(o, "buffered", json_object_new_uint64(c->pulling ? c->pull.window : 0));
-    json_object_object_add(o, "seconds", json_object_new_uint64((now_ms(c) - c->born_ms) / 1000));
+    json_object_object_add(o, "seconds", json_object_new_uint64((uv_hrtime() - c->born_ns) / 1000000000));
     return o;
 }
 

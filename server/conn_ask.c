@@ -423,6 +423,7 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
     c->asked = ask->export_name;
     c->secret = conn_ticket_is_meant(ask);
     c->ask.sees = sees;
+    c->ask.content_ns = c->born_ns;
     c->ask.on_list = on_list;
     c->ask.on_find = on_find;
     if (conn_limit_refuses(c, &why)) {

@@ -106,7 +106,7 @@ struct conn {
     uint64_t progress_ms; /* last byte taken by the client while something was unsent */
     uint64_t end_ms;      /* the end was decided */
     uint64_t shut_ms;     /* CONN_SHUT was reached */
-    uint64_t born_ms;     /* connected */
+    uint64_t born_ns;     /* connected, by uv_hrtime() */
 
     enum nbd_end end;   /* from CONN_FLUSHING on */
     struct failure why; /* likewise; err 0: a good end */

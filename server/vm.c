@@ -22,6 +22,7 @@ static void vm_free(struct vm *vm)
     vm_commit_done(vm);
     vm_watch_done(vm);
     json_object_put(vm->last);
+    disk_list_free(vm->recent);
     for (size_t i = 0; vm->only && i < vm->nonly; i++)
         free(vm->only[i]);
     for (size_t i = 0; vm->renames && i < vm->nrenames; i++) {

@@ -74,6 +74,9 @@ const char *vm_trouble(const struct vm *vm);
 struct vm_query {
     void (*cb)(struct vm_query *q, const struct disk_list *disks /* borrowed */, const struct failure *f);
     void *arg;
+    /* uv_hrtime(): what QEMU was asked later than this will do, where nothing has happened since; 0: it is asked anew.
+     * The caller sets it. */
+    uint64_t content_ns;
     /* private */
     struct vm *vm;
     struct vm_query *next, *prev;

@@ -51,6 +51,30 @@ static int apply_config(const struct vm *vm, struct disk_list *l)
     return 0;
 }
 
+static void push_query(struct vm_query *q, struct vm_query **list)
+{
+    q->prev = NULL;
+    q->next = *list;
+    if (q->next)
+        q->next->prev = q;
+    *list = q;
+}
+
+/* From the list that it is in: it is its caller's again. */
+static void remove_query(struct vm_query *q)
+{
+    struct vm *vm = TAKE_PTR(q->vm);
+
+    if (q->next)
+        q->next->prev = q->prev;
+    if (q->prev)
+        q->prev->next = q->next;
+    else if (vm->waiting == q)
+        vm->waiting = q->next;
+    else
+        vm->answering = q->next;
+}
+
 static void put_questions(struct vm *vm);
 
 static void drop_answers(struct vm *vm)
@@ -59,29 +83,65 @@ static void drop_answers(struct vm *vm)
         json_object_put(TAKE_PTR(vm->answers[i]));
 }
 
+static bool nothing_happened(const struct vm *vm)
+{
+    return vm->qmp && qmp_client_nhappenings(vm->qmp) == vm->nhappenings;
+}
+
+/* An idle VM keeps no memory for it. */
+static void drop_recent_if_old(struct vm *vm)
+{
+    uint64_t age_ms = (uv_hrtime() - vm->asked_ns) / 1000000;
+
+    if (!vm->recent)
+        return;
+    if (age_ms > VM_RECENT_MS || !nothing_happened(vm))
+        disk_list_free(TAKE_PTR(vm->recent));
+    else if (!uv_is_active((uv_handle_t *)&vm->kick))
+        vm_pump_after(vm, VM_RECENT_MS + 1 - (unsigned)age_ms);
+}
+
 /*
- * list is given. A client that enters at this answer needs no other, unless somebody else has changed something at it.
- * Nobody's end stops the VM before all have heard: they may call QEMU.
+ * From those who wait to those who are answered: who is content with the answer that is there. A client asks about its
+ * maps and, a moment later, with GO; the guest's QEMU need not be asked twice for that.
+ */
+static bool take_content(struct vm *vm)
+{
+    for (struct vm_query *q = vm->waiting, *next; q; q = next) {
+        next = q->next;
+        if (vm->images || q->content_ns == 0 || q->content_ns >= vm->asked_ns)
+            continue;
+        remove_query(q);
+        q->vm = vm;
+        push_query(q, &vm->answering);
+    }
+    return vm->answering;
+}
+
+/*
+ * list is given. A client that enters at this answer needs no other, unless something has happened at it; nor one that
+ * asks again in a moment. Nobody's end stops the VM before all have heard: they may call QEMU.
  */
 static void answer(struct vm *vm, struct disk_list *list, const struct failure *f)
 {
-    uint64_t ncalls = vm->qmp ? qmp_client_ncalls(vm->qmp) : 0;
-
+    vm->nhappenings = vm->qmp ? qmp_client_nhappenings(vm->qmp) : 0;
     vm->telling = true;
     while (vm->answering) {
         struct vm_query *q = vm->answering;
 
-        vm->answering = q->next;
-        if (q->next)
-            q->next->prev = NULL;
-        q->vm = NULL;
+        remove_query(q);
         q->cb(q, f ? NULL : list, f);
     }
-    vm->asking = vm->telling = false;
-    vm->fresh = !f && vm->qmp && qmp_client_ncalls(vm->qmp) == ncalls ? list : NULL;
+    vm->asking = false;
+    vm->fresh = !f && nothing_happened(vm) ? list : NULL;
     vm_pump(vm);
     vm->fresh = NULL;
-    disk_list_free(list);
+    vm->telling = false;
+    disk_list_free(vm->recent);
+    vm->recent = !f && !vm->images ? list : NULL;
+    if (list != vm->recent)
+        disk_list_free(list);
+    drop_recent_if_old(vm);
     vm_stop_if_idle(vm);
 }
 
@@ -189,6 +249,7 @@ static void ask(struct vm *vm)
     struct failure f = {0};
 
     vm->asking = true;
+    vm->asked_ns = uv_hrtime();
     vm->nasks = 0;
     vm->answering = TAKE_PTR(vm->waiting);
     calls_add(&vm->calls, "query-block-jobs", NULL, QMP_NO_FD, 0, see_jobs);
@@ -217,9 +278,18 @@ void vm_ask_if_waiting(struct vm *vm)
 {
     struct failure later = {0};
 
-    if (vm_images_pump(vm) && vm->waiting && !vm->asking && vm->state == VM_READY && may_ask(vm, &later) &&
-        may_ask_now(vm))
+    drop_recent_if_old(vm);
+    if (vm->telling && vm->waiting)
+        vm_pump_later(vm);
+    if (vm->telling || !vm_images_pump(vm) || !vm->waiting || vm->asking || vm->state != VM_READY ||
+        !may_ask(vm, &later))
+        return;
+    if (vm->recent && take_content(vm)) {
+        vm->asking = true;
+        answer(vm, TAKE_PTR(vm->recent), NULL);
+    } else if (may_ask_now(vm)) {
         ask(vm);
+    }
 }
 
 int vm_query_start(struct vm *vm, struct vm_query *q,
@@ -233,28 +303,13 @@ int vm_query_start(struct vm *vm, struct vm_query *q,
     q->cb = cb;
     q->arg = arg;
     q->vm = vm;
-    q->prev = NULL;
-    q->next = vm->waiting;
-    if (q->next)
-        q->next->prev = q;
-    vm->waiting = q;
+    push_query(q, &vm->waiting);
     vm_pump_later(vm); /* what cannot be asked answers at once: not from in here */
     return 0;
 }
 
 void vm_query_forget(struct vm_query *q)
 {
-    struct vm *vm = q->vm;
-
-    if (!vm)
-        return;
-    if (q->next)
-        q->next->prev = q->prev;
-    if (q->prev)
-        q->prev->next = q->next;
-    else if (vm->waiting == q)
-        vm->waiting = q->next;
-    else
-        vm->answering = q->next;
-    q->vm = NULL;
+    if (q->vm)
+        remove_query(q);
 }

@@ -11,6 +11,7 @@ import nbd
 import nbdpull
 import rawnbd
 from harness import MIB, Disk
+from qmpproxy import QmpProxy
 
 
 def lines(log, pattern):
@@ -78,6 +79,29 @@ class Sessions(harness.Case):
         daemon.wait_idle()
         self.assertIsNone(daemon.vm()['last-session'])
         self.assertEqual(guest.state(), before)
+
+    def test_qemu_is_asked_once_for_a_client_that_opens_and_anew_for_whoever_comes_after_a_change(self):
+        guest = self.bare(Disk('vda', 16 * MIB))
+        proxy = QmpProxy(self.folder, guest)
+        self.addCleanup(proxy.close)
+        daemon = self.qpulld(proxy, linger=0)
+        commands = []
+        nbdpull.drop(nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.ALLOCATION]))  # the self-test, and what comes once
+        daemon.wait_idle()
+        proxy.at_each(commands.append)
+        h = nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.ALLOCATION])
+        self.assertEqual(h.pread(512, 0), bytes(512))
+        self.assertEqual(commands[:commands.index('add-fd')].count('query-block-jobs'), 1, commands)
+        nbdpull.drop(h)
+        daemon.wait_idle()
+        proxy.at_each(None)
+
+        # Nothing tells of a bitmap that somebody makes: only the question does.
+        for n in range(20):
+            context = f'qemu:dirty-bitmap:new{n}'
+            self.assertEqual(nbdpull.list_contexts(daemon.uri('vm/vda'), [context]), [])
+            guest.look('block-dirty-bitmap-add', {'node': 'node-vda', 'name': f'new{n}', 'persistent': True})
+            self.assertEqual(nbdpull.list_contexts(daemon.uri('vm/vda'), [context]), [context], 'asked before it was there')
 
     def test_a_client_that_comes_back_within_linger_goes_on_with_the_same_frozen_data(self):
         guest = self.bare()
