@@ -16,7 +16,8 @@ build=(build-essential cmake ninja-build pkg-config libuv1-dev libjson-c-dev lib
     libgnutls28-dev libseccomp-dev nbdkit-plugin-dev)
 demo=(qemu-system-x86 qemu-system-common qemu-utils libnbd-bin python3 python3-libnbd)
 fuzz=(clang libclang-rt-dev libcmocka-dev python3)
-tests=("${fuzz[@]}" nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount)
+tests=("${fuzz[@]}" nbdkit gnutls-bin socat valgrind qemu-guest-agent e2fsprogs util-linux mount
+    systemd-container)
 analyze=("${fuzz[@]}" clang-tidy cppcheck)
 bench=(openssl virtnbdbackup libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients util-linux mount)
 
