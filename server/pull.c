@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "pull.h"
 #include "config.h"
+#include "nbd/limits.h"
 
 #include <assert.h>
 
@@ -527,25 +528,12 @@ static void read_start(struct pull *p, struct nbd_request *r)
 
 static void status_answer(struct pull *p, struct nbd_request *r)
 {
+    struct nbd_status status[NBD_CONTEXTS_MAX];
     size_t most = p->max_extents / MAX(p->c.ncontexts, (size_t)1);
-    size_t limit = MAX(MIN(nbd_status_max_extents(r), most), (size_t)1), max = 1;
-    _cleanup_free_ struct nbd_extent *extents = NULL;
-    _cleanup_free_ struct nbd_status *status = NULL;
+    size_t max = MAX(MIN(nbd_status_max_extents(r), most), (size_t)1);
 
-    for (size_t i = 0; i < p->c.ncontexts; i++)
-        max = MAX(max, MIN(limit, map_count_extents(p->maps[i], r->offset, r->length)));
-    extents = reallocarray(NULL, max * MAX(p->c.ncontexts, (size_t)1), sizeof *extents);
-    status = calloc(p->c.ncontexts + 1, sizeof *status);
-    if (!extents || !status) {
-        nbd_reply_error(r, -ENOMEM, "the server has no memory for this map");
-        return;
-    }
     for (size_t i = 0; i < p->c.ncontexts; i++) {
-        struct nbd_extent *mine = extents + i * max;
-
-        status[i].extents = mine;
-        status[i].nextents = map_extents(p->maps[i], r->offset, r->length, mine, max);
-        if (status[i].nextents == 0) {
+        if (!map_status(p->maps[i], r->offset, r->length, max, &status[i])) {
             nbd_reply_error(r, -EIO, "the map ends before the disk does");
             return;
         }

@@ -188,16 +188,19 @@ void nbd_reply_data(struct nbd_request *r, uint64_t offset, struct nbd_payload *
 void nbd_reply_hole(struct nbd_request *r, uint64_t offset, uint32_t length);
 
 /*
- * STATUS: one entry per negotiated context, same order as nbd_ask.contexts. Extents begin at r->offset and none is
- * empty; at least one each (else the client gets EIO). nbd cuts to the request and to what the reply forms and REQ_ONE
- * allow. Final.
+ * STATUS: one entry per negotiated context, same order as nbd_ask.contexts: runs as a map keeps them, for a million of
+ * them are sent from there without another copy. Run i begins at starts[i], ascending, and the last one ends at end;
+ * the first one holds r->offset (else, or where there is none, the client gets EIO). nbd cuts to the request and to
+ * what the reply forms and REQ_ONE allow. Final.
  */
 struct nbd_status {
-    const struct nbd_extent *extents; /* borrowed for the call */
-    size_t nextents;
+    const uint64_t *starts; /* borrowed for the call, as flags */
+    const uint32_t *flags;  /* of that context, as in struct nbd_extent */
+    size_t nruns;
+    uint64_t end;
 };
 void nbd_reply_status(struct nbd_request *r, const struct nbd_status *status, size_t nstatus);
-/* How many extents per context are worth collecting for r. */
+/* How many runs per context are worth giving for r. */
 size_t nbd_status_max_extents(const struct nbd_request *r);
 
 void nbd_reply_done(struct nbd_request *r); /* CACHE, TRIM: final */

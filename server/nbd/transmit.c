@@ -399,18 +399,16 @@ size_t nbd_status_max_extents(const struct nbd_request *r)
     return r->one ? 1 : NBD_EXTENTS_MAX / MAX(r->nbd->ncontexts, 1);
 }
 
-/* How many of the extents to send: up to the end of the request, and not too many. 0 where one of them is empty, too.
+/* How many of the runs to send: up to the end of the request, and not too many. 0: nothing is known of its first byte.
  */
-static size_t count_extents(const struct nbd_request *r, const struct nbd_status *s)
+static size_t count_runs(const struct nbd_request *r, const struct nbd_status *s)
 {
-    size_t max = MIN(s->nextents, nbd_status_max_extents(r)), n;
-    uint64_t left = r->length;
+    size_t n = MIN(s->nruns, nbd_status_max_extents(r));
 
-    for (n = 0; n < max && left > 0; n++) {
-        if (s->extents[n].length == 0)
-            return 0;
-        left -= MIN(s->extents[n].length, left);
-    }
+    if (n == 0 || s->starts[0] > r->offset || (n > 1 ? s->starts[1] : s->end) <= r->offset)
+        return 0;
+    while (n > 1 && s->starts[n - 1] >= r->offset + r->length)
+        n--;
     return n;
 }
 
@@ -436,7 +434,7 @@ static void send_status(const struct nbd_request *r, const struct nbd_status *s,
     struct nbd *n = r->nbd;
     uint8_t buffer[REPLY_BUFFER_SIZE];
     uint8_t *p = buffer;
-    uint64_t left = r->length;
+    uint64_t at = r->offset, end = MIN(count < s->nruns ? s->starts[count] : s->end, r->offset + r->length);
     uint32_t size = n->extended ? 16 : 8; /* bytes of one extent */
 
     p = put_chunk(n, p, last ? NBD_REPLY_FLAG_DONE : 0,
@@ -446,15 +444,15 @@ static void send_status(const struct nbd_request *r, const struct nbd_status *s,
     if (n->extended)
         p = codec_put32(p, (uint32_t)count);
     for (size_t i = 0; i < count; i++) {
-        uint64_t length = MIN(s->extents[i].length, left); /* compact requests have 32 bits: it fits */
+        uint64_t stop = i + 1 < count ? s->starts[i + 1] : end;
 
         if ((size_t)(p - buffer) + size > sizeof(buffer)) {
             nbd_send(n, buffer, (size_t)(p - buffer), NULL);
             p = buffer;
         }
-        left -= length;
-        p = n->extended ? put_extent64(p, length, s->extents[i].flags)
-                        : put_extent32(p, (uint32_t)length, (uint32_t)MIN(s->extents[i].flags, UINT32_MAX));
+        /* Compact requests have 32 bits: what lies inside them fits. */
+        p = n->extended ? put_extent64(p, stop - at, s->flags[i]) : put_extent32(p, (uint32_t)(stop - at), s->flags[i]);
+        at = stop;
     }
     nbd_send(n, buffer, (size_t)(p - buffer), NULL);
 }
@@ -466,7 +464,7 @@ void nbd_reply_status(struct nbd_request *r, const struct nbd_status *status, si
     assert(r->nbd && r->command == NBD_COMMAND_STATUS);
     assert(nstatus == r->nbd->ncontexts);
     for (size_t i = 0; i < nstatus; i++) {
-        if ((counts[i] = count_extents(r, &status[i])) == 0) {
+        if ((counts[i] = count_runs(r, &status[i])) == 0) {
             nbd_reply_error(r, -EIO, "The map of this disk ends too early");
             return;
         }

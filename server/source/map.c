@@ -168,11 +168,18 @@ size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct
     return n;
 }
 
-size_t map_count_extents(const struct map *m, uint64_t offset, uint64_t length)
+bool map_status(const struct map *m, uint64_t offset, uint64_t length, size_t max, struct nbd_status *status)
 {
+    uint64_t last;
+    size_t i, n;
+
     if (length == 0 || offset >= m->length)
-        return 0;
-    return map_find(m, offset + MIN(length, m->length - offset) - 1) - map_find(m, offset) + 1;
+        return false;
+    last = offset + MIN(length, m->length - offset) - 1;
+    i = map_find(m, offset);
+    n = MIN(map_find(m, last) - i + 1, max);
+    *status = (struct nbd_status){m->starts + i, m->flags + i, n, map_run_end(m, i + n - 1)};
+    return true;
 }
 
 int map_overlay(const struct map *m, const struct map *mask, uint64_t value, struct map **ret_map)

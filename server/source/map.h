@@ -6,11 +6,14 @@
 #ifndef QPULL_SOURCE_MAP_H
 #define QPULL_SOURCE_MAP_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 struct map;
-struct nbd_extent; /* nbd/nbd.h, which cannot be included beside libnbd.h: both own the prefix nbd_ */
+/* nbd/nbd.h, which cannot be included beside libnbd.h: both own the prefix nbd_ */
+struct nbd_extent;
+struct nbd_status;
 
 int map_new(struct map **ret_map);
 void map_free(struct map *m); /* NULL is fine */
@@ -33,8 +36,9 @@ uint64_t map_count(const struct map *m, uint64_t mask);
  */
 size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct nbd_extent *extents, size_t max);
 
-/* How many extents that would be, with no limit. */
-size_t map_count_extents(const struct map *m, uint64_t offset, uint64_t length);
+/* The same runs as they are in the map, at most max (> 0), unclipped; borrowed until the map is freed. False: the range
+ * is empty or behind the map's end. */
+bool map_status(const struct map *m, uint64_t offset, uint64_t length, size_t max, struct nbd_status *status);
 
 /*
  * A new map that equals m, but has the flags `value` wherever `mask` has any flag bit. The two must be of one length

@@ -30,6 +30,9 @@ KIB, TIB = 1 << 10, 1 << 40
 CHECKPOINT, GRANULARITY = 'before', 64 * KIB
 CONTEXT = nbdpull.dirty_context(CHECKPOINT)
 IN_FLIGHT = 64
+# NBD's extended headers, which libnbd asks for since 1.18
+OPT_EXTENDED, EXTENDED_REQUEST_MAGIC, EXTENDED_CHUNK_MAGIC, CHUNK_STATUS_EXTENDED = 11, 0x21e41c71, 0x6e8a278c, 6
+CHUNK_STATUS = 5
 
 
 def make_disk(folder, size, nextents):
@@ -99,7 +102,7 @@ def bare_server(path, size, recorder, context):
         while True:
             _, option, length = struct.unpack('>QII', take(c, 16))
             take(c, length)
-            if option == rawnbd.OPT_STRUCTURED:
+            if option == rawnbd.OPT_STRUCTURED or (option == OPT_EXTENDED and recorder.extended):
                 reply(c, option, rawnbd.REP_ACK)
             elif option in (rawnbd.OPT_SET_META_CONTEXT, rawnbd.OPT_LIST_META_CONTEXT):
                 reply(c, option, rawnbd.REP_META_CONTEXT, struct.pack('>I', 1) + context.encode())
@@ -115,11 +118,16 @@ def bare_server(path, size, recorder, context):
             else:
                 reply(c, option, rawnbd.ERR_UNSUP)
         while True:
-            _, _, kind, cookie, offset, length = struct.unpack('>IHHQQI', take(c, 28))
+            request = recorder.request
+            _, _, kind, cookie, offset, length = request.unpack(take(c, request.size))
             if kind == rawnbd.CMD_DISC:
                 return
             data = recorder.answers[offset, length]
-            c.sendall(struct.pack('>IHHQII', rawnbd.CHUNK_MAGIC, rawnbd.CHUNK_DONE, 5, cookie, len(data) + 4, 1) + data)
+            if recorder.extended:
+                head = struct.pack('>IHHQQQ', EXTENDED_CHUNK_MAGIC, rawnbd.CHUNK_DONE, CHUNK_STATUS_EXTENDED, cookie, offset, len(data))
+            else:
+                head = struct.pack('>IHHQI', rawnbd.CHUNK_MAGIC, rawnbd.CHUNK_DONE, CHUNK_STATUS, cookie, len(data))
+            c.sendall(head + data)
 
     def run():
         while True:
@@ -134,7 +142,7 @@ def bare_server(path, size, recorder, context):
 
 
 class Recorder:
-    """Between nbdinfo and qpulld once: .answers is {(offset, length): extents as they were sent}."""
+    """Between nbdinfo and qpulld once: .answers is {(offset, length): the chunk's payload as it was sent}."""
 
     def __init__(self, path, target):
         self.answers, self.block_sizes, self.path = {}, [], path
@@ -166,21 +174,27 @@ class Recorder:
         self._parse(bytes(up), bytes(down))
 
     def _parse(self, up, down):
-        at, asked = up.index(struct.pack('>I', rawnbd.REQUEST_MAGIC)), {}
-        while at + 28 <= len(up):
-            _, _, kind, cookie, offset, length = struct.unpack_from('>IHHQQI', up, at)
-            at += 28
+        self.extended = struct.pack('>QI', rawnbd.OPTION_MAGIC, OPT_EXTENDED) in up and \
+            struct.pack('>I', EXTENDED_CHUNK_MAGIC) in down
+        magic = EXTENDED_REQUEST_MAGIC if self.extended else rawnbd.REQUEST_MAGIC
+        self.request = struct.Struct('>IHHQQQ' if self.extended else '>IHHQQI')
+        at, asked = up.index(struct.pack('>I', magic)), {}
+        while at + self.request.size <= len(up):
+            _, _, kind, cookie, offset, length = self.request.unpack_from(up, at)
+            at += self.request.size
             if kind == rawnbd.CMD_BLOCK_STATUS:
                 asked[cookie] = (offset, length)
         head = struct.pack('>QIII', rawnbd.REPLY_MAGIC, rawnbd.OPT_GO, rawnbd.REP_INFO, 14)
         if head in down:  # NBD_INFO_BLOCK_SIZE: how far the client dares to ask at once depends on it
             self.block_sizes = [down[down.index(head) + 20:][:14]]
-        at = down.index(struct.pack('>I', rawnbd.CHUNK_MAGIC))
-        while at + 20 <= len(down):
-            _, _, kind, cookie, length = struct.unpack_from('>IHHQI', down, at)
-            if kind == 5:
-                self.answers[asked[cookie]] = down[at + 24:at + 20 + length]
-            at += 20 + length
+        chunk = struct.Struct('>IHHQQQ' if self.extended else '>IHHQI')
+        at = down.index(struct.pack('>I', EXTENDED_CHUNK_MAGIC if self.extended else rawnbd.CHUNK_MAGIC))
+        while at + chunk.size <= len(down):
+            _, _, kind, cookie, *_, length = chunk.unpack_from(down, at)
+            at += chunk.size
+            if kind == (CHUNK_STATUS_EXTENDED if self.extended else CHUNK_STATUS):
+                self.answers[asked[cookie]] = down[at:at + length]
+            at += length
 
 
 def ask(uri, context):

@@ -223,17 +223,21 @@ static void serve_read(struct fuzz *f, struct nbd_request *r)
 
 static void serve_status(struct fuzz *f, struct nbd_request *r)
 {
-    struct nbd_extent extents[EXTENTS_MAX];
+    uint64_t starts[EXTENTS_MAX + 1] = {0};
+    uint32_t flags[EXTENTS_MAX];
     struct nbd_status status[64];
     uint8_t how = decide(f);
 
     CHECK(nbd_status_max_extents(r) > 0 && f->ncontexts <= ARRAY_SIZE(status));
     for (size_t i = 0; i < EXTENTS_MAX; i++)
-        extents[i] = (struct nbd_extent){UINT64_C(1) << (decide(f) % 40), i};
-    if (how & 0x40)
-        extents[how % EXTENTS_MAX].length = 0;
-    for (size_t i = 0; i < f->ncontexts; i++)
-        status[i] = (struct nbd_status){extents, how & 0x80 ? decide(f) % (EXTENTS_MAX + 1) : EXTENTS_MAX};
+        starts[i + 1] = starts[i] + (UINT64_C(1) << (decide(f) % 40));
+    for (uint32_t i = 0; i < EXTENTS_MAX; i++)
+        flags[i] = i;
+    for (size_t i = 0; i < f->ncontexts; i++) {
+        size_t nruns = how & 0x80 ? decide(f) % (EXTENTS_MAX + 1) : EXTENTS_MAX;
+
+        status[i] = (struct nbd_status){starts, flags, nruns, starts[nruns]};
+    }
     nbd_reply_status(r, status, f->ncontexts);
 }
 

@@ -60,6 +60,7 @@ static void model_fill(struct model *m, size_t length, unsigned kinds)
 
 static void check_range(const struct model *m, size_t offset, size_t length, size_t max)
 {
+    struct nbd_status status;
     struct nbd_extent extents[64];
     size_t n = map_extents(m->map, offset, length, extents, max);
     size_t end = MIN(m->length, offset + length), at = offset;
@@ -78,6 +79,22 @@ static void check_range(const struct model *m, size_t offset, size_t length, siz
     }
     if (n < max)
         assert_int_equal(at, MAX(end, offset));
+
+    /* the same, as it is kept */
+    assert_int_equal(map_status(m->map, offset, length, MAX(max, (size_t)1), &status),
+                     offset < m->length && length > 0);
+    if (max == 0 || n == 0)
+        return;
+    assert_int_equal(status.nruns, n);
+    assert_true(status.starts[0] <= offset && status.end >= at);
+    at = offset;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t stop = i + 1 < n ? status.starts[i + 1] : MIN(status.end, end);
+
+        assert_int_equal(stop - at, extents[i].length);
+        assert_int_equal(status.flags[i], extents[i].flags);
+        at = stop;
+    }
 }
 
 static void check_model(const struct model *m)

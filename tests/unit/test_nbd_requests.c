@@ -233,13 +233,15 @@ static void want_extent(struct line *l, uint64_t length, uint64_t flags)
     }
 }
 
-static const struct nbd_extent allocation[] = {
-    {4096, 0}, {8192, NBD_STATE_HOLE | NBD_STATE_ZERO}, {1u << 30, NBD_STATE_ZERO}};
-static const struct nbd_extent dirty[] = {{65536, NBD_STATE_DIRTY}, {65536, 0}};
+static const struct nbd_status allocation = {(const uint64_t[]){0, 4608, 12800},
+                                             (const uint32_t[]){0, NBD_STATE_HOLE | NBD_STATE_ZERO, NBD_STATE_ZERO}, 3,
+                                             1u << 30};
+static const struct nbd_status dirty = {(const uint64_t[]){0, 65536}, (const uint32_t[]){NBD_STATE_DIRTY, 0}, 2,
+                                        131072};
 
 static void block_status_is_one_chunk_a_context_clipped_to_the_request(void **state)
 {
-    static const struct nbd_status both[] = {{allocation, ARRAY_SIZE(allocation)}, {dirty, ARRAY_SIZE(dirty)}};
+    const struct nbd_status both[] = {allocation, dirty};
 
     EACH_CHUNK_FORM(form)
     {
@@ -265,9 +267,9 @@ static void block_status_is_one_chunk_a_context_clipped_to_the_request(void **st
         assert_int_equal(nbd_status_max_extents(r), NBD_EXTENTS_MAX / 2);
         nbd_reply_status(r, both, 2);
         want_status_head(&l, 0, 0, 1, 3);
-        want_extent(&l, 4096, 0);
+        want_extent(&l, 4608, 0);
         want_extent(&l, 8192, 3);
-        want_extent(&l, 65536 - 4096 - 8192, 2);
+        want_extent(&l, 65536 - 4608 - 8192, 2);
         want_status_head(&l, NBD_REPLY_FLAG_DONE, 0, 2, 1); /* the second extent lies behind the request */
         want_extent(&l, 65536, 1);
         line_expect_alive(&l);
@@ -277,8 +279,10 @@ static void block_status_is_one_chunk_a_context_clipped_to_the_request(void **st
 
 static void a_map_may_say_less_than_was_asked(void **state)
 {
-    static const struct nbd_status status = {allocation, 1};
+    struct nbd_status status = allocation;
 
+    status.nruns = 1;
+    status.end = 4096;
     EACH_CHUNK_FORM(form)
     {
         struct line l = {0};
@@ -294,7 +298,7 @@ static void a_map_may_say_less_than_was_asked(void **state)
 
 static void one_extent_is_sent_where_one_was_asked_for(void **state)
 {
-    static const struct nbd_status both[] = {{allocation, ARRAY_SIZE(allocation)}, {dirty, ARRAY_SIZE(dirty)}};
+    const struct nbd_status both[] = {allocation, dirty};
 
     EACH_CHUNK_FORM(form)
     {
@@ -307,7 +311,7 @@ static void one_extent_is_sent_where_one_was_asked_for(void **state)
         assert_int_equal(nbd_status_max_extents(r), 1);
         nbd_reply_status(r, both, 2);
         want_status_head(&l, 0, 0, 1, 1);
-        want_extent(&l, 4096, 0);
+        want_extent(&l, 4608, 0);
         want_status_head(&l, NBD_REPLY_FLAG_DONE, 0, 2, 1);
         want_extent(&l, 6000, 1);
         line_expect_alive(&l);
@@ -315,16 +319,15 @@ static void one_extent_is_sent_where_one_was_asked_for(void **state)
     }
 }
 
-static void lengths_and_flags_keep_64_bits_with_extended_headers_only(void **state)
+static void lengths_have_64_bits_with_extended_headers_only(void **state)
 {
-    static const struct nbd_extent whole = {LINE_SIZE, UINT64_C(0x100000002)};
-    static const struct nbd_status status = {&whole, 1};
+    const struct nbd_status status = {(const uint64_t[]){0}, (const uint32_t[]){UINT32_MAX}, 1, LINE_SIZE};
     struct line l = {0};
 
     line_open(&l, EXTENDED, 1);
     nbd_reply_status(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 0, LINE_SIZE), &status, 1);
     want_status_head(&l, NBD_REPLY_FLAG_DONE, 0, 1, 1);
-    want_extent(&l, LINE_SIZE, UINT64_C(0x100000002));
+    want_extent(&l, LINE_SIZE, UINT32_MAX);
     line_expect_alive(&l);
     line_close(&l);
 
@@ -339,12 +342,14 @@ static void lengths_and_flags_keep_64_bits_with_extended_headers_only(void **sta
 
 static void a_long_map_is_cut_at_the_limit(void **state)
 {
-    struct nbd_extent *extents = calloc(NBD_EXTENTS_MAX + 5, sizeof(*extents));
-    const struct nbd_status status = {extents, NBD_EXTENTS_MAX + 5};
+    static uint64_t starts[NBD_EXTENTS_MAX + 5];
+    static uint32_t flags[ARRAY_SIZE(starts)];
+    const struct nbd_status status = {starts, flags, ARRAY_SIZE(starts), 512 * ARRAY_SIZE(starts)};
 
-    assert_non_null(extents);
-    for (size_t i = 0; i < NBD_EXTENTS_MAX + 5; i++)
-        extents[i] = (struct nbd_extent){512, i};
+    for (uint32_t i = 0; i < ARRAY_SIZE(starts); i++) {
+        starts[i] = i * UINT64_C(512);
+        flags[i] = i;
+    }
     EACH_CHUNK_FORM(form)
     {
         struct line l = {0};
@@ -357,23 +362,26 @@ static void a_long_map_is_cut_at_the_limit(void **state)
         line_expect_alive(&l);
         line_close(&l);
     }
-    free(extents);
 }
 
-static void a_map_with_nothing_in_it_is_an_error(void **state)
+static void a_map_without_the_first_byte_is_an_error(void **state)
 {
-    static const struct nbd_extent empty = {0, 1};
-    static const struct nbd_status none[] = {{dirty, 1}, {dirty, 0}}, zero[] = {{&empty, 1}, {dirty, 1}};
+    const struct nbd_status none = {0}, later = {(const uint64_t[]){1024}, (const uint32_t[]){1}, 1, 4096},
+                            before = {(const uint64_t[]){0}, (const uint32_t[]){1}, 1, 512},
+                            over = {(const uint64_t[]){0, 512}, (const uint32_t[]){1, 0}, 2, 4096};
+    const struct nbd_status *bad[] = {&none, &later, &before, &over};
 
     EACH_CHUNK_FORM(form)
     {
         struct line l = {0};
 
         line_open(&l, form, 2);
-        nbd_reply_status(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 0, 512), none, 2);
-        line_want_error(&l, LINE_COOKIE, 0, NBD_EIO, "The map of this disk ends too early");
-        nbd_reply_status(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 0, 512), zero, 2);
-        line_want_error(&l, LINE_COOKIE, 0, NBD_EIO, "The map of this disk ends too early");
+        for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+            const struct nbd_status both[] = {dirty, *bad[i]};
+
+            nbd_reply_status(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 512, 512), both, 2);
+            line_want_error(&l, LINE_COOKIE, 512, NBD_EIO, "The map of this disk ends too early");
+        }
         nbd_reply_error(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 0, 512), -EIO, "no map");
         line_want_error(&l, LINE_COOKIE, 0, NBD_EIO, "no map");
         line_expect_alive(&l);
@@ -426,9 +434,9 @@ int main(void)
         cmocka_unit_test(block_status_is_one_chunk_a_context_clipped_to_the_request),
         cmocka_unit_test(a_map_may_say_less_than_was_asked),
         cmocka_unit_test(one_extent_is_sent_where_one_was_asked_for),
-        cmocka_unit_test(lengths_and_flags_keep_64_bits_with_extended_headers_only),
+        cmocka_unit_test(lengths_have_64_bits_with_extended_headers_only),
         cmocka_unit_test(a_long_map_is_cut_at_the_limit),
-        cmocka_unit_test(a_map_with_nothing_in_it_is_an_error),
+        cmocka_unit_test(a_map_without_the_first_byte_is_an_error),
         cmocka_unit_test(trim_is_taken_where_it_is_offered_and_nothing_else_that_writes),
     };
 
