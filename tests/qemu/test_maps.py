@@ -3,9 +3,12 @@
 # ctest: timeout 240
 """What the metadata contexts of a session say must hold for its frozen data, whatever the guest does: base:allocation
 never calls zero or a hole what is not, a dirty map never leaves out what changed, and asking again changes nothing."""
+import struct
+
 import harness
 import nbd
 import nbdpull
+import rawnbd
 from harness import MIB, Disk
 from truth import (SECTOR, Chain, covered, differences, find_cut, own_copy, own_map, random_range, random_work,
                    replay, settle)
@@ -47,6 +50,31 @@ class Maps(harness.Case):
                     self.assertEqual(data[offset:offset + length].count(0), length, 'allocated nowhere, but not zero')
                 h.shutdown()
                 settle(guest)
+        daemon.stop()
+
+    def test_long_maps_are_whole_where_the_socket_takes_them_in_parts(self):
+        cluster, size, asked = 4096, 32 * MIB, 150
+        disk = Disk('vda', size, options=f'cluster_size={cluster}')
+        disk.create(self.folder)
+        words = [w for at in range(0, size, 2 * cluster) for w in ('-c', f'write -q -P 1 {at} {cluster}')]
+        harness.run(['qemu-io', *words, disk.path])
+        guest = self.bare(Disk('vda', size, path=disk.path))
+        daemon = self.qpulld(guest, linger=0, tcp=True)
+        raw = rawnbd.Raw(('127.0.0.1', daemon.tcp_port()), receive_buffer=4096)
+        raw.go('vm/vda', contexts=[ALLOCATION])
+        want = [(cluster, 0 if i % 2 == 0 else nbdpull.STATE_HOLE | nbdpull.STATE_ZERO) for i in range(size // cluster)]
+        for cookie in range(asked):
+            raw.request(rawnbd.CMD_BLOCK_STATUS, 0, size, cookie)
+        whole = 0
+        for cookie in range(asked):
+            magic, flags, kind, got, length = struct.unpack('>IHHQI', raw.take(20))
+            self.assertEqual((magic, flags, kind, got), (rawnbd.CHUNK_MAGIC, rawnbd.CHUNK_DONE, 5, cookie))
+            found = list(struct.iter_unpack('>II', raw.take(length)[4:]))
+            # Where much waits to be sent to all clients together answers are shorter; here it does not.
+            self.assertEqual(found, want[:len(found)], f'answer {cookie}')
+            whole += len(found) == len(want)
+        self.assertEqual(whole, asked)
+        raw.disc()
         daemon.stop()
 
     def test_allocation_is_true_while_the_guest_discards_and_zeroes(self):
