@@ -237,17 +237,6 @@ static void on_client_closed(void *arg)
     vm_stop_if_idle(vm);
 }
 
-void vm_refuse_questions(struct vm *vm, const struct failure *f)
-{
-    while (vm->waiting) {
-        struct vm_query *q = vm->waiting;
-
-        vm->waiting = q->next;
-        q->vm = NULL;
-        q->cb(q, NULL, f);
-    }
-}
-
 /*
  * A sweep, a self-test or a worker under way ends by itself, with answers or with deadlines. Calls that the closing
  * client answers may write a last note.

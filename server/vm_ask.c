@@ -308,6 +308,16 @@ int vm_query_start(struct vm *vm, struct vm_query *q,
     return 0;
 }
 
+void vm_refuse_questions(struct vm *vm, const struct failure *f)
+{
+    while (vm->waiting) {
+        struct vm_query *q = vm->waiting;
+
+        remove_query(q);
+        q->cb(q, NULL, f);
+    }
+}
+
 void vm_query_forget(struct vm_query *q)
 {
     if (q->vm)

@@ -296,6 +296,7 @@ void vm_tell_tested(struct vm *vm, const struct failure *f /* NULL: well */);
 
 /* vm_ask.c */
 void vm_ask_if_waiting(struct vm *vm);
+void vm_refuse_questions(struct vm *vm, const struct failure *f); /* those that wait */
 
 /* vm.c */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
@@ -303,6 +304,5 @@ void vm_sweep(struct vm *vm);
 void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
 void vm_test(struct vm *vm);            /* ends in vm_pump() */
 void vm_stop_if_idle(struct vm *vm);
-void vm_refuse_questions(struct vm *vm, const struct failure *f);
 
 #endif

@@ -405,7 +405,7 @@ static size_t count_runs(const struct nbd_request *r, const struct nbd_status *s
 {
     size_t n = MIN(s->nruns, nbd_status_max_extents(r));
 
-    if (n == 0 || s->starts[0] > r->offset || (n > 1 ? s->starts[1] : s->end) <= r->offset)
+    if (n == 0 || s->starts[0] > r->offset || (s->nruns > 1 ? s->starts[1] : s->end) <= r->offset)
         return 0;
     while (n > 1 && s->starts[n - 1] >= r->offset + r->length)
         n--;

@@ -103,6 +103,19 @@ class Sessions(harness.Case):
             guest.look('block-dirty-bitmap-add', {'node': 'node-vda', 'name': f'new{n}', 'persistent': True})
             self.assertEqual(nbdpull.list_contexts(daemon.uri('vm/vda'), [context]), [context], 'asked before it was there')
 
+        # Nor is one that stays told of old times.
+        h, found = nbd.NBD(), []
+        h.set_opt_mode(True)
+        h.connect_uri(daemon.uri('vm/vda'))
+        h.add_meta_context('qemu:dirty-bitmap:late')
+        h.opt_list_meta_context(lambda name: found.append(name) or 0)
+        self.assertEqual(found, [])
+        guest.look('block-dirty-bitmap-add', {'node': 'node-vda', 'name': 'late', 'persistent': True})
+        time.sleep(0.1)  # twice VM_RECENT_MS
+        h.opt_list_meta_context(lambda name: found.append(name) or 0)
+        self.assertEqual(found, ['qemu:dirty-bitmap:late'])
+        h.opt_abort()
+
     def test_a_client_that_comes_back_within_linger_goes_on_with_the_same_frozen_data(self):
         guest = self.bare()
         guest.write('vda', 0, MIB, 1)

@@ -381,6 +381,8 @@ static void a_map_without_the_first_byte_is_an_error(void **state)
 
             nbd_reply_status(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 512, 512), both, 2);
             line_want_error(&l, LINE_COOKIE, 512, NBD_EIO, "The map of this disk ends too early");
+            nbd_reply_status(line_request(&l, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS, 512, 512), both, 2);
+            line_want_error(&l, LINE_COOKIE, 512, NBD_EIO, "The map of this disk ends too early");
         }
         nbd_reply_error(line_request(&l, 0, NBD_CMD_BLOCK_STATUS, 0, 512), -EIO, "no map");
         line_want_error(&l, LINE_COOKIE, 0, NBD_EIO, "no map");
