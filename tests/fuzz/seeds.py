@@ -1,6 +1,10 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes the seeds of the fuzz targets that are not text: seeds.py FOLDER makes FOLDER/TARGET/NAME."""
+"""Writes the seeds of the fuzz targets that are not text: seeds.py FOLDER makes FOLDER/TARGET/NAME, of what is below and
+of what fuzzing has found before, corpus/TARGET.base64, a line each. seeds.py --pack FOLDER FILE makes such a file."""
+import base64
+import glob
+import hashlib
 import json
 import os
 import struct
@@ -382,11 +386,31 @@ SEEDS = {"nbd": nbd_seeds, "stream": stream_seeds, "agent": agent_seeds, "vhost"
          "upstream": upstream_seeds, "tls": tls_seeds, "control": control_seeds}
 
 
+def unpack(path):
+    with open(path, encoding="ascii") as lines:
+        for line in lines:
+            data = base64.b64decode(line)
+            yield hashlib.sha1(data).hexdigest(), data
+
+
+def pack(folder, path):
+    found = []
+    for each in glob.glob(f"{glob.escape(folder)}/*"):
+        with open(each, "rb") as file:
+            found.append(file.read())
+    with open(path, "w", encoding="ascii") as lines:
+        lines.writelines(base64.b64encode(data).decode() + "\n" for data in sorted(found, key=lambda d: (len(d), d)))
+
+
 def main():
+    if sys.argv[1] == "--pack":
+        pack(*sys.argv[2:])
+        return
+    here = os.path.dirname(os.path.abspath(__file__))
     for target, seeds in SEEDS.items():
-        folder = os.path.join(sys.argv[1], target)
+        folder, kept = os.path.join(sys.argv[1], target), f"{here}/corpus/{target}.base64"
         os.makedirs(folder, exist_ok=True)
-        for label, data in seeds():
+        for label, data in [*seeds(), *(unpack(kept) if os.path.exists(kept) else [])]:
             with open(os.path.join(folder, label), "wb") as file:
                 file.write(data)
 
