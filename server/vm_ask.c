@@ -95,7 +95,7 @@ static void drop_recent_if_old(struct vm *vm)
 
     if (!vm->recent)
         return;
-    if (age_ms > VM_RECENT_MS || !nothing_happened(vm))
+    if (vm->images || age_ms > VM_RECENT_MS || !nothing_happened(vm))
         disk_list_free(TAKE_PTR(vm->recent));
     else if (!uv_is_active((uv_handle_t *)&vm->kick))
         vm_pump_after(vm, VM_RECENT_MS + 1 - (unsigned)age_ms);
@@ -109,7 +109,7 @@ static bool take_content(struct vm *vm)
 {
     for (struct vm_query *q = vm->waiting, *next; q; q = next) {
         next = q->next;
-        if (vm->images || q->content_ns == 0 || q->content_ns >= vm->asked_ns)
+        if (q->content_ns == 0 || q->content_ns >= vm->asked_ns)
             continue;
         remove_query(q);
         q->vm = vm;
@@ -124,23 +124,22 @@ static bool take_content(struct vm *vm)
  */
 static void answer(struct vm *vm, struct disk_list *list, const struct failure *f)
 {
-    vm->nhappenings = vm->qmp ? qmp_client_nhappenings(vm->qmp) : 0;
+    if (f)
+        disk_list_free(TAKE_PTR(list));
     vm->telling = true;
     while (vm->answering) {
         struct vm_query *q = vm->answering;
 
         remove_query(q);
-        q->cb(q, f ? NULL : list, f);
+        q->cb(q, list, f);
     }
     vm->asking = false;
-    vm->fresh = !f && nothing_happened(vm) ? list : NULL;
+    vm->fresh = nothing_happened(vm) ? list : NULL;
     vm_pump(vm);
     vm->fresh = NULL;
     vm->telling = false;
     disk_list_free(vm->recent);
-    vm->recent = !f && !vm->images ? list : NULL;
-    if (list != vm->recent)
-        disk_list_free(list);
+    vm->recent = list;
     drop_recent_if_old(vm);
     vm_stop_if_idle(vm);
 }
@@ -162,6 +161,8 @@ static void on_answers(struct calls *c, const struct failure *f)
     struct disk_list *list = NULL;
     struct failure mine = {0};
 
+    /* From here on, for the look below takes its time. */
+    vm->nhappenings = vm->qmp ? qmp_client_nhappenings(vm->qmp) : 0;
     /* Between two answers a job of others may change the graph. */
     if (!f && !answers_agree(vm->images ? NULL : vm->answers[0], vm->answers[1], vm->answers[2]) &&
         vm->nasks < VM_ASKS_MAX) {

@@ -96,7 +96,7 @@ struct vm {
     uint64_t asked_ns; /* uv_hrtime(): when the walk under way, or the last one, began */
     /* What it has answered, for who is content with it: valid while nothing happens, and not for long. */
     struct disk_list *recent;       /* owned, or NULL */
-    uint64_t nhappenings;           /* of qmp, when the answer was there */
+    uint64_t nhappenings;           /* of qmp, when QEMU's answers had come */
     unsigned nrounds;               /* of questions that count against VM_ROUNDS_BURST … */
     uint64_t rested_ms;             /* … one less for every VM_ROUND_REST_MS since then */
     struct json_object *answers[3]; /* owned */
