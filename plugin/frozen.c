@@ -56,14 +56,14 @@ static uint32_t type_of(enum view view, uint64_t allocation, bool dirty)
 /* Both maps cover the disk, but their runs end at different places. */
 static int see(enum view view, uint64_t size, const struct map *allocation, const struct map *dirty, struct map *to)
 {
-    struct nbd_extent a[CHUNK], d[CHUNK];
+    struct map_extent a[CHUNK], d[CHUNK];
     uint64_t at = 0;
     int r = 0;
 
     while (r == 0 && at < size) {
         size_t na = map_extents(allocation, at, size - at, a, CHUNK), nd, ia = 0, id = 0;
 
-        d[0] = (struct nbd_extent){.length = size - at, .flags = DIRTY};
+        d[0] = (struct map_extent){.length = size - at, .flags = DIRTY};
         nd = dirty ? map_extents(dirty, at, size - at, d, CHUNK) : 1;
         if (na == 0 || nd == 0)
             return -EINVAL;
@@ -83,7 +83,7 @@ static int see(enum view view, uint64_t size, const struct map *allocation, cons
 
 static int copy_map(uint64_t size, const struct map *from, struct map **ret_map)
 {
-    struct nbd_extent extents[CHUNK];
+    struct map_extent extents[CHUNK];
     uint64_t at = 0;
     int r = map_new(ret_map);
 
@@ -140,7 +140,7 @@ void frozen_free(struct frozen *f)
 
 size_t frozen_tell(struct frozen *f, uint64_t offset, uint64_t length, struct frozen_run *runs, size_t max)
 {
-    struct nbd_extent extents[CHUNK];
+    struct map_extent extents[CHUNK];
     size_t n = map_extents(f->types, offset, length, extents, MIN(max, (size_t)CHUNK));
 
     (void)pthread_mutex_lock(&f->lock);
@@ -156,7 +156,7 @@ size_t frozen_tell(struct frozen *f, uint64_t offset, uint64_t length, struct fr
 
 bool frozen_is_zero(const struct frozen *f, uint64_t offset, uint64_t length)
 {
-    struct nbd_extent extent;
+    struct map_extent extent;
 
     return map_extents(f->allocation ? f->allocation : f->types, offset, length, &extent, 1) == 1 &&
            extent.flags & TYPE_ZERO && extent.length == length;
@@ -190,7 +190,7 @@ bool frozen_is_whole(struct frozen *f)
 
 static int write_runs(FILE *out, const struct map *map, uint64_t size)
 {
-    struct nbd_extent extents[CHUNK];
+    struct map_extent extents[CHUNK];
     const char *before = "[\n";
 
     for (uint64_t at = 0; at < size;) {

@@ -296,7 +296,7 @@ static void on_source_read(struct source_read *read, int err)
 static uint64_t zeros_at(const struct pull_job *job)
 {
     uint64_t left = job->end - job->at;
-    struct nbd_extent e;
+    struct map_extent e;
 
     if (!job->pull->c.allocation || map_extents(job->pull->c.allocation, job->at, left, &e, 1) < 1)
         return 0;

@@ -25,12 +25,6 @@
 
 struct nbd;
 
-/* One stretch of a metadata context's answer. */
-struct nbd_extent {
-    uint64_t length; /* bytes */
-    uint64_t flags;  /* of that context: base:allocation's NBD_STATE_*, dirty-bitmap's bit 0, or a depth */
-};
-
 #define NBD_STATE_HOLE 1u
 #define NBD_STATE_ZERO 2u
 #define NBD_STATE_DIRTY 1u
@@ -195,7 +189,7 @@ void nbd_reply_hole(struct nbd_request *r, uint64_t offset, uint32_t length);
  */
 struct nbd_status {
     const uint64_t *starts; /* borrowed for the call, as flags */
-    const uint32_t *flags;  /* of that context, as in struct nbd_extent */
+    const uint32_t *flags;  /* of that context: base:allocation's NBD_STATE_*, dirty-bitmap's bit 0, or a depth */
     size_t nruns;
     uint64_t end;
 };

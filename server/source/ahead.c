@@ -174,7 +174,7 @@ static void on_piece(struct source_read *read, int err)
 /* The first byte from `at` on that is on the way, and the end of that run; the disk's size if there is none near. */
 static uint64_t step(const struct ahead *a, const struct path *path, uint64_t at, uint64_t *ret_end)
 {
-    struct nbd_extent e[LOOK_EXTENTS];
+    struct map_extent e[LOOK_EXTENTS];
     size_t n;
 
     *ret_end = a->source.size;

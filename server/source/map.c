@@ -151,7 +151,7 @@ static size_t map_find(const struct map *m, uint64_t offset)
     return low;
 }
 
-size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct nbd_extent *extents, size_t max)
+size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct map_extent *extents, size_t max)
 {
     uint64_t end;
     size_t n = 0;
@@ -162,7 +162,7 @@ size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct
     for (size_t i = map_find(m, offset); offset < end && n < max; i++, n++) {
         uint64_t stop = i + 1 < m->nruns ? MIN(m->starts[i + 1], end) : end;
 
-        extents[n] = (struct nbd_extent){.length = stop - offset, .flags = m->flags[i]};
+        extents[n] = (struct map_extent){.length = stop - offset, .flags = m->flags[i]};
         offset = stop;
     }
     return n;

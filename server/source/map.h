@@ -11,9 +11,13 @@
 #include <stdint.h>
 
 struct map;
-/* nbd/nbd.h, which cannot be included beside libnbd.h: both own the prefix nbd_ */
-struct nbd_extent;
-struct nbd_status;
+struct nbd_status; /* nbd/nbd.h, which cannot be included beside libnbd.h: both own the prefix nbd_ */
+
+/* A run, or the part of it that was asked for. */
+struct map_extent {
+    uint64_t length; /* bytes */
+    uint32_t flags;
+};
 
 int map_new(struct map **ret_map);
 void map_free(struct map *m); /* NULL is fine */
@@ -34,7 +38,7 @@ uint64_t map_count(const struct map *m, uint64_t mask);
  * The runs of [offset, offset + length), clipped to it, into at most max extents. Returns how many (at least one when
  * the range is not empty and inside the map, and max > 0).
  */
-size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct nbd_extent *extents, size_t max);
+size_t map_extents(const struct map *m, uint64_t offset, uint64_t length, struct map_extent *extents, size_t max);
 
 /* The same runs as they are in the map, at most max (> 0), unclipped; borrowed until the map is freed. False: the range
  * is empty or behind the map's end. */

@@ -26,7 +26,7 @@ static bool is_filled(const unsigned char *data, unsigned char pattern)
 /* The flags of one cluster, if they are the same all over it; else -1. */
 static int64_t flags_of(const struct map *m, unsigned cluster)
 {
-    struct nbd_extent e[2];
+    struct map_extent e[2];
     size_t n = map_extents(m, (uint64_t)cluster * GUEST_CLUSTER, GUEST_CLUSTER, e, ARRAY_SIZE(e));
 
     return n == 1 ? (int64_t)e[0].flags : -1;

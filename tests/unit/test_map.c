@@ -61,7 +61,7 @@ static void model_fill(struct model *m, size_t length, unsigned kinds)
 static void check_range(const struct model *m, size_t offset, size_t length, size_t max)
 {
     struct nbd_status status;
-    struct nbd_extent extents[64];
+    struct map_extent extents[64];
     size_t n = map_extents(m->map, offset, length, extents, max);
     size_t end = MIN(m->length, offset + length), at = offset;
 
@@ -222,7 +222,7 @@ static void what_no_disk_can_have_is_refused(void **state)
 
 static void an_empty_map_has_no_extents(void **state)
 {
-    struct nbd_extent extent;
+    struct map_extent extent;
     struct map *m, *merged;
 
     assert_int_equal(map_new_uniform(0, 1, &m), 0);
@@ -236,7 +236,7 @@ static void an_empty_map_has_no_extents(void **state)
 
 static void ranges_at_the_far_end_do_not_wrap(void **state)
 {
-    struct nbd_extent extents[2];
+    struct map_extent extents[2];
     struct map *m;
 
     assert_int_equal(map_new_uniform(INT64_MAX - 1, 3, &m), 0);
@@ -252,7 +252,7 @@ static void ranges_at_the_far_end_do_not_wrap(void **state)
 
 static void a_million_extents_take_less_than_24_mib(void **state)
 {
-    struct nbd_extent extent;
+    struct map_extent extent;
     size_t worst = 0, nruns = 1 << 20;
     struct map *m, *merged;
 

@@ -30,7 +30,7 @@ static struct map *nbdinfo_map(struct rig *rig, const char *context)
 
 static void assert_same_map(const struct map *a, const struct map *b)
 {
-    struct nbd_extent *x = calloc(map_nruns(a), sizeof(*x)), *y = calloc(map_nruns(b), sizeof(*y));
+    struct map_extent *x = calloc(map_nruns(a), sizeof(*x)), *y = calloc(map_nruns(b), sizeof(*y));
 
     assert_int_equal(map_length(a), map_length(b));
     assert_int_equal(map_nruns(a), map_nruns(b));
@@ -86,7 +86,7 @@ static void allocation_equals_what_nbdinfo_sees(void **state)
 static void depth_equals_what_nbdinfo_sees(void **state)
 {
     struct rig *rig = *state;
-    struct nbd_extent extent;
+    struct map_extent extent;
 
     start_qcow2(rig);
     expect_nbdinfos_map(rig, "qemu:allocation-depth");
