@@ -12,7 +12,6 @@ import unittest
 import agentguest
 import harness
 import nbdpull
-import tlsworld
 from harness import MIB, Disk
 
 CONFIG, DROP_IN = '/etc/qpull/qpulld.conf', '/etc/systemd/system/qpulld.service.d/group.conf'

@@ -21,14 +21,14 @@ root=$work/root
 clean_up()
 {
     umount "$root" 2>/dev/null || true
-    rm -rf "$work"
+    rm -rf --one-file-system "$work" # never through a mount that would not go
 }
 trap clean_up EXIT
 mkdir "$root" "$work/written" "$work/work"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$work/written,workdir=$work/work" "$root" ||
     skip "no overlay file system here"
 
-# Found elsewhere by systemd where the prefix is neither /usr nor /usr/local.
+# Where the default prefix has it; the unit names the program there.
 DESTDIR=$root cmake --install "$build" --prefix /usr/local >"$work/words"
 units=$root/etc/systemd/system
 mkdir -p "$units" "$root/var/lib/vms"
@@ -55,10 +55,10 @@ ExecStart=/usr/bin/python3 $top/tests/qemu/booted.py
 ExecStopPost=/bin/sh -c 'echo "\$EXIT_CODE \$EXIT_STATUS" >/booted.status'
 StandardOutput=file:/booted.log
 StandardError=inherit
-TimeoutStartSec=100
+TimeoutStartSec=90
 EOF
 # A clone in /tmp would be hidden by the container's own.
-timeout -k 5 115 systemd-nspawn --quiet --directory="$root" --machine="qpull-$$" --register=no --keep-unit --private-network \
+timeout -k 5 105 systemd-nspawn --quiet --directory="$root" --machine="qpull-$$" --register=no --keep-unit --private-network \
     --bind="$top" --console=pipe --boot systemd.unit=booted.target >"$work/console" 2>&1 </dev/null || true
 if ! [ -e "$root/booted.log" ]; then
     grep -qi 'welcome to' "$work/console" || skip "no container can be booted here: $(tail -n 3 "$work/console")"
