@@ -115,8 +115,9 @@ def measure(folder, n, count, quick):
     if n > 1:
         rows.append(bench.row(f'{case}: memory of an idle VM', 'KiB', [],
                               [idle_memory(folder, vms) / 1024 for _ in range(count)], 'less'))
-    # All are one client's, and the default lets one have 64.
-    daemon = worlds.Daemon(folder, {v.name: v for v in vms}, linger=0, flags=[f'--max-sessions-per-client={len(vms)}'])
+    # All are one client's, and the defaults let one have 64 sessions and 128 connections; here each VM has two.
+    daemon = worlds.Daemon(folder, {v.name: v for v in vms}, linger=0,
+                           flags=[f'--max-sessions-per-client={n}', f'--max-connections-per-client={2 * n}'])
     one_session(daemon, vms[0])
     idle = dirty(daemon)
     found = bench.rounds({'a': lambda: by_qemu(vms, gib), 'b': lambda: by_qpulld(vms, gib, daemon, idle)}, count,
