@@ -91,8 +91,9 @@ static const struct {
                          "a guest's write waits so long for its copy to scratch, once (default 10)"},
     [ROW_GIVE_BACK] = {"give-back", 0, "WHEN",
                        "free what was copied when a client says trim, or has read it: off, trim, read (default off)"},
-    [ROW_SHARED_MEMORY] = {"shared-memory", 0, "SIZE",
-                           "for reading through memory shared with QEMUs, 4 MiB a disk (default 64M; 0: over NBD)"},
+    [ROW_SHARED_MEMORY] =
+        {"shared-memory", 0, "SIZE",
+         "for reading through memory shared with QEMUs, 1 to 4 MiB a disk (default 256M; 0: over NBD)"},
     [ROW_STATE] = {"state", 0, "DIR", "checkpoint notes and history (default " CONFIG_STATE ")"},
     [ROW_MAX_PAUSE] = {"max-pause", 0, "SECONDS", "the freeze may stop a guest's I/O for so long (default 1)"},
     [ROW_LINGER] = {"linger", 0, "SECONDS", "a session outlives its last client by so much (default 10)"},

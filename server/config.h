@@ -41,7 +41,7 @@
  * their disks (30 s: Linux for SCSI, ATA and NVMe), more than a disk that retries takes for one sector (7 s, ERC/TLER).
  */
 #define CONFIG_CBW_TIMEOUT_S 10u
-#define CONFIG_SHARED_MEMORY (64ull << 20) /* bytes: 15 disks that are read at the same time */
+#define CONFIG_SHARED_MEMORY (256ull << 20) /* bytes: some 120 disks that are read at the same time */
 #define CONFIG_STORAGE_DAEMON "qemu-storage-daemon"
 #define CONFIG_LINGER_MS 10000u
 #define CONFIG_HANDSHAKE_TIMEOUT_MS 30000u

@@ -16,8 +16,8 @@
 #define VHOST_SLOT (256u << 10)
 /* QEMU works on all that the queue holds; more than 16 blocks at a time brought nothing (measured). */
 #define VHOST_SLOTS 16u
-/* Lent slots past which who has one is asked for it back: a quarter is always at work. */
-#define VHOST_LENT_MAX 12u
+/* Where little room is left: what one of very many needs, who each get only so much of the loop and of the disks. */
+#define VHOST_SLOTS_LEAST 4u
 /* Slots that one request may fill, where reads are neighbours: each costs QEMU a thread's waking, however long it is.
  */
 #define VHOST_MERGED 4u
@@ -58,6 +58,7 @@ struct vhost_memory {
     int fd; /* owned */
     unsigned char *base;
     size_t bytes, ring_bytes;
+    unsigned nslots;
     struct vhost_room *room;     /* borrowed; NULL: none */
     struct vhost_source *source; /* borrowed; NULL: closed */
     unsigned nlent;
@@ -281,8 +282,8 @@ static void lend(struct vhost_source *s, unsigned i, struct source_read *r)
     struct vhost_memory *m = s->memory;
 
     m->nlent++;
-    m->loans[i] =
-        (struct vhost_loan){.loan = {.end = loan_end, .scarce = m->nlent > VHOST_LENT_MAX}, .memory = m, .slot = i};
+    m->loans[i] = (struct vhost_loan){.loan = {.end = loan_end}, .memory = m, .slot = i};
+    m->loans[i].loan.scarce = m->nlent > m->nslots - m->nslots / 4; /* a quarter is always at work */
     r->buffer = slot_memory(s, i) + s->slots[i].skip;
     r->loan = &m->loans[i].loan;
 }
@@ -419,21 +420,43 @@ static void on_called(uv_poll_t *p, int status, int events)
 
 /* -- opening ------------------------------------------------------------------------------------------------------- */
 
+static size_t bytes_of(unsigned nslots)
+{
+    return ring_bytes(nslots * VHOST_PARTS) + (size_t)nslots * VHOST_SLOT;
+}
+
+/* Half of the room goes to sources with all slots, a quarter to some with half of them, the rest to the smallest. */
+static unsigned slots_for(const struct vhost_room *room)
+{
+    size_t left, for_smaller;
+
+    if (!room)
+        return VHOST_SLOTS;
+    left = room->limit > room->used ? room->limit - room->used : 0;
+    for (unsigned n = VHOST_SLOTS; n >= VHOST_SLOTS_LEAST; n /= 2) {
+        for_smaller = n > VHOST_SLOTS_LEAST ? room->limit / VHOST_SLOTS / 2 * n : 0;
+        if (bytes_of(n) <= left && left > for_smaller)
+            return n;
+    }
+    return 0;
+}
+
 /* Sealed: a device that shrinks it would have us killed by SIGBUS. */
 static int make_memory(struct vhost_source *s, struct vhost_room *room)
 {
-    size_t ring = ring_bytes(VHOST_SLOTS * VHOST_PARTS), bytes = ring + (size_t)VHOST_SLOTS * VHOST_SLOT;
+    unsigned nslots = slots_for(room);
+    size_t ring = ring_bytes(nslots * VHOST_PARTS), bytes = bytes_of(nslots);
     struct vhost_memory *m;
     void *base;
 
-    if (room && (room->used > room->limit || bytes > room->limit - room->used))
+    if (nslots == 0)
         return -ENOSPC;
     m = calloc(1, sizeof(*m));
     if (!m)
         return -ENOMEM;
     if (room)
         room->used += bytes;
-    *m = (struct vhost_memory){.room = room, .source = s, .bytes = bytes, .ring_bytes = ring};
+    *m = (struct vhost_memory){.room = room, .source = s, .bytes = bytes, .ring_bytes = ring, .nslots = nslots};
     s->memory = m;
     m->fd = memfd_create("qpull-vhost", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (m->fd < 0 || ftruncate(m->fd, (off_t)bytes) < 0 ||
@@ -443,6 +466,8 @@ static int make_memory(struct vhost_source *s, struct vhost_room *room)
     if (base == MAP_FAILED)
         return -errno;
     m->base = base;
+    for (unsigned i = 0; i < nslots; i++)
+        s->slots[i].next = i + 1 < nslots ? i + 1 : VHOST_SLOTS;
     s->call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     return s->call_fd < 0 || s->kick_fd < 0 ? -errno : 0;
@@ -471,7 +496,7 @@ static void source_free(struct vhost_source *s)
 static int set_up(struct vhost_source *s, struct failure *f)
 {
     struct vhost_setup setup;
-    int r = ring_init(&s->ring, VHOST_SLOTS * VHOST_PARTS, s->memory->base, VHOST_ADDRESS, s->talk.event_index);
+    int r = ring_init(&s->ring, s->memory->nslots * VHOST_PARTS, s->memory->base, VHOST_ADDRESS, s->talk.event_index);
 
     if (r < 0)
         return failure_set(f, r, "no memory for a virtqueue");
@@ -617,8 +642,6 @@ int source_vhost_open(uv_loop_t *loop, const struct source_vhost_config *config,
     s->timeout_ms = config->timeout_ms ? config->timeout_ms : VHOST_TIMEOUT_MS;
     s->on_lost = on_lost;
     s->lost_arg = arg;
-    for (unsigned i = 0; i < VHOST_SLOTS; i++)
-        s->slots[i].next = i + 1;
     r = config->cluster & (config->cluster - 1) || (config->cluster && config->cluster < VHOST_SLOT / VHOST_PARTS)
             ? -EINVAL
             : make_memory(s, config->room);

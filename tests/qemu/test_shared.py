@@ -18,6 +18,12 @@ from qmpproxy import QmpProxy
 SIZE = 48 * MIB + 3 * 512
 
 
+def shared_sizes(pid):
+    """What a process shares with QEMUs, piece by piece, in MiB of data; the rings besides are small."""
+    files = [f'/proc/{pid}/fd/{n}' for n in os.listdir(f'/proc/{pid}/fd')]
+    return sorted(os.stat(f).st_size // MIB for f in files if os.readlink(f).startswith('/memfd:qpull-vhost'))
+
+
 class Shared(harness.Case):
     def ready(self, *flags, **options):
         """A guest with data, the bytes it had at the freeze of the first client, and that client."""
@@ -85,6 +91,19 @@ class Shared(harness.Case):
         self.assertEqual((self.shared(), len(self.notes())), (0, 1))
         self.assertIn('--shared-memory', self.notes()[0])
         self.finish()
+
+    def test_the_less_room_is_left_the_smaller_is_what_a_disk_gets(self):
+        vm = self.guest(*(Disk(name, 4 * MIB) for name in ('vda', 'vdb', 'vdc', 'vdd')))
+        before, daemon = vm.state(), self.qpulld(vm, linger=0, flags=['--shared-memory=8M'])
+        clients = {name: nbdpull.connect(daemon.uri(f'vm/{name}')) for name in vm.disks}
+        harness.wait_until(lambda: daemon.ask('query-sessions')[0]['shared-disks'] == 3, 20, '3 shared disks')
+        self.assertEqual(shared_sizes(daemon.process.pid), [1, 2, 4])
+        for name, client in clients.items():
+            self.assertSame(nbdpull.read_all(client, MIB, 8), vm.disks[name].model.image, name)
+            client.shutdown()
+        daemon.wait_idle()
+        self.assertEqual(shared_sizes(daemon.process.pid), [])
+        self.assertNothingLeft(vm, daemon, before)
 
     def test_the_export_is_taken_away_in_mid_pull(self):
         self.ready()
