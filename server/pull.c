@@ -90,6 +90,7 @@ static void job_fail(struct pull_job *job, int err, const char *sentence)
 
     assert(r);
     p->read_failed = true;
+    p->wanted -= job->left;
     if (p->open == job)
         p->open = NULL;
     if (p->unstarted == job)
@@ -129,6 +130,7 @@ static void piece_send(struct piece *piece)
 
     piece->job = NULL;
     job->left -= piece->read.length;
+    p->wanted -= piece->read.length;
     job->send_at += piece->read.length;
     p->nbytes += piece->read.length;
     p->unsent += piece->read.length;
@@ -312,6 +314,7 @@ static void send_hole(struct pull_job *job, uint64_t length)
 
     job->at += length;
     job->left -= length;
+    job->pull->wanted -= length;
     if (job->at == job->end)
         job->pull->unstarted = job->next;
     if (job->left == 0) {
@@ -380,7 +383,7 @@ static bool start_piece(struct pull *p)
     rate_spend(&p->rate, length);
     piece->pull = p;
     piece->job = job;
-    piece->read = (struct source_read){.offset = job->at, .length = length, .cb = on_source_read};
+    piece->read = (struct source_read){.offset = job->at, .length = length, .wanted = p->wanted, .cb = on_source_read};
     p->window += length;
     job->at += length;
     if (job->at == job->end)
@@ -521,6 +524,7 @@ static void read_start(struct pull *p, struct nbd_request *r)
     };
     *(p->last ? &p->last->next : &p->first) = job;
     p->last = job;
+    p->wanted += r->length;
     if (!p->unstarted)
         p->unstarted = job;
     pump(p);

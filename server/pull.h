@@ -44,6 +44,7 @@ struct pull {
     size_t nreading;         /* reads of the source in flight */
     size_t window;           /* bytes being read or sent */
     size_t allowed;          /* bytes: what window may come to; see pull_allow() */
+    uint64_t wanted;         /* bytes that READs ask for and nbd has not been handed */
     size_t unsent;           /* bytes handed to nbd that the client has not taken */
     unsigned nlent;          /* pieces that wait in memory of the source's */
     uint64_t ncopied;        /* pieces, ever, whose loan ended before they were sent */

@@ -206,14 +206,20 @@ static bool goes_on(struct ahead *a, uint64_t offset)
     return false;
 }
 
-/* Reads that come while others are in flight are pieces of one request, as long as they are few enough for that. */
+/*
+ * Reads that come while others are in flight are pieces of one request, as long as they are few enough for that. A
+ * client that has asked for more does not wait for answers; but where it may have so little in flight that nothing
+ * would be merged, reading ahead does it for it: a copy in memory costs less than waking QEMU for each piece.
+ */
 static void watch(struct ahead *a, const struct source_read *r)
 {
+    size_t in_flight = a->nbytes + r->length;
+
     if (!goes_on(a, r->offset)) {
         a->norder = 0;
         a->path = NULL;
         drop_all(a);
-    } else if (a->nbytes + r->length > AHEAD_REQUEST) {
+    } else if (in_flight > (r->wanted > AHEAD_REQUEST ? AHEAD_MERGED : AHEAD_REQUEST)) {
         a->norder = 0;
     } else if (a->nreads == 0 && a->norder < AHEAD_BEGIN) {
         a->norder++;

@@ -20,10 +20,11 @@
 #include <stdbool.h>
 #include <uv.h>
 
-#define AHEAD_PIECE (256u << 10) /* bytes of one read ahead, which ends where a multiple of this is */
-#define AHEAD_PIECES 8u          /* for one disk */
-#define AHEAD_REQUEST (2u << 20) /* bytes in flight that may be one request in pieces: what qemu-img asks for */
-#define AHEAD_BEGIN 3u           /* reads in order before it begins */
+#define AHEAD_PIECE (256u << 10)        /* bytes of one read ahead, which ends where a multiple of this is */
+#define AHEAD_PIECES 8u                 /* for one disk */
+#define AHEAD_REQUEST (2u << 20)        /* bytes in flight that may be one request in pieces: what qemu-img asks for */
+#define AHEAD_MERGED (2u * AHEAD_PIECE) /* bytes in flight past which neighbours among them become one request */
+#define AHEAD_BEGIN 3u                  /* reads in order before it begins */
 #define AHEAD_PATHS 2u
 
 /* What all disks of a session may hold together. It outlives them. */

@@ -38,7 +38,8 @@ struct source_read {
     bool borrow; /* … or, with this, nothing: then, where err is 0, the source has set it to memory of its own, and
                     loan to what the caller has to end */
     struct source_loan *loan;
-    bool sure; /* of a pair: the sure source is to answer (source/paired.h) */
+    uint64_t wanted; /* bytes that the client has asked for and does not have, these among them; 0: not known */
+    bool sure;       /* of a pair: the sure source is to answer (source/paired.h) */
     source_read_cb cb;
     void *arg; /* the caller's */
     /* private to the source */

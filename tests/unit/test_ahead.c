@@ -31,6 +31,7 @@ struct rig {
     uv_loop_t loop;
     struct below below;
     struct ahead_pool pool;
+    uint64_t wanted; /* told with each read */
     struct source *source;
     struct client_read {
         struct source_read read;
@@ -154,7 +155,8 @@ static struct client_read *begin(struct rig *rig, unsigned i, uint64_t offset, s
 
     c->nanswers = 0;
     memset(c->buffer, 0xaa, sizeof(c->buffer));
-    c->read = (struct source_read){.offset = offset, .length = length, .buffer = c->buffer, .cb = on_read};
+    c->read = (struct source_read){
+        .offset = offset, .length = length, .wanted = rig->wanted, .buffer = c->buffer, .cb = on_read};
     assert_int_equal(source_read(rig->source, &c->read), 0);
     assert_int_equal(c->nanswers, 0); /* never from inside */
     return c;
@@ -251,6 +253,27 @@ static void many_requests_in_flight_are_only_passed_on(void **state)
     }
     assert_int_equal(rig->below.nbytes, SIZE);
     assert_int_equal(rig->pool.left, AHEAD_POOL);
+}
+
+/* The client has asked for much; it is not its doing that little is in flight. */
+static void who_gets_several_pieces_at_a_time_of_many_is_not_read_ahead_for(void **state)
+{
+    struct rig *rig = *state;
+
+    rig->wanted = 4 * AHEAD_REQUEST;
+    for (uint64_t at = 0; at < SIZE / 2; at += 4 * AHEAD_PIECE) {
+        for (unsigned i = 0; i < 4; i++)
+            (void)begin(rig, i, at + i * AHEAD_PIECE, AHEAD_PIECE);
+        for (unsigned i = 0; i < 4; i++)
+            assert_int_equal(finish(rig, &rig->reads[i]), 0);
+    }
+    assert_int_equal(rig->below.nbytes, SIZE / 2);
+    assert_int_equal(rig->pool.left, AHEAD_POOL);
+    for (uint64_t at = SIZE / 2; at < SIZE; at += AHEAD_PIECE)
+        assert_int_equal(read_one(rig, at, AHEAD_PIECE), 0);
+    assert_true(rig->pool.left < AHEAD_POOL);
+    for (size_t i = 0; i < SIZE / REQUEST; i++)
+        assert_int_equal(rig->below.asked[i], 1);
 }
 
 static void a_map_shows_the_way_and_nothing_else_is_read(void **state)
@@ -407,6 +430,7 @@ int main(void)
         TEST(reads_in_no_order_are_only_passed_on),
         TEST(a_step_aside_gives_all_memory_back),
         TEST(many_requests_in_flight_are_only_passed_on),
+        TEST(who_gets_several_pieces_at_a_time_of_many_is_not_read_ahead_for),
         TEST(a_map_shows_the_way_and_nothing_else_is_read),
         TEST(what_was_given_back_is_not_served_and_the_rest_is),
         TEST(nothing_kept_is_served_once_the_snapshot_is_known_to_be_lost),

@@ -315,6 +315,41 @@ static void pieces_that_come_in_any_order_make_good_replies(void **state)
     client_expect(w, c, &b);
 }
 
+/* Of requests that are unanswered, whatever of them is being read. */
+static void the_source_is_told_how_much_its_client_waits_for(void **state)
+{
+    struct world *w = *state;
+    struct disk_source *source = &w->vms[0].source;
+    struct client *c = client_open(w, 0, "web/vda", STRUCTURED);
+    struct bytes b = {0};
+
+    source->hold = true;
+    say_read(&b, 1, 1024 * KIB, 4096);
+    say_request(&b, 0, NBD_CMD_READ, 2, 0, 256 * KIB); /* zeros: answered at once */
+    say_read(&b, 3, 2048 * KIB, 512 * KIB);
+    client_say(c, &b);
+    loop_until(&w->loop, source->nreads == 3);
+    assert_int_equal(source->reads.first->wanted, 4096);
+    assert_int_equal(source->reads.first->next->wanted, 4096 + 512 * KIB);
+    assert_int_equal(source->reads.last->wanted, 4096 + 512 * KIB);
+    vm_answer_read(&w->vms[0], 0);
+    vm_answer_read(&w->vms[0], 0);
+    say_read(&b, 4, 3072 * KIB, 8192);
+    client_say(c, &b);
+    loop_until(&w->loop, source->nreads == 2);
+    assert_int_equal(source->reads.last->wanted, 256 * KIB + 8192);
+    source->lost = true; /* the rest fails, and counts no more */
+    vm_release_reads(&w->vms[0]);
+    loop_until(&w->loop, source->nreads == 0);
+    source->lost = false;
+    source->hold = true;
+    say_read(&b, 5, 4096 * KIB, 4096);
+    client_say(c, &b);
+    loop_until(&w->loop, source->nreads == 1);
+    assert_int_equal(source->reads.first->wanted, 4096);
+    vm_release_reads(&w->vms[0]);
+}
+
 /* The first request fills the window but for one byte, which the second takes: were the second one's reply begun with
  * it, the first would wait for its end, and its end for the memory that the first holds. */
 static void a_reply_never_waits_for_memory_that_waits_for_it(void **state)
@@ -447,6 +482,7 @@ int main(void)
         LENT(a_reply_of_one_piece_has_nothing_in_its_middle),
         TEST(pieces_that_come_in_any_order_make_good_replies),
         LENT(pieces_that_come_in_any_order_make_good_replies),
+        TEST(the_source_is_told_how_much_its_client_waits_for),
         TEST(a_reply_never_waits_for_memory_that_waits_for_it),
         LENT(a_reply_never_waits_for_memory_that_waits_for_it),
         TEST(a_long_read_comes_whole_and_within_the_window),
