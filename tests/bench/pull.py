@@ -19,6 +19,7 @@ from worlds import ONE_AT_A_TIME
 TRANSPORTS = ('unix', 'tcp', 'tls x509', 'tls psk')
 PULLERS = ('nbdcopy', 'nbdcopy tuned', 'qemu-img convert', ONE_AT_A_TIME)
 CACHES = ('cached', 'O_DIRECT')
+PATIENCE_S = 30  # QEMU 7.2 needs minutes where each of its sealed answers waits for an acknowledgement
 
 
 def transfer(side, client, disk):
@@ -58,7 +59,7 @@ def measure(folder, disks, transport, cache, clients, count, quick):
     for client in clients:
         disk = 'vdb' if client == ONE_AT_A_TIME else 'vda'
         found = bench.rounds({n: (lambda s=s: transfer(s, client, disk)) for n, s in sides.items()}, count,
-                             warm_up=not quick)
+                             warm_up=not quick, patience=PATIENCE_S)
         rows += rows_of(f'{transport} {cache} {client}', found)
     nbdpull.drop(holder)
     daemon.check_log()
