@@ -93,11 +93,11 @@ class Shared(harness.Case):
         self.finish()
 
     def test_the_less_room_is_left_the_smaller_is_what_a_disk_gets(self):
-        vm = self.guest(*(Disk(name, 4 * MIB) for name in ('vda', 'vdb', 'vdc', 'vdd')))
-        before, daemon = vm.state(), self.qpulld(vm, linger=0, flags=['--shared-memory=8M'])
+        vm = self.guest(*(Disk(name, 4 * MIB) for name in ('vda', 'vdb', 'vdc', 'vdd', 'vde', 'vdf', 'vdg')))
+        before, daemon = vm.state(), self.qpulld(vm, linger=0, flags=['--shared-memory=16M'])
         clients = {name: nbdpull.connect(daemon.uri(f'vm/{name}')) for name in vm.disks}
-        harness.wait_until(lambda: daemon.ask('query-sessions')[0]['shared-disks'] == 3, 20, '3 shared disks')
-        self.assertEqual(shared_sizes(daemon.process.pid), [1, 2, 4])
+        harness.wait_until(lambda: daemon.ask('query-sessions')[0]['shared-disks'] == 7, 20, '7 shared disks')
+        self.assertEqual(shared_sizes(daemon.process.pid), [1, 1, 1, 2, 2, 4, 4])
         for name, client in clients.items():
             self.assertSame(nbdpull.read_all(client, MIB, 8), vm.disks[name].model.image, name)
             client.shutdown()
