@@ -418,6 +418,42 @@ static void a_handshake_message_without_end_is_not_waited_for(void **state)
     assert_int_equal(r->server.nfailed, 1);
 }
 
+/* One warning after the other, each looked at by itself. Returns how many bytes at least. */
+static size_t warn(struct rig *r, unsigned n)
+{
+    size_t said = 0;
+
+    for (; n > 0 && tls_state(r->tls) == TLS_UP; n--) {
+        assert_int_equal(gnutls_alert_send(r->session, GNUTLS_AL_WARNING, GNUTLS_A_NO_RENEGOTIATION), 0);
+        said += 2; /* the alert itself */
+        loop_turn(&r->loop, 2);
+    }
+    return said;
+}
+
+static void what_is_no_data_is_heard_for_so_long_and_no_longer(void **state)
+{
+    struct rig *r = *state;
+    unsigned n = 0;
+
+    shake(r, "+VERS-TLS1.2");
+    for (size_t i = 0; i < 8; i++) { /* with data now and then: as much as is wanted */
+        size_t at = 0;
+        (void)warn(r, 1500);
+        loop_until(&r->loop, say(r, (const uint8_t *)"data", 4, &at) == 4 * (i + 1));
+    }
+    assert_true(warn(r, TLS_BARREN_MAX) < TLS_BARREN_MAX);
+    assert_int_equal(tls_state(r->tls), TLS_FAILED);
+    assert_non_null(strstr(tls_why(r->tls)->text, "too much"));
+
+    shake(r, "+VERS-TLS1.3");
+    for (; tls_state(r->tls) == TLS_UP && n < 1000; n++) {
+        assert_int_equal(gnutls_session_key_update(r->session, 0), 0);
+        loop_turn(&r->loop, 2);
+    }
+    assert_int_equal(tls_state(r->tls), TLS_FAILED);
+}
+
 static void who_leaves_in_the_middle_of_a_handshake_is_told_of(void **state)
 {
     struct rig *r = *state;
@@ -511,6 +547,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(bytes_that_nobody_sealed_end_it_and_are_never_read, set_up, tear_down),
         cmocka_unit_test_setup_teardown(words_in_clear_are_no_handshake, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_handshake_message_without_end_is_not_waited_for, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(what_is_no_data_is_heard_for_so_long_and_no_longer, set_up, tear_down),
         cmocka_unit_test_setup_teardown(who_leaves_in_the_middle_of_a_handshake_is_told_of, set_up, tear_down),
         cmocka_unit_test_setup_teardown(each_side_hears_when_the_other_says_goodbye, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_connection_may_be_stopped_while_a_worker_has_it, set_up, tear_down),
