@@ -66,13 +66,13 @@ static void on_command(struct fake_qemu *q, const struct fake_command *command, 
 }
 
 /* -- the daemon ---------------------------------------------------------------------------------------------------- */
-static void stop(void);
+static void tear_down(void);
 
 static void stop_all(void)
 {
     for (w = worlds; w < worlds + ARRAY_SIZE(worlds); w++)
         if (w->server)
-            stop();
+            tear_down();
 }
 
 static void prepare_world(const char *situation)
@@ -155,7 +155,7 @@ static void on_stopped(void *arg, bool clean)
     w->stopped = true;
 }
 
-static void stop(void)
+static void tear_down(void)
 {
     w->stopped = false;
     server_stop(TAKE_PTR(w->server), on_stopped, NULL);
@@ -281,6 +281,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     qmp_stream_done(&w->heard);
     loop_turn(&w->loop, 3);
     if ((first & LEAVES) || ++w->age >= AGE_MAX || !is_as_before(&in, !(first & SILENT)))
-        stop();
+        tear_down();
     return 0;
 }

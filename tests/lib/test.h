@@ -13,4 +13,13 @@
 #include <cmocka.h>
 /* clang-format on */
 
+/* For numbers that are not negative. What cmocka has has another name in each version. */
+#define assert_between(value, low, high)                                                            \
+    do {                                                                                            \
+        uintmax_t between_ = (uintmax_t)(value);                                                    \
+        if (between_ < (uintmax_t)(low) || between_ > (uintmax_t)(high))                            \
+            fail_msg("%s is %ju, which is not from %ju to %ju", #value, between_, (uintmax_t)(low), \
+                     (uintmax_t)(high));                                                            \
+    } while (0)
+
 #endif

@@ -52,7 +52,7 @@ static inline struct world *world_of(struct seq *s)
     return container_of(s, struct world, seq);
 }
 
-static inline void stop(struct world *w, bool commit)
+static inline void halt(struct world *w, bool commit)
 {
     w->inside = true;
     seq_stop(&w->seq, commit);
@@ -74,7 +74,7 @@ static inline void happens(struct world *w, const char *fmt, ...)
     w->nevents++;
     for (size_t i = 0; i < ARRAY_SIZE(w->stop_at); i++) {
         if (w->nevents == w->stop_at[i])
-            stop(w, w->commit[i]);
+            halt(w, w->commit[i]);
     }
 }
 

@@ -57,7 +57,7 @@ static void expect_reads(struct world *w, struct client *c, unsigned nreads, uin
             len = len << 8 | ((uint8_t *)c->in.data)[16 + i];
         assert_int_equal(((uint8_t *)c->in.data)[7], NBD_REPLY_TYPE_OFFSET_DATA);
         loop_until(&w->loop, c->in.len >= head + len);
-        assert_in_range(cookie, 1, nreads);
+        assert_between(cookie, 1, nreads);
         assert_true(where >= offset && where + len - at <= offset + length);
         memcpy(got + (cookie - 1) * length + (where - offset), (uint8_t *)c->in.data + head + at, len - at);
         left -= len - at;

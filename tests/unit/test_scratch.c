@@ -140,13 +140,13 @@ static void bytes_count_and_not_the_size_of_the_files(void **state)
     fill(0, 1, 4 * MIB);
     spin(1, LOOKS_MS);
     assert_int_equal(box.nover, 0);
-    assert_in_range(scratch_used(&box.users[0].user), 7 * MIB, 8 * MIB);
+    assert_between(scratch_used(&box.users[0].user), 7 * MIB, 8 * MIB);
     fill(0, 1, 6 * MIB);
     spin(1, LOOKS_MS);
     assert_int_equal(box.nover, 1);
     assert_int_equal(box.users[0].over.limit, SCRATCH_SESSION);
     assert_int_equal(box.users[0].over.allowed, 8 * MIB);
-    assert_in_range(box.users[0].over.found, 9 * MIB, 10 * MIB);
+    assert_between(box.users[0].over.found, 9 * MIB, 10 * MIB);
     spin(2, LOOKS_MS); /* once is enough */
     assert_int_equal(box.nover, 1);
 }
@@ -174,7 +174,7 @@ static void where_all_hold_too_much_the_largest_goes_and_the_others_stay(void **
     assert_int_equal(box.nover, 1);
     assert_int_equal(box.users[1].nover, 1);
     assert_int_equal(box.users[1].over.limit, SCRATCH_ALL);
-    assert_in_range(box.users[1].over.found, 18 * MIB, 19 * MIB);
+    assert_between(box.users[1].over.found, 18 * MIB, 19 * MIB);
 }
 
 static void a_new_one_is_refused_while_all_hold_nearly_what_they_may(void **state)
@@ -244,7 +244,7 @@ static void without_limits_nobody_is_given_up(void **state)
     fill(0, 0, 60 * MIB);
     spin(1, 2 * SCRATCH_LOOK_MAX_MS);
     assert_int_equal(box.nover, 0);
-    assert_in_range(scratch_used_by_all(box.place), 60 * MIB, 61 * MIB);
+    assert_between(scratch_used_by_all(box.place), 60 * MIB, 61 * MIB);
     assert_int_equal(scratch_check_quota(box.place, &f), 0);
     assert_int_equal(scratch_check_room(box.place, -1, &f), 0); /* not even asked */
 }

@@ -38,7 +38,7 @@ static void walks_up_to_the_top_and_rests_there(void **state)
         start(&w);
         assert_string_equal(w.log, "");
         expect(&w, "u0 u1 u2 T ");
-        stop(&w, false);
+        halt(&w, false);
         expect(&w, "u0 u1 u2 T d2 d1 d0 E");
         assert_int_equal(w.problems.err, 0);
         world_done(&w);
@@ -56,7 +56,7 @@ static void commits_from_the_first_row_to_the_last_before_the_way_down(void **st
         world_begin(&w);
         start(&w);
         expect(&w, "u0 u1 u2 T ");
-        stop(&w, true);
+        halt(&w, true);
         expect(&w, "u0 u1 u2 T c0 c1 c2 d2 d1 d0 E");
         assert_int_equal(w.problems.err, 0);
         world_done(&w);
@@ -73,7 +73,7 @@ static void a_commit_that_fails_is_told_and_ends_the_committing(void **state)
         world_begin(&w);
         start(&w);
         expect(&w, "u0 u1 u2 T ");
-        stop(&w, true);
+        halt(&w, true);
         expect(&w, "u0 u1 u2 T c0 c1 d2 d1 d0 E");
         assert_int_equal(w.problems.err, -EIO);
         assert_int_equal(w.nfailed, 0);
@@ -92,7 +92,7 @@ static void functions_that_are_missing_are_passed_over(void **state)
     world_begin(&w);
     start(&w);
     expect(&w, "u1 T ");
-    stop(&w, true);
+    halt(&w, true);
     expect(&w, "u1 T c2 d2 d0 E");
     world_done(&w);
 }
@@ -106,7 +106,7 @@ static void a_table_of_nothing_goes_up_and_down(void **state)
     world_begin(&w);
     start(&w);
     expect(&w, "T ");
-    stop(&w, true);
+    halt(&w, true);
     expect(&w, "T E");
     world_done(&w);
 }
@@ -142,7 +142,7 @@ static void leftovers_are_undone_from_the_far_end(void **state)
     w.inside = false;
     loop_turn(&w.loop, 3);
     assert_string_equal(w.log, ""); /* not even on_top: nothing has gone up */
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "d2 d1 d0 E");
     world_done(&w);
 }
@@ -155,9 +155,9 @@ static void a_stop_before_the_start_ends_at_once(void **state)
 
     world_init(&w, 2);
     world_begin(&w);
-    stop(&w, true);
+    halt(&w, true);
     assert_string_equal(w.log, "");
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "E");
     world_done(&w);
 }
@@ -169,7 +169,7 @@ static void a_stop_right_after_the_start_begins_nothing(void **state)
     world_init(&w, 2);
     world_begin(&w);
     start(&w);
-    stop(&w, true);
+    halt(&w, true);
     expect(&w, "d0 E"); /* an undo more than needed is harmless, one step up is not */
     world_done(&w);
 }
@@ -242,8 +242,8 @@ static void the_first_of_two_stops_says_whether_to_commit(void **state)
         world_begin(&w);
         start(&w);
         expect(&w, "u0 u1 T ");
-        stop(&w, first);
-        stop(&w, !first);
+        halt(&w, first);
+        halt(&w, !first);
         expect(&w, first ? "u0 u1 T c0 c1 d1 d0 E" : "u0 u1 T d1 d0 E");
         world_done(&w);
     }
@@ -277,7 +277,7 @@ static void an_undo_that_fails_is_tried_again_after_a_while(void **state)
     world_begin(&w);
     start(&w);
     expect(&w, "u0 u1 T ");
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "u0 u1 T d1 d1 d1 d0 E");
     assert_int_equal(w.problems.err, 0); /* it went well in the end */
     assert_true(w.retried_ns - w.down_failed_ns >= (SEQ_UNDO_RETRY_MS - 1) * UINT64_C(1000000));
@@ -294,7 +294,7 @@ static void an_undo_that_fails_for_good_is_named_and_the_walk_goes_on(void **sta
     world_begin(&w);
     start(&w);
     expect(&w, "u0 u1 u2 T ");
-    stop(&w, false);
+    halt(&w, false);
     assert_int_equal(SEQ_UNDO_TRIES, 5);
     expect(&w, "u0 u1 u2 T d2 d2 d2 d2 d2 d1 d0 E");
     assert_int_equal(w.problems.err, -EBUSY); /* the first of them */
@@ -312,7 +312,7 @@ static void the_count_of_tries_begins_anew_for_each_step(void **state)
     world_begin(&w);
     start(&w);
     expect(&w, "u0 u1 T ");
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "u0 u1 T d1 d1 d1 d1 d1 d0 d0 d0 d0 d0 E");
     assert_int_equal(w.problems.err, 0);
     world_done(&w);
@@ -329,7 +329,7 @@ static void without_a_connection_nothing_is_tried_again(void **state)
         world_begin(&w);
         start(&w);
         expect(&w, "u0 u1 u2 T ");
-        stop(&w, false);
+        halt(&w, false);
         expect(&w, "u0 u1 u2 T d2 d1 d0 E");
         assert_int_equal(w.problems.err, -ENOTCONN);
         assert_non_null(strstr(w.problems.text, "\"two\""));
@@ -347,7 +347,7 @@ static void a_commit_and_an_undo_that_fail_leave_the_first_word_to_the_commit(vo
     world_begin(&w);
     start(&w);
     expect(&w, "u0 u1 T ");
-    stop(&w, true);
+    halt(&w, true);
     expect(&w, "u0 u1 T c0 d1 d0 E");
     assert_int_equal(w.problems.err, -EIO);
     world_done(&w);
@@ -413,7 +413,7 @@ static void an_answer_in_time_calls_the_deadline_off(void **state)
     for (end = uv_hrtime() + 40 * UINT64_C(1000000); uv_hrtime() < end;)
         loop_turn(&w.loop, 1);
     assert_int_equal(ndeadlines, 0);
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "a u1 T d1 d0 E");
     world_done(&w);
 }
@@ -443,7 +443,7 @@ static void it_says_where_it_is(void **state)
     assert_string_equal(text, "3/3 up");
     seq_describe(&w.seq, tiny, sizeof(tiny));
     assert_string_equal(tiny, "3/3");
-    stop(&w, false);
+    halt(&w, false);
     expect(&w, "u0 u2 T d2 d0 E");
     assert_string_equal(described[1], "2/3 one");
     seq_describe(&w.seq, text, sizeof(text));

@@ -131,7 +131,7 @@ static void everything_that_happens_is_what_the_model_says(void **state)
         for (unsigned turn = 0; turn < MAX_TURNS && !is_at_rest(&w); turn++)
             loop_turn(&w.loop, 1); /* nothing here takes time */
         if (!w.ended)
-            stop(&w, w.commit[0]);
+            halt(&w, w.commit[0]);
         for (unsigned turn = 0; turn < MAX_TURNS && !w.ended; turn++)
             loop_turn(&w.loop, 1);
         if (strcmp(w.log, m.log) != 0 || !w.problems.err != !m.problem)

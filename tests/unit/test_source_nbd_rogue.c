@@ -341,14 +341,14 @@ static void a_close_is_told_when_the_server_has_hung_up_too(void **state)
 {
     unsigned ms = time_to_close(*state, HANGS_UP_LATE);
 
-    assert_in_range(ms, LATE_MS - 10, FAREWELL_MAX_MS);
+    assert_between(ms, LATE_MS - 10, FAREWELL_MAX_MS);
 }
 
 static void a_server_that_never_hangs_up_is_waited_for_only_so_long(void **state)
 {
     unsigned ms = time_to_close(*state, HANGS_UP_NEVER);
 
-    assert_in_range(ms, LATE_MS, FAREWELL_MAX_MS);
+    assert_between(ms, LATE_MS, FAREWELL_MAX_MS);
 }
 
 int main(void)
