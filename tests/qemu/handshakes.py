@@ -84,25 +84,35 @@ def handshake(seed, number, names):
 
 
 class Client:
-    def __init__(self, address, source, number, said):
+    def __init__(self, address, source, hold, number, said):
         self.number, self.said, self.heard, self.at = number, said, bytearray(), 0
+        self.hold, self.moved, self.shut = hold, time.monotonic(), False
         self.sock = socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX)
         if source:
             self.sock.bind(source)
         self.sock.connect(address)
         self.sock.setblocking(False)
 
+    def end(self):
+        """Shuts its end when all is said, and nothing was heard for so long."""
+        if self.at == len(self.said) and not self.shut and time.monotonic() - self.moved >= self.hold:
+            self.shut = True
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the daemon was faster
+
     def move(self):
         """Says and hears what it can; True: the daemon has hung up."""
+        self.moved = time.monotonic()
         try:
             while self.at < len(self.said):
                 self.at += self.sock.send(self.said[self.at:])
-                if self.at == len(self.said):
-                    self.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             pass
         except OSError:
             self.at = len(self.said)  # it hears no more
+        self.end()
         try:
             while len(self.heard) < HEARD_MAX:
                 data = self.sock.recv(1 << 16)
@@ -116,21 +126,24 @@ class Client:
         return True
 
 
-def crowd(address, said, source=None):
-    """Each of (number, bytes) is said by a client of its own, many at a time: (number, bytes, answer) as they end."""
+def crowd(address, said, source=None, hold=0):
+    """Each of (number, bytes) is said by a client of its own, many at a time: (number, bytes, answer) as they end.
+
+    A client shuts its end when it has said all and then heard nothing for `hold` seconds. With 0 the daemon may find it
+    gone before it is answered.
+    """
     waiting, selector, open_now = iter(said), selectors.DefaultSelector(), set()
     deadline = time.monotonic() + PATIENCE
     try:
         while True:
             while len(open_now) < AT_ONCE and (item := next(waiting, None)):
-                client = Client(address, source, *item)
-                if not client.said:
-                    client.sock.shutdown(socket.SHUT_WR)
+                client = Client(address, source, hold, *item)
+                client.end()
                 open_now.add(client)
                 selector.register(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
             if not open_now:
                 return
-            for key, _ in selector.select(1):
+            for key, _ in selector.select(min(hold, 1) / 4 or 1):
                 client = key.data
                 deadline = time.monotonic() + PATIENCE
                 if client.move():
@@ -140,6 +153,8 @@ def crowd(address, said, source=None):
                     yield client.number, client.said, bytes(client.heard)
                 elif client.at == len(client.said):
                     selector.modify(client.sock, selectors.EVENT_READ, client)
+            for client in open_now if hold else ():
+                client.end()
             if time.monotonic() > deadline:
                 raise TimeoutError(f'no answer and no end for {sorted(c.number for c in open_now)}')
     finally:
