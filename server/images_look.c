@@ -14,25 +14,27 @@
 /* -- formats ------------------------------------------------------------------------------------------------------- */
 
 /* How files of a format begin (QEMU, block/<format>.c, the probe functions). */
-static const struct {
+static const struct magic {
     const char *magic;
     size_t len;
     const char *format; /* NULL: not served */
     const char *name;
+    const char *ending; /* of a file that is believed to be one that names other files; NULL: none of these can */
 } magics[] = {
-    {"QFI\xfb\0\0\0\1", 8, NULL, "qcow version 1"},
-    {"QFI\xfb", 4, "qcow2", "qcow2"},
-    {"QED\0", 4, "qed", "QED"},
-    {"vhdxfile", 8, "vhdx", "VHDX"},
-    {"KDMV", 4, "vmdk", "VMDK"},
-    {"# Disk DescriptorFile", 21, "vmdk", "VMDK"},
-    {"COWD", 4, "vmdk", "VMDK"},
-    {"conectix", 8, "vpc", "VHD"},
-    {"<<< ", 4, "vdi", "VDI"},
-    {"LUKS\xba\xbe", 6, NULL, "LUKS"},
-    {"WithoutFreeSpace", 16, NULL, "Parallels"},
-    {"WithouFreSpacExt", 16, NULL, "Parallels"},
+    {"QFI\xfb\0\0\0\1", 8, NULL, "qcow version 1", NULL},
+    {"QFI\xfb", 4, "qcow2", "qcow2", ".qcow2"},
+    {"QED\0", 4, "qed", "QED", ".qed"},
+    {"vhdxfile", 8, "vhdx", "VHDX", NULL},
+    {"KDMV", 4, "vmdk", "VMDK", ".vmdk"},
+    {"# Disk DescriptorFile", 21, "vmdk", "VMDK", ".vmdk"},
+    {"COWD", 4, "vmdk", "VMDK", ".vmdk"},
+    {"conectix", 8, "vpc", "VHD", NULL},
+    {"<<< ", 4, "vdi", "VDI", NULL},
+    {"LUKS\xba\xbe", 6, NULL, "LUKS", NULL},
+    {"WithoutFreeSpace", 16, NULL, "Parallels", NULL},
+    {"WithouFreSpacExt", 16, NULL, "Parallels", NULL},
 };
+static const struct magic raw = {.format = "raw", .name = "raw"};
 
 /* docs/interop/qcow2.txt */
 #define QCOW2_BACKING 8   /* offset of backing_file_offset, 8 bytes */
@@ -41,10 +43,13 @@ static const struct {
 #define QCOW2_DATA_FILE 4 /* bit 2 */
 #define HEAD_SIZE 512
 
-static bool refers_to_others(const unsigned char head[HEAD_SIZE])
+/* Of qcow2 the head tells. VMDK and QED say it in more ways than are worth knowing here. */
+static bool may_refer_to_others(const struct magic *m, const unsigned char head[HEAD_SIZE])
 {
     static const unsigned char zero[8];
 
+    if (!m->ending || strcmp(m->format, "qcow2") != 0)
+        return m->ending;
     return memcmp(head + QCOW2_BACKING, zero, sizeof zero) != 0 ||
            (head[QCOW2_VERSION + 3] >= 3 && (head[QCOW2_FEATURES + 7] & QCOW2_DATA_FILE));
 }
@@ -57,42 +62,38 @@ static bool is_called(const char *path, const char *ending)
 }
 
 /*
- * A guest can write anything into a raw disk of its own, also the head of a qcow2 image whose backing file is some file
- * of this host. So an image that was not said to be qcow2, neither by a word nor by its file's name, is not allowed
- * to name other files.
+ * A guest can write anything into a raw disk of its own, also the head of an image whose backing file, or whose data,
+ * is some file of this host. So an image that was not said to be of such a format, neither by a word nor by its file's
+ * name, is not allowed to name other files.
  */
 static int believe(const struct config_image *image, const unsigned char head[HEAD_SIZE], const char **ret_format,
                    struct failure *f)
 {
-    const char *format = "raw", *name = "raw";
+    const struct magic *m = &raw;
 
-    for (size_t i = 0; i < ARRAY_SIZE(magics); i++) {
-        if (memcmp(head, magics[i].magic, magics[i].len) != 0)
-            continue;
-        format = magics[i].format;
-        name = magics[i].name;
-        break;
-    }
-    if (!format)
+    for (size_t i = 0; i < ARRAY_SIZE(magics) && m == &raw; i++)
+        if (memcmp(head, magics[i].magic, magics[i].len) == 0)
+            m = &magics[i];
+    if (!m->format)
         return failure_set(f, -EINVAL,
                            "image '%s' of disk '%s' looks like %s, which is not served; if it is a raw disk all the "
                            "same, say raw:%s",
-                           image->path, image->disk, name, image->path);
-    if (strcmp(format, "raw") == 0 && is_called(image->path, ".qcow2"))
+                           image->path, image->disk, m->name, image->path);
+    if (m == &raw && is_called(image->path, ".qcow2"))
         return failure_set(f, -EINVAL,
                            "image '%s' of disk '%s' is not in qcow2 format, as its name says; if it is a raw disk, say "
                            "raw:%s",
                            image->path, image->disk, image->path);
-    if (strcmp(format, "raw") != 0 && is_called(image->path, ".raw"))
+    if (m != &raw && is_called(image->path, ".raw"))
         return failure_set(f, -EINVAL,
                            "image '%s' of disk '%s' looks like %s, not raw as its name says; say %s:%s or raw:%s",
-                           image->path, image->disk, name, format, image->path, image->path);
-    if (strcmp(format, "qcow2") == 0 && refers_to_others(head) && !is_called(image->path, ".qcow2"))
+                           image->path, image->disk, m->name, m->format, image->path, image->path);
+    if (may_refer_to_others(m, head) && !is_called(image->path, m->ending))
         return failure_set(f, -EINVAL,
-                           "image '%s' of disk '%s' looks like qcow2 over another file; the guest of a raw disk could "
-                           "have written that, so say qcow2:%s or raw:%s",
-                           image->path, image->disk, image->path, image->path);
-    *ret_format = format;
+                           "image '%s' of disk '%s' looks like %s over another file; the guest of a raw disk could "
+                           "have written that, so say %s:%s or raw:%s",
+                           image->path, image->disk, m->name, m->format, image->path, image->path);
+    *ret_format = m->format;
     return 0;
 }
 

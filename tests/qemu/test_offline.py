@@ -264,6 +264,13 @@ class Offline(OfflineCase):
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', good, '4M'])
         overlay = f'{self.folder}/overlay.img'  # what a guest could have written into its raw disk
         harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', good, '-F', 'qcow2', overlay])
+        secret, extents = f'{self.folder}/secret', f'{self.folder}/extents.img'
+        with open(secret, 'wb') as f:
+            f.write(bytes([7]) * MIB)
+        with open(extents, 'wb') as f:  # likewise
+            f.write(b'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+                    + f'RW 2048 FLAT "{secret}" 0\n'.encode())
+            f.truncate(MIB)
         with open(f'{self.folder}/raw.qcow2', 'wb') as f:
             f.truncate(MIB)
         with open(f'{self.folder}/broken.qcow2', 'wb') as f:
@@ -280,6 +287,7 @@ class Offline(OfflineCase):
             f'{self.folder}/luks': 'LUKS.*raw:',
             f'qcow2:{self.folder}/luks': 'luks.*not in qcow2 format',
             overlay: 'over another file.*qcow2:',
+            extents: 'looks like VMDK over another file.*vmdk:',
         }
         for n, (path, words) in enumerate(rows.items()):
             daemon = self.serve({'vda': path, 'vdb': good}, name=f'q{n}')
@@ -293,6 +301,10 @@ class Offline(OfflineCase):
             daemon = self.serve({'vda': f'{"raw" if "raw" in path[-9:] else "qcow2"}:{path}'}, name=f'ok{path[-6:]}')
             nbdpull.pull(daemon.uri('vm/vda'))
             daemon.stop()
+        daemon = self.serve({'vda': f'raw:{extents}'}, name='extents')
+        with open(extents, 'rb') as f:
+            self.assertEqual(bytes(nbdpull.pull(daemon.uri('vm/vda'))), f.read())
+        daemon.stop()
 
     def test_a_storage_daemon_that_is_missing_or_of_no_use_is_told(self):
         path = f'{self.folder}/a.qcow2'

@@ -65,10 +65,7 @@ static void what_a_file_begins_like_is_its_format(void **state)
         {"x", 1, "raw"},
         {"QFI\xfb\0\0\0\3", 8, "qcow2"},
         {"QFI\xfb\0\0\0\2", 8, "qcow2"},
-        {"QED\0", 4, "qed"},
         {"vhdxfile", 8, "vhdx"},
-        {"KDMV", 4, "vmdk"},
-        {"# Disk DescriptorFile\n", 22, "vmdk"},
         {"conectix", 8, "vpc"},
         {"<<< Oracle VM VirtualBox Disk Image >>>", 39, "vdi"},
         {"QFI", 3, "raw"},
@@ -123,6 +120,33 @@ static void a_file_that_was_not_said_to_be_qcow2_may_not_refer_to_others(void **
     assert_int_equal(look(b, "image", "qcow2", data, sizeof data), 0);
     data[7] = 2; /* version 2 has no features: these bytes say something else */
     assert_int_equal(look(b, "image", NULL, data, sizeof data), 0);
+}
+
+static void nor_does_what_looks_like_vmdk_or_qed_unless_it_was_said(void **state)
+{
+    static const struct {
+        const char *head, *format, *file;
+        size_t len;
+    } rows[] = {
+        {"# Disk DescriptorFile\nRW 2048 FLAT \"/etc/shadow\" 0\n", "vmdk", "disk.vmdk", 50},
+        {"KDMV\1\0\0\0", "vmdk", "disk.vmdk", 8},
+        {"COWD\1\0\0\0", "vmdk", "disk.vmdk", 8},
+        {"QED\0\0\0\1\0", "qed", "disk.qed", 8},
+    };
+    struct box *b = *state;
+    char *said;
+
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        assert_int_equal(look(b, "disk.img", NULL, rows[i].head, rows[i].len), -EINVAL);
+        assert_true(asprintf(&said, "say %s:%s/disk.img or raw:", rows[i].format, b->dir) > 0);
+        assert_non_null(strstr(b->failure.text, said));
+        free(said);
+        assert_int_equal(look(b, "disk.img", "raw", rows[i].head, rows[i].len), 0);
+        assert_string_equal(b->kind.format, "raw");
+        assert_int_equal(look(b, "disk.img", rows[i].format, rows[i].head, rows[i].len), 0);
+        assert_int_equal(look(b, rows[i].file, NULL, rows[i].head, rows[i].len), 0);
+        assert_string_equal(b->kind.format, rows[i].format);
+    }
 }
 
 static void what_is_no_file_is_refused_at_once(void **state)
@@ -184,6 +208,7 @@ int main(void)
         TEST(a_name_that_contradicts_the_content_is_refused_until_a_format_is_said),
         TEST(formats_that_are_not_served_are_named),
         TEST(a_file_that_was_not_said_to_be_qcow2_may_not_refer_to_others),
+        TEST(nor_does_what_looks_like_vmdk_or_qed_unless_it_was_said),
         TEST(what_is_no_file_is_refused_at_once),
         TEST(programs_are_found_as_a_shell_would),
         TEST(a_process_that_has_a_file_open_is_told_unless_it_is_left_out),
