@@ -99,6 +99,9 @@
 
 /* -- one client's connections (server/conn_limit) -------------------------------------------------------------------
  */
+#define CONN_FAREWELLS_MAX \
+    64u                     /* sockets whose clients have had the last word and have not closed; then the oldest goes */
+#define CONN_LINES_MAX 100u /* lines of the log in a second about clients that come, are refused, or leave again */
 #define CONN_REFUSED_MAX 16u /* that are one too many, and are told so, at a time; others are closed without a word */
 
 /* -- TLS (server/tls, docs/decisions/0018-tls.md) -------------------------------------------------------------------

@@ -518,21 +518,6 @@ static void on_tick(uv_timer_t *timer)
 }
 
 /* -- the beginning ------------------------------------------------------------------------------------------------- */
-/* True: there is a place for one more. */
-static bool make_room(struct conn_set *s)
-{
-    if (s->nconns < s->config->max_connections)
-        return true;
-    for (struct conn *c = s->first; c; c = c->next)
-        if (c->state == CONN_TALKING && !c->opened) {
-            s->nevicted++;
-            conn_kill(c, -EUSERS, "it was negotiating while another client needed its place");
-            conn_settle(c);
-            return true;
-        }
-    return false;
-}
-
 static void complain(struct conn_set *s)
 {
     s->nrefused++;
@@ -574,11 +559,13 @@ static struct conn *conn_new(struct conn_set *s, uv_handle_type type)
 
 int conn_accept(struct conn_set *s, uv_stream_t *listener)
 {
-    bool room = make_room(s);
-    struct conn *c = conn_new(s, listener->type);
+    bool room = conn_limit_make_room(s);
+    struct conn *c;
     char from[128];
     int r;
 
+    conn_limit_farewells(s);
+    c = conn_new(s, listener->type);
     if (!c)
         return -ENOMEM;
     r = uv_accept(listener, &c->sock.stream);
@@ -604,7 +591,9 @@ int conn_accept(struct conn_set *s, uv_stream_t *listener)
         return 0;
     }
     memcpy(c->identity, c->origin, sizeof c->origin);
-    log_info("c%llu connected: %s", (unsigned long long)c->id, from);
+    c->quiet = !conn_limit_line(s);
+    if (!c->quiet)
+        log_info("c%llu connected: %s", (unsigned long long)c->id, from);
     conn_limit_check(c);
     conn_tls_offer(c);
     nbd_start(c->nbd);

@@ -44,6 +44,8 @@ struct conn_set {
     uint64_t complained_ms;              /* loop time of the last log line about a refusal */
     uint64_t nsilent;                    /* refusals since then */
     uint64_t limit_told_ms;              /* likewise, about one client's limit */
+    uint64_t lines_ms;                   /* the second of lines about clients began */
+    uint64_t nlines, nunsaid;            /* lines in it, and those that were left out */
     void (*on_closed)(void *arg);        /* private */
     void (*on_empty)(void *arg);         /* the last socket is closed; may be NULL */
     void *arg;
@@ -57,7 +59,7 @@ void conn_set_close(struct conn_set *s, void (*cb)(void *arg));
 
 /*
  * Takes the client that waits on a listening stream (UV_NAMED_PIPE or UV_TCP). With max-connections at hand, the one
- * that has been negotiating longest without naming an export makes way; if there is none, the new one is closed at
+ * that has been negotiating longest without being let in makes way; if there is none, the new one is closed at
  * once, because a client that was let to wait could hold others up for ever. -ENOMEM: the client still waits, and libuv
  * tells of no further one until it is taken.
  */

@@ -150,7 +150,9 @@ static void forget_wish(struct conn *c)
 /* An answer may bring the next ask at once: all of this one is gone before. */
 static void refuse_open(struct conn *c, const struct failure *why)
 {
-    log_info("c%llu refused: %s", (unsigned long long)c->id, in_public(c, why));
+    if (!c->quiet && conn_limit_line(c->set))
+        log_info("c%llu refused: %s", (unsigned long long)c->id, in_public(c, why));
+    c->opened = false;
     forget_wish(c);
     conn_ticket_leave(c, /* used= */ false);
     answer_error(c, why);
@@ -306,6 +308,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
         conn_settle(c);
         return;
     }
+    c->quiet = false;
     log_info("c%llu open: %s for %s%s, session %s, %zu context%s", (unsigned long long)c->id, c->export_name,
              c->identity, c->ticket ? " by a ticket" : "", vm_stay_session(&c->stay), c->ncontexts,
              c->ncontexts == 1 ? "" : "s");
@@ -361,6 +364,7 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
             c->stay.depth |= strcmp(c->contexts[i], "qemu:allocation-depth") == 0;
     c->vm = hit->vm;
     c->stay_state = STAY_ENTERING;
+    c->opened = true;
     r = vm_enter(hit->vm, &c->stay);
     if (r < 0) {
         c->stay_state = STAY_NONE;
@@ -438,7 +442,6 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
         return;
     }
     if (ask->type == NBD_ASK_OPEN) {
-        c->opened = true;
         if (keep_contexts(c, ask) < 0)
             r = failure_set(&why, -ENOMEM, "the server is out of memory");
     }

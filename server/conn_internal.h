@@ -76,7 +76,7 @@ struct conn {
     bool asking; /* an ask of nbd is with us */
     bool parked; /* likewise, and nothing is done about it until the client has read more of its answers */
     struct nbd_ask parked_ask;
-    bool opened; /* an export was named by GO: not the first to make way any more */
+    bool opened;                    /* it was let into a session: it makes way for nobody any more */
     bool one_too_many, turned_away; /* its identity has as many as it may; and it has been told */
 
     /* the session */
@@ -87,8 +87,8 @@ struct conn {
     char **contexts;         /* owned, each: negotiated contexts, in nbd's order */
     const char **since;      /* owned array: points into contexts */
     size_t ncontexts;
-    char *export_name; /* owned: canonical; NULL: none is open */
-    uint64_t size;     /* bytes */
+    char *export_name;                      /* owned: canonical; NULL: none is open */
+    uint64_t size;                          /* bytes */
     struct ticket *ticket;                  /* entered: what it opens, it opens by this; NULL: by its own rights */
     char *ticket_identity, *ticket_session; /* owned: then whose session the stay is for */
     const char *asked;                      /* borrowed from nbd until the ask is answered: the export's name */
@@ -138,6 +138,9 @@ void conn_kill(struct conn *c, int err, const char *fmt, ...) _printf_(3, 4);
 int conn_identify(struct conn *c, char *from, size_t size);
 
 /* -- conn_limit.c -------------------------------------------------------------------------------------------------- */
+bool conn_limit_make_room(struct conn_set *s);                /* true: there is a place for one more */
+void conn_limit_farewells(struct conn_set *s);                /* one more will come */
+bool conn_limit_line(struct conn_set *s);                     /* a line about a client may be logged */
 void conn_limit_check(struct conn *c);                        /* who it is is known now, or known better */
 bool conn_limit_refuses(struct conn *c, struct failure *why); /* whatever it asks for */
 void conn_limit_settle(struct conn *c);                       /* it has been told: now it goes */

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * conn_limit: how many connections one identity may have at a time. One too many is told so in words, when it asks for
- * something, and then let go; but there are few of those at a time, too.
+ * conn_limit: how many connections there may be at a time, and how many of one identity. Where all places are taken,
+ * the one that has been negotiating longest makes way. One too many of an identity is told so in words, when it asks
+ * for something, and then let go; but there are few of those at a time, too, and few that have heard the last word and
+ * stay.
  */
 #include "conn_internal.h"
 
@@ -25,17 +27,85 @@ static void tell(struct conn *c)
                 (unsigned long long)c->id, c->identity, limit(c));
 }
 
+/* Nobody has let it in, and it waits for no answer of ours. */
+static bool gives_way(const struct conn *c)
+{
+    return c->state == CONN_TALKING && !c->opened && !c->asking && !c->one_too_many;
+}
+
+static void evict(struct conn *c, const char *whose)
+{
+    c->set->nevicted++;
+    conn_kill(c, -EUSERS, "it was negotiating while another %s needed its place", whose);
+    conn_settle(c);
+}
+
+bool conn_limit_make_room(struct conn_set *s)
+{
+    if (s->nconns < s->config->max_connections)
+        return true;
+    for (struct conn *c = s->first; c; c = c->next)
+        if (gives_way(c)) {
+            evict(c, "client");
+            return true;
+        }
+    return false;
+}
+
+void conn_limit_farewells(struct conn_set *s)
+{
+    struct conn *oldest = NULL;
+    unsigned n = 0;
+
+    if (s->nopen - s->nconns < CONN_FAREWELLS_MAX) /* most of these are closed already, and freed at the loop's turn */
+        return;
+    for (struct conn *c = s->first; c; c = c->next)
+        if (c->state == CONN_FLUSHING || (c->state == CONN_SHUT && c->await_eof)) {
+            oldest = oldest ? oldest : c;
+            n++;
+        }
+    if (n < CONN_FAREWELLS_MAX)
+        return;
+    conn_kill(oldest, -EUSERS, "others have come meanwhile");
+    conn_settle(oldest);
+}
+
+bool conn_limit_line(struct conn_set *s)
+{
+    uint64_t now = uv_now(s->loop);
+
+    if (now - s->lines_ms >= 1000) {
+        if (s->nunsaid > 0)
+            log_info("%llu lines about clients are left out: more than %u in a second",
+                        (unsigned long long)s->nunsaid, CONN_LINES_MAX);
+        s->lines_ms = now;
+        s->nlines = s->nunsaid = 0;
+    }
+    if (s->nlines < CONN_LINES_MAX) {
+        s->nlines++;
+        return true;
+    }
+    s->nunsaid++;
+    return false;
+}
+
 void conn_limit_check(struct conn *c)
 {
     size_t nothers = 0, nrefused = 0;
+    struct conn *oldest = NULL;
 
-    for (const struct conn *other = c->set->first; other; other = other->next) {
+    for (struct conn *other = c->set->first; other; other = other->next) {
         if (other == c || other->state != CONN_TALKING)
             continue;
         nrefused += other->one_too_many;
-        nothers += !other->one_too_many && strcmp(other->identity, c->identity) == 0;
+        if (other->one_too_many || strcmp(other->identity, c->identity) != 0)
+            continue;
+        nothers++;
+        oldest = !oldest && gives_way(other) ? other : oldest;
     }
-    c->one_too_many = limit(c) > 0 && nothers >= limit(c);
+    c->one_too_many = limit(c) > 0 && nothers >= limit(c) && !oldest;
+    if (limit(c) > 0 && nothers >= limit(c) && oldest)
+        evict(oldest, "connection of the same client");
     if (!c->one_too_many)
         return;
     tell(c);

@@ -78,7 +78,8 @@ static void greet(struct conn *c)
     c->who.cn = p->cn;
     c->who.sans = (const char *const *)p->names;
     c->who.nsans = p->nnames;
-    log_info("c%llu is %s, by TLS %s", (unsigned long long)c->id, c->identity, p->session);
+    if (!c->quiet)
+        log_info("c%llu is %s, by TLS %s", (unsigned long long)c->id, c->identity, p->session);
     conn_limit_check(c);
     nbd_tls_ready(c->nbd);
 }

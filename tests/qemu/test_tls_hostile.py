@@ -158,6 +158,34 @@ class Hostile(tlsworld.TlsCase):
         self.assertGood(self.uri(self.client('alice')))
         self.end()
 
+    def test_a_crowd_without_any_right_neither_shuts_its_own_address_out_nor_holds_many_sockets(self):
+        self.begin(mode='on', allow=('cn:alice=*',))
+        good, crowd = self.uri(self.client('alice')), []
+        self.assertGood(good)
+
+        def come(*said):
+            raw = rawnbd.Raw(self.address)
+            self.addCleanup(raw.close)
+            crowd.append(raw)
+            for data in said:
+                raw.put(data)
+            return raw
+
+        for _ in range(200):
+            come()  # says nothing
+        self.assertGood(good)
+        for _ in range(200):
+            raw = come(tlsworld.option(rawnbd.OPT_GO, rawnbd.string('vm/vda') + b'\0\0'))
+            self.assertEqual(raw.take_reply()[1], rawnbd.ERROR | 6)  # is told no, and stays
+        self.assertGood(good)
+        for _ in range(200):
+            come(b'\xff' * 20).wait_hangup(20)  # broke the protocol, and does not close
+        self.assertGood(good)
+        self.assertLess(len(os.listdir(f'/proc/{self.daemon.process.pid}/fd')), 128 + 64 + 64)
+        for raw in crowd:
+            raw.close()
+        self.end()
+
     def test_a_hundred_stuck_handshakes_cost_little(self):
         self.begin(flags=['--handshake-timeout=120'])
         self.assertGood(self.uri(self.client('alice')))

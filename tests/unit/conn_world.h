@@ -59,7 +59,7 @@ struct vm {
     char since[64], checkpoint[64], disk[64], identity[64];
 };
 
-#define CLIENTS_MAX 20
+#define CLIENTS_MAX 120
 
 struct client {
     uv_pipe_t pipe;

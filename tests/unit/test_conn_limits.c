@@ -2,6 +2,10 @@
 /* conn: clients that wait, stall or flood: no client can make us keep more than the limits, or keep others out. */
 #include "conn_world.h"
 
+#include "conn_internal.h"
+
+#include <unistd.h>
+
 /* -- clients that hurt --------------------------------------------------------------------------------------------- */
 static void a_silent_client_is_closed_in_time(void **state)
 {
@@ -103,6 +107,63 @@ static void with_all_places_taken_the_silent_make_way_and_the_working_do_not(voi
     assert_int_equal(w->set.nrefused, 1);
 }
 
+/* A refusal opens nothing: whoever may see nothing could else hold all places. */
+static void a_refused_client_makes_way_like_a_silent_one(void **state)
+{
+    struct world *w = *state;
+    struct client *refused;
+    struct bytes b = {0};
+
+    w->config.max_connections = 2;
+    (void)client_open(w, 0, "web/vda", STRUCTURED);
+    refused = client_greet(w, 1, STRUCTURED);
+    refused->in.len = 0;
+    say_info(&b, NBD_OPT_GO, "no/such", 0, NULL);
+    client_say(refused, &b);
+    loop_until(&w->loop, refused->in.len > 0);
+    (void)client_open(w, 2, "web/vdb", STRUCTURED);
+    loop_until(&w->loop, refused->eof);
+    assert_false(w->clients[0].eof);
+}
+
+/* They broke the protocol, were hung up on, and do not close: a flood of them is no flood of sockets. */
+static void those_who_have_heard_the_last_word_are_few_too(void **state)
+{
+    struct world *w = *state;
+    struct bytes b = {0};
+    size_t most = 0;
+
+    (void)client_open(w, CLIENTS_MAX - 1, "web/vda", STRUCTURED);
+    for (size_t i = 0; i < CLIENTS_MAX - 1; i++) {
+        struct client *c = client_connect(w, i);
+
+        put32(&b, UINT32_MAX);
+        client_say(c, &b);
+        loop_until(&w->loop, c->eof);
+        most = MAX(most, w->set.nopen);
+    }
+    assert_between(most, CONN_FAREWELLS_MAX, CONN_FAREWELLS_MAX + 8);
+    assert_false(w->clients[CLIENTS_MAX - 1].eof);
+}
+
+static void lines_about_clients_are_few_in_a_second(void **state)
+{
+    struct world *w = *state;
+    uint64_t end;
+
+    for (unsigned i = 0; i < CONN_LINES_MAX; i++)
+        assert_true(conn_limit_line(&w->set));
+    assert_false(conn_limit_line(&w->set));
+    assert_int_equal(w->set.nunsaid, 1);
+    end = uv_now(&w->loop) + 1000;
+    while (uv_now(&w->loop) < end) {
+        usleep(50000);
+        uv_update_time(&w->loop);
+    }
+    assert_true(conn_limit_line(&w->set));
+    assert_int_equal(w->set.nunsaid, 0);
+}
+
 /* -- one client's limits ------------------------------------------------------------------------------------------- */
 static void one_connection_too_many_of_a_client_is_told_so_and_let_go(void **state)
 {
@@ -113,7 +174,7 @@ static void one_connection_too_many_of_a_client_is_told_so_and_let_go(void **sta
 
     w->config.max_connections_per_client = 2;
     (void)client_open(w, 0, "web/vda", STRUCTURED);
-    (void)client_greet(w, 1, STRUCTURED);
+    (void)client_open(w, 1, "web/vda", STRUCTURED);
     c = client_greet(w, 2, STRUCTURED);
     say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
     client_say(c, &b);
@@ -127,6 +188,22 @@ static void one_connection_too_many_of_a_client_is_told_so_and_let_go(void **sta
     client_close(&w->clients[1]);
     loop_until(&w->loop, w->set.nopen == 1);
     (void)client_open(w, 3, "web/vda", STRUCTURED); /* there is a place again */
+}
+
+static void a_client_s_own_silent_connections_make_way_before_it_has_too_many(void **state)
+{
+    struct world *w = *state;
+
+    w->config.max_connections_per_client = 2;
+    (void)client_connect(w, 0);
+    loop_until(&w->loop, w->set.nconns == 1);
+    (void)client_connect(w, 1);
+    loop_until(&w->loop, w->set.nconns == 2);
+    (void)client_open(w, 2, "web/vda", STRUCTURED);
+    loop_until(&w->loop, w->clients[0].eof);
+    assert_false(w->clients[1].eof);
+    assert_int_equal(w->set.nevicted, 1);
+    assert_int_equal(w->set.nrefused, 0);
 }
 
 static void those_that_are_refused_are_few_at_a_time_too(void **state)
@@ -260,6 +337,10 @@ int main(void)
         TEST(a_client_that_does_not_read_costs_a_window_and_is_closed),
         TEST(a_flood_of_refused_requests_is_not_read_on_without_end),
         TEST(with_all_places_taken_the_silent_make_way_and_the_working_do_not),
+        TEST(a_refused_client_makes_way_like_a_silent_one),
+        TEST(those_who_have_heard_the_last_word_are_few_too),
+        TEST(lines_about_clients_are_few_in_a_second),
+        TEST(a_client_s_own_silent_connections_make_way_before_it_has_too_many),
         TEST(one_connection_too_many_of_a_client_is_told_so_and_let_go),
         TEST(those_that_are_refused_are_few_at_a_time_too),
         TEST(a_session_s_rate_slows_its_reads_and_changes_no_byte),
