@@ -324,16 +324,17 @@ static void conn_input(struct conn *c)
     unsigned left_of_turn = FAIR_REQUESTS;
     bool alone = fair_is_alone(&c->set->fair);
 
-    while (c->input_at < c->input_len && may_feed(c)) {
+    while (may_feed(c) && (c->input_at < c->input_len || nbd_has_more(c->nbd))) {
         if (!alone && (!c->has_turn || left_of_turn-- == 0)) {
             fair_queue(&c->fair);
             break;
         }
+        bool more = nbd_has_more(c->nbd);
         size_t left = c->input_len - c->input_at;
         size_t taken =
             nbd_feed(c->nbd, c->input + c->input_at, nbd_in_transmission(c->nbd) ? MIN(left, FEED_STEP) : left);
         c->input_at += taken;
-        if (taken == 0)
+        if (taken == 0 && !more)
             break;
     }
     c->has_turn = false;

@@ -105,7 +105,7 @@ void nbd_send(struct nbd *n, const void *head, size_t len, struct nbd_payload *p
 void nbd_finish(struct nbd *n, enum nbd_end end, int err, const char *fmt, ...) _printf_(4, 5);
 /* The last request in flight may have gone. */
 void nbd_try_close(struct nbd *n);
-/* Goes on with stashed input after an answer or a reply. */
+/* Goes on with stashed options after an answer; requests wait until they are fed. */
 void nbd_resume(struct nbd *n);
 
 /* -- negotiate.c --------------------------------------------------------------------------------------------------- */

@@ -138,13 +138,14 @@ static bool step(struct nbd *n, struct nbd_input *in)
     return false;
 }
 
-/* Goes on as far as it can; returns how many bytes were taken. */
+/* Goes on as far as it can, or until transmission begins; returns how many bytes were taken. */
 static size_t run(struct nbd *n, const uint8_t *bytes, size_t len)
 {
     struct nbd_input in = {bytes, len};
+    bool transmitting = n->transmitting;
 
     n->running = true;
-    while (step(n, &in))
+    while (n->transmitting == transmitting && step(n, &in))
         ;
     n->running = false;
     return len - in.left;
@@ -165,15 +166,19 @@ static size_t put_stash(struct nbd *n, const uint8_t *bytes, size_t len)
     return len;
 }
 
-void nbd_resume(struct nbd *n)
+static void run_stash(struct nbd *n, size_t most)
 {
-    if (n->running || n->stash_pos == n->stash_len)
-        return;
-    n->stash_pos += run(n, n->stash + n->stash_pos, n->stash_len - n->stash_pos);
+    n->stash_pos += run(n, n->stash + n->stash_pos, MIN(n->stash_len - n->stash_pos, most));
     if (n->stash_pos == n->stash_len) {
         free(TAKE_PTR(n->stash));
         n->stash_pos = n->stash_len = 0;
     }
+}
+
+void nbd_resume(struct nbd *n)
+{
+    if (!n->running && !n->transmitting && n->stash_pos < n->stash_len)
+        run_stash(n, SIZE_MAX);
 }
 
 size_t nbd_feed(struct nbd *n, const void *bytes, size_t len)
@@ -182,11 +187,18 @@ size_t nbd_feed(struct nbd *n, const void *bytes, size_t len)
 
     assert(!n->running && n->state != STATE_NEW);
     nbd_resume(n);
-    if (n->stash_pos == n->stash_len)
+    if (nbd_has_more(n))
+        run_stash(n, NBD_REQUEST_SIZE);
+    else if (n->stash_pos == n->stash_len)
         taken = run(n, bytes, len);
     if (n->state == STATE_OPT_WAIT)
         taken += put_stash(n, (const uint8_t *)bytes + taken, len - taken);
     return taken;
+}
+
+bool nbd_has_more(const struct nbd *n)
+{
+    return n->transmitting && n->stash_pos < n->stash_len;
 }
 
 void nbd_feed_eof(struct nbd *n)

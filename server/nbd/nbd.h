@@ -133,9 +133,13 @@ void nbd_start(struct nbd *n); /* sends the greeting */
 /*
  * Consumes up to len bytes; returns how many were taken. Fewer than len: an ask is waiting and the small buffer
  * (limits.h) is full, or NBD_INFLIGHT_MAX requests are in flight, or TLS begins (ops->starttls). Feed the rest after
- * the next answer or final reply. After the end everything is taken and ignored.
+ * the next answer or final reply; or transmission has begun, and then requests come as the owner wants them: what was
+ * taken while the answer to GO was awaited is looked at first, one request for each call, and the call takes nothing.
+ * After the end everything is taken and ignored.
  */
 size_t nbd_feed(struct nbd *n, const void *bytes, size_t len);
+/* In transmission: there are such bytes, and nbd_feed() goes on with them whether it is given others or not. */
+bool nbd_has_more(const struct nbd *n);
 /*
  * No more bytes will come; feed what is left before. An ask that waits is given up: hangup(NBD_END_EOF) at once.
  * Requests in flight still want their replies first.

@@ -336,7 +336,6 @@ static void request_done(struct nbd_request *r)
     n->idle = r;
     n->ninflight--;
     nbd_try_close(n);
-    nbd_resume(n);
 }
 
 static void check_piece(const struct nbd_request *r, uint64_t offset, uint64_t length)

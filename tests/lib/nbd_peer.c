@@ -401,6 +401,7 @@ void peer_feed(struct peer *p, const struct bytes *b, enum feeding how)
     size_t pos = 0;
 
     while (pos < b->len) {
+        bool more = nbd_has_more(p->nbd), transmitting = nbd_in_transmission(p->nbd);
         size_t len = b->len - pos, taken;
         uint8_t *copy;
 
@@ -415,13 +416,13 @@ void peer_feed(struct peer *p, const struct bytes *b, enum feeding how)
         free(copy);
         assert_true(taken <= len);
         pos += taken;
-        if (taken < len && !give_something(p))
+        if (taken < len && !more && transmitting == nbd_in_transmission(p->nbd) && !give_something(p))
             fail_msg("the machine takes no more, but waits for nothing");
         else if (how == FEED_RANDOM && peer_random() % 4 == 0)
             give_something(p);
     }
-    while (give_something(p))
-        ;
+    while (give_something(p) || nbd_has_more(p->nbd))
+        (void)nbd_feed(p->nbd, "", 0);
 }
 
 static void print_line(const char *label, const struct bytes *b, size_t from)

@@ -177,6 +177,73 @@ static struct client *open_unmapped(struct world *w)
     return c;
 }
 
+/* Sent before the answer to GO is here: these are taken one by one all the same, as if they came then. */
+static void requests_sent_behind_go_wait_for_the_map_one_by_one(void **state)
+{
+    struct world *w = *state;
+    const char *const queries[] = {"base:allocation"};
+    struct client *c = client_greet(w, 0, STRUCTURED);
+    struct bytes b = {0};
+
+    w->vms[0].unmapped = true;
+    say_meta(&b, NBD_OPT_SET_META_CONTEXT, "web/vda", ARRAY_SIZE(queries), queries);
+    client_say(c, &b);
+    loop_until(&w->loop, c->in.len >= 2 * NBD_OPTION_REPLY_SIZE);
+    loop_turn(&w->loop, 2);
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    for (unsigned i = 1; i <= 3; i++)
+        say_request(&b, 0, NBD_CMD_BLOCK_STATUS, i, 0, 256 * KIB);
+    say_disc(&b);
+    client_say(c, &b);
+    loop_until(&w->loop, w->vms[0].nentered == 1);
+    loop_turn(&w->loop, 20);
+    bytes_done(&c->in);
+    vm_map(&w->vms[0]);
+    for (unsigned i = 1; i <= 3; i++) {
+        want_chunk(&b, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_BLOCK_STATUS, i, 4 + 8);
+        put32(&b, 1); /* the context's id */
+        put32(&b, 256 * KIB);
+        put32(&b, NBD_STATE_HOLE | NBD_STATE_ZERO);
+    }
+    client_expect(w, c, &b);
+    loop_until(&w->loop, c->eof && w->vms[0].nleft == 1);
+    assert_true(w->vms[0].last_disc);
+}
+
+/* A reply that must stay in one piece does, whatever was sent behind it, and when. */
+static void no_answer_comes_into_the_middle_of_a_simple_reply(void **state)
+{
+    struct world *w = *state;
+    struct client *c = client_greet(w, 0, SIMPLE);
+    struct map *zeros, *was = w->vms[0].allocation;
+    struct bytes b = {0};
+
+    assert_int_equal(map_new_uniform(DISK_SIZE, NBD_STATE_HOLE | NBD_STATE_ZERO, &zeros), 0);
+    w->vms[0].allocation = zeros;
+    memset(w->vms[0].source.data, 0, DISK_SIZE);
+    client_read(c, false); /* so that the zeros do not go in one turn */
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    say_read(&b, 1, 0, DISK_SIZE);
+    say_request(&b, 0, NBD_CMD_WRITE_ZEROES, 2, 0, 4096);
+    client_say(c, &b);
+    loop_until(&w->loop, w->vms[0].nentered == 1);
+    loop_turn(&w->loop, 20);
+    client_read(c, true);
+    loop_until(&w->loop, c->in.len >= DISK_SIZE + 32);
+    loop_turn(&w->loop, 2);
+    want_simple(&b, 0, 1);
+    put_fill(&b, 0, DISK_SIZE);
+    want_simple(&b, NBD_EPERM, 2);
+    assert_true(c->in.len > b.len);
+    assert_memory_equal(c->in.data + c->in.len - b.len, b.data, b.len);
+    bytes_done(&b);
+    bytes_done(&c->in);
+    client_close(c);
+    loop_until(&w->loop, w->set.nopen == 0);
+    map_free(zeros);
+    w->vms[0].allocation = was;
+}
+
 /* What is asked behind a question about the map waits with it. */
 static void a_map_that_is_not_there_yet_is_waited_for_and_data_is_not(void **state)
 {
@@ -475,6 +542,8 @@ int main(void)
         TEST(a_client_that_leaves_while_the_session_goes_up_is_forgotten),
         TEST(bytes_are_those_of_the_disk_and_zeros_are_not_read),
         LENT(bytes_are_those_of_the_disk_and_zeros_are_not_read),
+        TEST(requests_sent_behind_go_wait_for_the_map_one_by_one),
+        TEST(no_answer_comes_into_the_middle_of_a_simple_reply),
         TEST(a_map_that_is_not_there_yet_is_waited_for_and_data_is_not),
         TEST(a_lost_session_answers_what_waits_for_a_map),
         TEST(a_client_that_leaves_while_it_waits_for_a_map_is_forgotten),
