@@ -163,6 +163,7 @@
 #define LISTEN_BACKLOG                                                                                                 \
     4096 /* the system cuts it to net.core.somaxconn; where it is full, clients of a unix socket fail at once (EAGAIN) \
           */
+#define LISTEN_TURN 16u          /* clients taken at once, before others that are served have their turn */
 #define LISTEN_RETRY_MS 1000u    /* after accepting failed for want of memory */
 #define LISTEN_COMPLAIN_MS 1000u /* refused connections are logged at most this often */
 

@@ -32,7 +32,7 @@ int conn_identify(struct conn *c, char *from, size_t size)
     uint16_t port = 0;
     uv_os_fd_t fd;
     int r;
-    int size_wanted = (int)MIN((size_t)CONN_SOCKET_BUFFER, CONN_SOCKET_TOTAL / MAX(c->set->nconns, (size_t)1));
+    int size_wanted = (int)MIN((size_t)CONN_SOCKET_BUFFER, CONN_SOCKET_TOTAL / MAX(c->set->nopen, (size_t)1));
 
     if (uv_fileno(&c->sock.handle, &fd) < 0)
         return -EBADF;

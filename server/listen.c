@@ -21,6 +21,7 @@ struct listener {
     } sock;
     uv_timer_t retry;
     unsigned nhandles; /* that are not closed yet */
+    unsigned nturn;    /* clients taken without a look at the rest of the loop */
     listen_cb cb;
     void *arg;
     char *path; /* owned: of a socket that we made; NULL: nothing to remove */
@@ -62,6 +63,7 @@ static void on_retry(uv_timer_t *timer)
 {
     struct listener *l = timer->data;
 
+    l->nturn = 0;
     on_connection(&l->sock.stream, 0);
 }
 
@@ -73,7 +75,13 @@ static void on_connection(uv_stream_t *stream, int status)
         log_warning("%s: accepting failed: %s", l->address, uv_strerror(status));
         return;
     }
-    if (l->cb(l->arg, stream) < 0)
+    /*
+     * libuv before 1.45 accepts in one go until nobody waits, which may be never. It stops where a client is not taken,
+     * and goes on once it is.
+     */
+    if (l->nturn >= LISTEN_TURN)
+        (void)uv_timer_start(&l->retry, on_retry, 0, 0);
+    else if (l->nturn++, l->cb(l->arg, stream) < 0)
         (void)uv_timer_start(&l->retry, on_retry, LISTEN_RETRY_MS, 0);
 }
 

@@ -156,6 +156,63 @@ static void the_mode_can_change_later_but_not_of_anothers_file(void **state)
     assert_int_equal(unlink(w->path), 0); /* it was not ours to remove */
 }
 
+/* -- a crowd ------------------------------------------------------------------------------------------------------- */
+#define CROWD (4 * LISTEN_TURN)
+
+struct crowd {
+    uv_pipe_t pipes[CROWD];
+    uv_idle_t others; /* what else the loop has to do */
+    unsigned ntaken, nturn, most;
+};
+
+static int on_one_of_a_crowd(void *arg, uv_stream_t *stream)
+{
+    struct crowd *c = arg;
+
+    assert_int_equal(uv_pipe_init(stream->loop, &c->pipes[c->ntaken], 0), 0);
+    assert_int_equal(uv_accept(stream, (uv_stream_t *)&c->pipes[c->ntaken++]), 0);
+    c->nturn++;
+    c->most = MAX(c->most, c->nturn);
+    return 0;
+}
+
+static void on_others(uv_idle_t *idle)
+{
+    ((struct crowd *)idle->data)->nturn = 0;
+}
+
+static void a_crowd_that_comes_leaves_the_rest_of_the_loop_its_turns(void **state)
+{
+    const struct listen_file file = {.mode = 0600, .uid = LISTEN_AS_IS, .gid = LISTEN_AS_IS};
+    struct world *w = *state;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct crowd *c = calloc(1, sizeof *c);
+    struct failure why = {0};
+    struct listener *l;
+    int fds[CROWD];
+
+    assert_non_null(c);
+    assert_int_equal(listen_open_unix(&w->loop, w->path, &file, on_one_of_a_crowd, c, &l, &why), 0);
+    (void)strcpy(address.sun_path, w->path);
+    for (size_t i = 0; i < CROWD; i++) {
+        fds[i] = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(connect(fds[i], (struct sockaddr *)&address, sizeof address), 0);
+    }
+    (void)uv_idle_init(&w->loop, &c->others);
+    c->others.data = c;
+    (void)uv_idle_start(&c->others, on_others);
+    loop_until(&w->loop, c->ntaken == CROWD);
+    assert_between(c->most, 1, LISTEN_TURN + 1);
+    for (size_t i = 0; i < CROWD; i++) {
+        uv_close((uv_handle_t *)&c->pipes[i], NULL);
+        (void)close(fds[i]);
+    }
+    uv_close((uv_handle_t *)&c->others, NULL);
+    listen_close(l);
+    loop_turn(&w->loop, 3);
+    free(c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -163,6 +220,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(nobody_but_the_owner_can_connect_before_the_group_is_right, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_group_that_cannot_be_given_leaves_no_socket, set_up, tear_down),
         cmocka_unit_test_setup_teardown(the_mode_can_change_later_but_not_of_anothers_file, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_crowd_that_comes_leaves_the_rest_of_the_loop_its_turns, set_up, tear_down),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
