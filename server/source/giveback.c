@@ -249,19 +249,35 @@ static int giveback_read(struct source *s, struct source_read *r)
     return result;
 }
 
+/* True: any of them was not given back yet. A whole disk may be named, and named again: eight at a time. */
+static bool mark_given(struct giveback *g, uint64_t first, uint64_t last)
+{
+    uint8_t all = UINT8_MAX;
+    bool any = false;
+
+    for (; first < last && first % 8 != 0; first++) {
+        any |= !is_given(g, first);
+        g->given[first / 8] |= (uint8_t)(1u << first % 8);
+    }
+    for (uint64_t i = first / 8; i < last / 8; i++) {
+        all &= g->given[i];
+        g->given[i] = UINT8_MAX;
+    }
+    for (first = MAX(first, last / 8 * 8); first < last; first++) {
+        any |= !is_given(g, first);
+        g->given[first / 8] |= (uint8_t)(1u << first % 8);
+    }
+    return any || all != UINT8_MAX;
+}
+
 static void giveback_give(struct source *s, uint64_t offset, uint64_t length)
 {
     struct giveback *g = to_giveback(s);
     uint64_t first = offset / g->cluster + (offset % g->cluster != 0), last = (offset + length) / g->cluster;
-    bool any = false;
 
     first = MAX(first, 1);
     last = MIN(last, g->nclusters);
-    for (uint64_t i = first; i < last; i++) {
-        any |= !is_given(g, i);
-        g->given[i / 8] |= (uint8_t)(1u << i % 8);
-    }
-    if (any)
+    if (first < last && mark_given(g, first, last))
         add_range(g, (struct range){first * g->cluster, last * g->cluster});
 }
 
