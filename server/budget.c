@@ -11,14 +11,19 @@ void budget_init(struct budget *b, size_t limit, size_t piece, size_t max_spare)
     *b = (struct budget){.limit = limit, .piece = piece, .max_spare = max_spare};
 }
 
+static struct budget_spare *take_spare(struct budget *b)
+{
+    struct budget_spare *s = b->spare;
+
+    b->spare = s->next;
+    b->nspare--;
+    return s;
+}
+
 void budget_done(struct budget *b)
 {
-    while (b->spare) {
-        struct budget_spare *s = b->spare;
-        b->spare = s->next;
-        free(s);
-    }
-    b->nspare = 0;
+    while (b->spare)
+        free(take_spare(b));
 }
 
 size_t budget_spare_bytes(const struct budget *b)
@@ -80,10 +85,10 @@ void *budget_buffer(struct budget *b, size_t size)
     void *buffer;
 
     if (size == b->piece && b->spare) {
-        buffer = b->spare;
-        b->spare = b->spare->next;
-        b->nspare--;
+        buffer = take_spare(b);
     } else {
+        while (b->nspare > 0 && b->used + b->nspare * b->piece > b->limit) /* they count, too */
+            free(take_spare(b));
         buffer = malloc(MAX(size, sizeof(struct budget_spare)));
     }
     return buffer;

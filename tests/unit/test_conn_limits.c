@@ -327,6 +327,31 @@ static void everybody_gets_one_buffer_and_those_who_wait_take_turns(void **state
     budget_done(&b);
 }
 
+static void what_is_kept_spare_makes_room_for_other_sizes(void **state)
+{
+    struct budget_user u = {.on_room = NULL};
+    void *held[8];
+    struct budget b;
+
+    budget_init(&b, 8 * KIB, KIB, 8);
+    for (unsigned i = 0; i < 8; i++) {
+        assert_true(budget_reserve(&b, &u, KIB));
+        held[i] = budget_buffer(&b, KIB);
+    }
+    for (unsigned i = 0; i < 8; i++)
+        budget_give(&b, &u, held[i], KIB);
+    assert_int_equal(budget_spare_bytes(&b), 8 * KIB);
+    for (unsigned i = 0; i < 8; i++) {
+        assert_true(budget_reserve(&b, &u, KIB / 2));
+        held[i] = budget_buffer(&b, KIB / 2);
+        assert_true(b.used + budget_spare_bytes(&b) <= 8 * KIB);
+    }
+    assert_int_equal(budget_spare_bytes(&b), 4 * KIB);
+    for (unsigned i = 0; i < 8; i++)
+        budget_give(&b, &u, held[i], KIB / 2);
+    budget_done(&b);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, world_set_up, world_tear_down)
@@ -346,6 +371,7 @@ int main(void)
         TEST(a_session_s_rate_slows_its_reads_and_changes_no_byte),
         TEST(a_client_that_leaves_while_it_waits_for_the_rate_leaves_nothing),
         cmocka_unit_test(everybody_gets_one_buffer_and_those_who_wait_take_turns),
+        cmocka_unit_test(what_is_kept_spare_makes_room_for_other_sizes),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
