@@ -167,7 +167,8 @@ static bool flush_one(struct pull *p)
             job_fail(job, job->err == -ENODATA ? -EIO : job->err,
                      job->err == -ENODATA ? "these bytes were given back by a client of this session, and are not kept "
                                             "for a second read (--give-back)"
-                                          : "reading the frozen disk failed");
+                     : job->err == -ENOMEM ? "the server has no memory for this read"
+                                           : "reading the frozen disk failed");
             return true;
         }
         if (full || (job->ordered && piece->read.offset != job->send_at))
@@ -194,6 +195,19 @@ static void flush(struct pull *p)
     p->flushing = false;
 }
 
+/* The rest need not be read any more; the client is told when the request has its turn. */
+static void job_break(struct pull_job *job, int err)
+{
+    struct pull *p = job->pull;
+
+    if (job->err)
+        return;
+    job->err = err == -ENOMEM || err == -ENODATA ? err : -EIO;
+    job->at = job->end;
+    if (p->unstarted == job)
+        p->unstarted = job->next;
+}
+
 static void piece_arrived(struct piece *piece, int err)
 {
     struct pull_job *job = piece->job;
@@ -201,12 +215,8 @@ static void piece_arrived(struct piece *piece, int err)
     struct piece **at;
 
     if (!job->request || err) {
-        if (err && !job->err) { /* the rest need not be read any more */
-            job->err = err == -ENOMEM || err == -ENODATA ? err : -EIO;
-            job->at = job->end;
-            if (p->unstarted == job)
-                p->unstarted = job->next;
-        }
+        if (err)
+            job_break(job, err);
         piece_free(piece);
         job_try_free(job);
     } else {
@@ -377,7 +387,8 @@ static bool start_piece(struct pull *p)
     if (!piece || (zeros > 0 && !piece->buffer)) {
         budget_give(p->c.budget, &p->user, NULL, length);
         free(piece);
-        job_fail(job, -ENOMEM, "the server has no memory for this read");
+        job_break(job, -ENOMEM);
+        flush(p);
         return true;
     }
     rate_spend(&p->rate, length);

@@ -608,13 +608,11 @@ static void open_export(struct nbd *n, const struct nbd_export *e)
 
 void nbd_answer_export(struct nbd *n, const struct nbd_export *e)
 {
-    struct failure f = {0};
-
     if (!may_answer(n, NBD_ASK_EXPORT, NBD_ASK_OPEN))
         return;
     if (n->ask == NBD_ASK_OPEN && transmit_init(n, e) < 0) {
-        failure_set(&f, -ENOMEM, "Out of memory");
-        nbd_answer_error(n, &f);
+        /* For the owner the export is open: there is no way back to where another could be asked for. */
+        nbd_finish(n, NBD_END_LOST, -ENOMEM, "Out of memory");
         return;
     }
     if (n->ask == NBD_ASK_OPEN) {
