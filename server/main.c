@@ -135,6 +135,8 @@ static int give_up_rights(const struct server_config *config, struct failure *f)
             return failure_set(f, why.err, "for the user %s: %s", config->become.name, why.text);
         log_info("this is user %s (%d), group %d from now on", config->become.name, (int)config->become.uid,
                  (int)config->become.gid);
+    } else if (geteuid() == 0) {
+        log_warning("this is root and stays root: say --user NAME, or start it by its systemd unit");
     }
     if (config->pidfile && !pidfile_dir)
         return failure_set(f, -ENOMEM, "out of memory");

@@ -59,6 +59,7 @@ class LeastPrivilege(harness.Case):
         guest.write('vda', 0, MIB, 1)
         before = guest.state()
         daemon = self.daemon_as(guest, '--user=nobody', '--sandbox=auto')
+        self.assertNotIn('stays root', daemon.log())
         daemon.wait_idle()
         h = nbdpull.connect(daemon.uri('vm/vda'))
         guest.write('vda', 0, MIB, 2)
@@ -92,6 +93,13 @@ class LeastPrivilege(harness.Case):
         for st in scratch:
             self.assertEqual((stat.S_IMODE(st.st_mode), st.st_nlink, st.st_uid), (0o600, 0, uid))
         self.assertEqual(os.listdir(f'{self.folder}/qpulld.scratch'), [])
+
+    @unittest.skipIf(os.geteuid(), 'only root can stay root')
+    def test_root_that_stays_root_is_told(self):
+        guest = self.bare(Disk('vda', 8 * MIB))
+        daemon = self.qpulld(guest, linger=0)
+        self.assertRegex(daemon.log(), 'warning: this is root and stays root: say --user')
+        daemon.stop()
 
     def test_scratch_has_no_name_and_is_for_its_owner_only_whatever_the_umask(self):
         guest = self.bare(Disk('vda', 8 * MIB))
