@@ -45,6 +45,16 @@ static struct json_object *uris_of(const struct server *s, const char *export_na
     return all;
 }
 
+/* False: no export of this daemon has a URI by which it would know who speaks to its control socket. */
+static bool is_known_anywhere(const struct server *s)
+{
+    struct json_object *all = uris_of(s, "", /* local= */ true);
+    bool any = json_object_array_length(all) > 0;
+
+    json_object_put(all);
+    return any;
+}
+
 /* VM/DISK or VM/DISK@NAME, or a ticket: who has that needs no rule, so that he may come from anywhere. */
 static int add_disk(struct begin *b, struct json_object *to, struct lease *l, const struct disk *d, struct failure *f)
 {
@@ -131,6 +141,12 @@ static int check_wish(struct control_call *call, const struct lease_wish *wish, 
     if (wish->checkpoint && !(rights & ACCESS_CHECKPOINT))
         return failure_set(f, -EPERM, "%s may not make checkpoints of VM \"%s\" (--allow)", wish->identity,
                            vm_name(wish->vm));
+    if (!tickets && !is_known_anywhere(call->server))
+        return failure_set(
+            f, -EINVAL,
+            "qpulld listens at no unix socket, where it would know %s: begin with --ticket, or give it a "
+            "--listen unix:PATH",
+            wish->identity);
     if (tickets && !(rights & ACCESS_CONTROL))
         return failure_set(f, -EPERM,
                            "%s may not let others in to VM \"%s\": tickets need the right \"control\" "

@@ -86,15 +86,6 @@ static void print_begun(struct json_object *begun, const struct args *args)
     }
 }
 
-static bool has_uri(struct json_object *begun)
-{
-    struct json_object *disks = answer_array(begun, "disks");
-    struct json_object *uris =
-        disks && json_object_array_length(disks) > 0 ? answer_array(json_object_array_get_idx(disks, 0), "uris") : NULL;
-
-    return uris && json_object_array_length(uris) > 0;
-}
-
 enum exit_status run_begin(const struct args *args)
 {
     struct json_object *wish = json_object_new_object(), *disks, *begun = NULL;
@@ -122,8 +113,6 @@ enum exit_status run_begin(const struct args *args)
         print_json(begun);
     else if (status == EXIT_DONE)
         print_begun(begun, args);
-    if (status == EXIT_DONE && !has_uri(begun))
-        (void)complain("qpulld listens at no unix socket, where it would know this user: begin with --ticket");
     json_object_put(wish);
     json_object_put(begun);
     daemon_close(d);

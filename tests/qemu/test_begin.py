@@ -171,6 +171,18 @@ class Begin(harness.Case):
         daemon.qpull('end', begun['session'], '--rollback')
         self.assertNothingLeft(self.vm, daemon, self.before)
 
+    def test_where_no_listener_would_know_who_begins_nothing_is_frozen(self):
+        daemon = self.world()
+        daemon.stop()
+        daemon.flags = [f for f in daemon.flags if not f.startswith('--listen=')] + ['--listen=tcp:127.0.0.1:0']
+        daemon.start()
+        daemon.wait_idle()
+        done = daemon.qpull('begin', 'vm', check=False)
+        self.assertEqual((done.returncode, done.stdout), (1, ''))
+        self.assertRegex(done.stderr, r'no unix socket, where it would know uid:\d+.*begin with --ticket')
+        self.assertNothingLeft(self.vm, daemon, self.before)
+        daemon.qpull('begin', 'vm', '--ticket')
+
     def test_who_leaves_before_it_is_up_or_a_daemon_that_ends_leaves_nothing(self):
         daemon = self.world()
         for _ in range(5):
