@@ -171,11 +171,24 @@ static void run_reload(struct work *w)
     (void)tls_creds_load(l->certs, l->psk, &l->creds, &l->note, &l->why);
 }
 
+/* Between the `rm` and the `cp` of who replaces it nobody wants the revoked ones back. */
+static void check_crl_stays(struct server_reload *l)
+{
+    if (l->why.err || tls_creds_have_crl(l->creds) || !tls_creds_have_crl(l->server->tls.creds))
+        return;
+    tls_creds_unref(TAKE_PTR(l->creds));
+    (void)failure_set(&l->why, -ENOENT,
+                      "the revocation list %s/ca-crl.pem is gone (put one there, if only an empty one, or restart "
+                      "qpulld to go on without any)",
+                      l->certs);
+}
+
 static void on_reloaded(struct work *w)
 {
     struct server_reload *l = container_of(w, struct server_reload, work);
     struct server *s = l->server;
 
+    check_crl_stays(l);
     if (l->why.err) {
         log_error("SIGHUP: %s; the certificates or keys of before stay in use", l->why.text);
     } else {

@@ -28,13 +28,14 @@
 struct tls_creds;
 
 /*
- * One of certs_dir (ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if it is there) and psk_file (lines
- * of USER:HEXKEY) is not NULL. Reads files. ret_note: what is not an error, but people should know; or err 0.
+ * One of certs_dir (ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is such a name) and psk_file
+ * (lines of USER:HEXKEY) is not NULL. Reads files. ret_note: what is not an error, but people should know; or err 0.
  */
 int tls_creds_load(const char *certs_dir, const char *psk_file, struct tls_creds **ret_creds, struct failure *ret_note,
                    struct failure *f);
 struct tls_creds *tls_creds_ref(struct tls_creds *creds);
-void tls_creds_unref(struct tls_creds *creds); /* NULL is fine */
+void tls_creds_unref(struct tls_creds *creds);          /* NULL is fine */
+bool tls_creds_have_crl(const struct tls_creds *creds); /* a revocation list */
 /* In words, for the log: "certificates in DIR, with a revocation list". */
 const char *tls_creds_text(const struct tls_creds *creds);
 

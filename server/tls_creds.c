@@ -194,11 +194,28 @@ static void note_dates(struct tls_creds *c, const char *path, struct failure *no
     gnutls_free(all);
 }
 
+/* Only a name that is not there means that there is no list: any doubt would let in whom the list keeps out. */
+static int load_crl(struct tls_creds *c, const char *path, struct failure *f)
+{
+    struct stat st;
+    int r;
+
+    if (lstat(path, &st) < 0 && errno == ENOENT)
+        return 0;
+    if (access(path, R_OK) < 0)
+        return failure_set(f, -errno, "cannot read the revocation list %s: %s", path, strerror(errno));
+    r = gnutls_certificate_set_x509_crl_file(c->x509, path, GNUTLS_X509_FMT_PEM);
+    if (r < 1)
+        return failure_set(f, -EINVAL, "%s: %s", path,
+                           r < 0 ? gnutls_strerror(r) : "there is no revocation list in it");
+    c->has_crl = true;
+    return 0;
+}
+
 static int load_x509(struct tls_creds *c, const char *dir, struct failure *note, struct failure *f)
 {
     _cleanup_free_ char *ca = join_path(dir, "ca-cert.pem"), *cert = join_path(dir, "server-cert.pem");
     _cleanup_free_ char *key = join_path(dir, "server-key.pem"), *crl = join_path(dir, "ca-crl.pem");
-    bool has_crl;
     int r;
 
     if (!ca || !cert || !key || !crl)
@@ -216,13 +233,11 @@ static int load_x509(struct tls_creds *c, const char *dir, struct failure *note,
     r = gnutls_certificate_set_x509_key_file(c->x509, cert, key, GNUTLS_X509_FMT_PEM);
     if (r < 0)
         return failure_set(f, -EINVAL, "%s, %s: %s", cert, key, gnutls_strerror(r));
-    has_crl = access(crl, F_OK) == 0;
-    r = has_crl ? gnutls_certificate_set_x509_crl_file(c->x509, crl, GNUTLS_X509_FMT_PEM) : 0;
-    if (r < 0)
-        return failure_set(f, -EINVAL, "%s: %s", crl, gnutls_strerror(r));
+    if (load_crl(c, crl, f) < 0)
+        return f->err;
     note_open_file(key, "the key", note);
     note_dates(c, cert, note);
-    if (asprintf(&c->text, "certificates in %s, %s revocation list", dir, has_crl ? "with a" : "no") < 0) {
+    if (asprintf(&c->text, "certificates in %s, %s revocation list", dir, c->has_crl ? "with a" : "no") < 0) {
         c->text = NULL;
         return failure_set(f, -ENOMEM, "out of memory");
     }
@@ -311,6 +326,11 @@ void tls_creds_unref(struct tls_creds *creds)
 {
     if (creds && --creds->nrefs == 0)
         creds_free(creds);
+}
+
+bool tls_creds_have_crl(const struct tls_creds *creds)
+{
+    return creds->has_crl;
 }
 
 const char *tls_creds_text(const struct tls_creds *creds)

@@ -21,7 +21,8 @@ struct tls_creds {
     gnutls_priority_t priority;            /* owned */
     struct tls_key *keys;                  /* owned: of psk; read-only once loaded */
     size_t nkeys;
-    char *text; /* owned */
+    bool has_crl; /* x509 has a revocation list */
+    char *text;   /* owned */
 };
 
 /* Sealed bytes on their way to the socket. */

@@ -2,10 +2,12 @@
 # ctest: timeout 300
 """TLS with stock clients: who gets in, with what, and that what they get is right."""
 import os
+import pwd
 import shutil
 import signal
 import ssl
 import sys
+import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
@@ -120,8 +122,8 @@ class Certificates(tlsworld.TlsCase):
         stays = nbdpull.connect(self.uri(alice))
         new = f'{self.folder}/new'
         tlsworld.qpull('certs', 'init', new, '--client=carol')
-        os.unlink(f'{self.pki}/ca-crl.pem')
-        for name in ('ca-cert.pem', 'server-cert.pem', 'server-key.pem'):
+        tlsworld.revoke(new)
+        for name in ('ca-cert.pem', 'ca-crl.pem', 'server-cert.pem', 'server-key.pem'):
             os.replace(f'{new}/{name}', f'{self.pki}/{name}')
         reload()
         reload()
@@ -132,6 +134,84 @@ class Certificates(tlsworld.TlsCase):
         self.assertBad(self.uri(alice), *THEIR_END)
         self.assertGood(self.uri(f'{new}/clients/carol'))
         self.end()
+
+    def test_a_list_that_is_gone_for_a_moment_lets_no_revoked_one_in(self):
+        self.begin()
+        bob = self.client('bob')
+        self.daemon.stop()
+        tlsworld.revoke(self.pki, bob)
+        self.daemon.start()
+        self.daemon.wait_idle()
+        self.port = self.daemon.tcp_port()
+        self.assertBad(self.uri(bob), 'revoked')
+        os.rename(f'{self.pki}/ca-crl.pem', f'{self.folder}/kept-list')
+        before = len(self.log_text())
+        self.daemon.process.send_signal(signal.SIGHUP)
+        harness.wait_until(lambda: 'TLS: ' in self.log_text()[before:] or 'SIGHUP: ' in self.log_text()[before:], 20,
+                           'the reload')
+        self.assertBad(self.uri(bob), 'revoked')
+        self.assertRegex(self.log_text()[before:], r'error: SIGHUP: the revocation list .*/pki/ca-crl\.pem is gone '
+                                                   r'\(.*restart qpulld.*\); the certificates .* stay in use')
+        self.assertGood(self.uri(self.client('alice')))
+        os.rename(f'{self.folder}/kept-list', f'{self.pki}/ca-crl.pem')
+        before = len(self.log_text())
+        self.daemon.process.send_signal(signal.SIGHUP)
+        harness.wait_until(lambda: 'with a revocation list' in self.log_text()[before:], 20, 'the reload')
+        self.assertBad(self.uri(bob), 'revoked')
+        # Who wants none any more says so by a restart.
+        os.unlink(f'{self.pki}/ca-crl.pem')
+        self.daemon.stop()
+        self.daemon.start()
+        self.daemon.wait_idle()
+        self.port = self.daemon.tcp_port()
+        self.assertGood(self.uri(bob))
+        self.end()
+
+    def refused_start(self, *flags):
+        """What a daemon says that does not begin."""
+        made = [f'--{k}={self.folder}/run/{k}' for k in ('state', 'scratch', 'control', 'pidfile')]
+        done = harness.run([f'{harness.bin_dir()}/qpulld', f'--vm=vm={self.folder}/none', *made, '--tls=on',
+                            f'--listen=unix:{self.folder}/run/nbd', f'--tls-certs={self.pki}', *flags],
+                           check=False, timeout=20)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        return done.stderr
+
+    def own_folders(self, uid):
+        for name in ('run', 'run/state', 'run/scratch'):
+            os.mkdir(f'{self.folder}/{name}')
+            os.chown(f'{self.folder}/{name}', uid, -1)
+
+    def test_a_list_that_cannot_be_read_is_not_taken_for_none(self):
+        self.pki = f'{self.folder}/pki'
+        tlsworld.qpull('certs', 'init', self.pki, '--client=bob')
+        self.own_folders(-1)
+        crl = f'{self.pki}/ca-crl.pem'
+        os.symlink(f'{self.folder}/nowhere', crl)
+        self.assertRegex(self.refused_start(), f'cannot read the revocation list {crl}: No such file')
+        os.unlink(crl)
+        for text in ('', 'no list\n'):
+            with open(crl, 'w', encoding='ascii') as f:
+                f.write(text)
+            self.assertRegex(self.refused_start(), f'{crl}: ')
+        os.unlink(crl)
+        os.mkdir(crl)
+        self.assertRegex(self.refused_start(), f'{crl}: ')
+
+    @unittest.skipIf(os.geteuid(), 'only root can become another user')
+    def test_a_list_in_a_folder_that_the_user_may_not_enter_is_not_taken_for_none(self):
+        nobody = pwd.getpwnam('nobody').pw_uid
+        self.pki = f'{self.folder}/pki'
+        tlsworld.qpull('certs', 'init', self.pki, '--client=bob')
+        tlsworld.revoke(self.pki, self.client('bob'))
+        os.chmod(self.folder, 0o711)
+        self.own_folders(nobody)
+        os.chmod(self.pki, 0o755)
+        os.chown(f'{self.pki}/server-key.pem', nobody, -1)
+        os.mkdir(f'{self.folder}/root', mode=0o700)
+        os.rename(f'{self.pki}/ca-crl.pem', f'{self.folder}/root/ca-crl.pem')
+        os.symlink(f'{self.folder}/root/ca-crl.pem', f'{self.pki}/ca-crl.pem')
+        self.assertRegex(self.refused_start('--user=nobody'),
+                         f'cannot read the revocation list {self.pki}/ca-crl.pem: Permission denied')
 
     def test_old_versions_are_not_spoken(self):
         self.begin()
