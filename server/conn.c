@@ -428,7 +428,7 @@ static void on_nbd_hangup(void *arg, enum nbd_end end, const struct failure *why
 {
     struct conn *c = arg;
 
-    note_end(c, end, why);
+    note_end(c, end, c->hushed ? NULL : why);
     set_state(c, CONN_FLUSHING);
 }
 

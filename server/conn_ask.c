@@ -27,7 +27,9 @@ static void answer_error(struct conn *c, const struct failure *why)
     answered(c);
     if (c->ask_type != NBD_ASK_OPEN) /* a client may ask many times */
         log_debug("c%llu answered with an error: %s", (unsigned long long)c->id, in_public(c, why));
+    c->hushed = c->secret;
     nbd_answer_error(c->nbd, why);
+    c->hushed = false;
 }
 
 static void answer_no_memory(struct conn *c)
@@ -147,15 +149,25 @@ static void forget_wish(struct conn *c)
     c->ncontexts = 0;
 }
 
-/* An answer may bring the next ask at once: all of this one is gone before. */
-static void refuse_open(struct conn *c, const struct failure *why)
+/*
+ * Our words name VMs, disks and paths. Who has come by a ticket hears fixed ones instead (docs/decisions/0022):
+ * to_bearer, or, where it is NULL, that there is no such export. An answer may bring the next ask at once: all of this
+ * one is gone before.
+ */
+static void refuse_open(struct conn *c, const struct failure *why, const char *to_bearer)
 {
+    struct failure told = {0};
+
     if (!c->quiet && conn_limit_line(c->set))
-        log_info("c%llu refused: %s", (unsigned long long)c->id, in_public(c, why));
+        log_info("c%llu refused: %s", (unsigned long long)c->id, c->ticket ? why->text : in_public(c, why));
+    if (c->ticket && to_bearer)
+        (void)failure_set(&told, why->err, "%s", to_bearer);
+    else if (c->ticket)
+        (void)catalog_unknown(c->asked, &told);
     c->opened = false;
     forget_wish(c);
     conn_ticket_leave(c, /* used= */ false);
-    answer_error(c, why);
+    answer_error(c, told.err ? &told : why);
 }
 
 /* The contexts stay as the client chose them: nbd counts on their order. */
@@ -294,9 +306,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
 
     if (f) {
         c->stay_state = STAY_NONE;
-        if (c->ticket && catalog_unknown(c->asked, &why) < 0) /* it has just been used up */
-            f = &why;
-        refuse_open(c, f);
+        refuse_open(c, f, /* to_bearer= */ NULL); /* it has just been used up */
         conn_settle(c);
         return;
     }
@@ -304,7 +314,7 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
     if (begin_pull(c, &why) < 0) {
         c->stay_state = STAY_NONE;
         vm_leave(&c->stay, /* said_disc= */ false, /* read_failed= */ false);
-        refuse_open(c, &why);
+        refuse_open(c, &why, "this disk, or a map of it, cannot be read");
         conn_settle(c);
         return;
     }
@@ -322,13 +332,16 @@ static void on_entered(struct vm_stay *stay, const struct failure *f)
 static void on_lost(struct vm_stay *stay, const struct failure *why)
 {
     struct conn *c = container_of(stay, struct conn, stay);
+    struct failure told = {0};
 
     if (c->state == CONN_TALKING) {
         log_warning("c%llu lost its session %s: %s", (unsigned long long)c->id, vm_stay_session(stay), why->text);
         nbd_fail(c->nbd, why);
     }
+    if (c->ticket) /* as refuse_open() has it */
+        (void)failure_set(&told, why->err, "the session has ended");
     if (c->pulling)
-        pull_fail(&c->pull, why);
+        pull_fail(&c->pull, c->ticket ? &told : why);
     conn_ask_mapped(c);
     conn_settle(c);
 }
@@ -343,7 +356,7 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
     c->checkpoint = hit->checkpoint ? strdup(hit->checkpoint) : NULL;
     if (!c->export_name || !c->disk || (hit->checkpoint && !c->checkpoint)) {
         (void)failure_set(&why, -ENOMEM, "the server is out of memory");
-        refuse_open(c, &why);
+        refuse_open(c, &why, why.text);
         return;
     }
     c->stay = (struct vm_stay){
@@ -368,10 +381,8 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
     r = vm_enter(hit->vm, &c->stay);
     if (r < 0) {
         c->stay_state = STAY_NONE;
-        if (c->ticket)
-            (void)catalog_unknown(c->asked, &why);
         (void)failure_set(&why, r, "VM \"%s\" cannot be frozen now: %s", vm_name(hit->vm), strerror(-r));
-        refuse_open(c, &why);
+        refuse_open(c, &why, /* to_bearer= */ NULL);
     }
 }
 
@@ -380,7 +391,7 @@ static void enter(struct conn *c, const struct catalog_hit *hit)
 static void answer_hit(struct conn *c, const struct catalog_hit *hit, const struct failure *f)
 {
     if (f && c->ask_type == NBD_ASK_OPEN)
-        refuse_open(c, f);
+        refuse_open(c, f, /* to_bearer= */ NULL); /* before any ticket was good */
     else if (f)
         answer_error(c, f);
     else if (c->ask_type == NBD_ASK_EXPORT)
@@ -452,7 +463,7 @@ void conn_ask(struct conn *c, const struct nbd_ask *ask)
     if (r == 0)
         r = catalog_find_start(c->set->catalog, &c->ask, ask->export_name, &why);
     if (r < 0 && ask->type == NBD_ASK_OPEN)
-        refuse_open(c, &why);
+        refuse_open(c, &why, /* to_bearer= */ NULL);
     else if (r < 0)
         answer_error(c, &why);
 }

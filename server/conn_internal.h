@@ -93,6 +93,7 @@ struct conn {
     char *ticket_identity, *ticket_session; /* owned: then whose session the stay is for */
     const char *asked;                      /* borrowed from nbd until the ask is answered: the export's name */
     bool secret;                            /* it looks like a ticket: not for the log */
+    bool hushed;                            /* an error that may have it in it is being told: an end by it, likewise */
     struct pull pull;
     bool pulling;                 /* pull is initialised */
     bool mapped;                  /* it has its maps */

@@ -117,20 +117,114 @@ static void a_ticket_opens_its_disk_of_its_session_where_names_open_nothing(void
     assert_int_equal(b->w->vms[0].nentered, 1);
 }
 
+static void expect_no_name(const struct bytes *told)
+{
+    static const char *const secrets[] = {"web", "vdb", "vda", "tuesday", "4711", "qcow2", "VM"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(secrets); i++)
+        assert_null(memmem(told->data, told->len, secrets[i], strlen(secrets[i])));
+}
+
 static void its_bearer_is_not_told_whose_disk_it_is(void **state)
 {
     struct bearer *b = *state;
     const uint32_t options[] = {NBD_OPT_INFO, NBD_OPT_GO};
-    static const char *const secrets[] = {"web", "vdb", "vda", "tuesday", "4711", "qcow2", "VM"};
 
     for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
         struct bytes told = {0};
 
         assert_true(is_let_in(b->w, 0, b->name, options[i], &told));
-        for (size_t s = 0; s < ARRAY_SIZE(secrets); s++)
-            assert_null(memmem(told.data, told.len, secrets[s], strlen(secrets[s])));
+        expect_no_name(&told);
         bytes_done(&told);
     }
+}
+
+static bool heard(const struct client *c, const char *words)
+{
+    return c->in.len > 0 && memmem(c->in.data, c->in.len, words, strlen(words));
+}
+
+/* The log is told what he is not. */
+static char *logged;
+
+static void on_line(enum log_level level, const char *line)
+{
+    char *all;
+
+    assert_true(asprintf(&all, "%s%s\n", logged ? logged : "", line) >= 0);
+    free(logged);
+    logged = all;
+}
+
+static void log_to_us(void)
+{
+    free(TAKE_PTR(logged));
+    log_init_sink(LOG_LEVEL_DEBUG, on_line);
+}
+
+static void expect_logged(const char *words)
+{
+    log_init_sink(LOG_LEVEL_ERROR, NULL);
+    assert_non_null(logged);
+    assert_non_null(strstr(logged, words));
+    free(TAKE_PTR(logged));
+}
+
+static void nor_by_a_map_that_cannot_be_read(void **state)
+{
+    const char *const queries[] = {"qemu:allocation-depth"};
+    struct bearer *b = *state;
+    struct client *c = client_greet(b->w, 0, STRUCTURED);
+    struct bytes say = {0};
+
+    log_to_us();
+    say_meta(&say, NBD_OPT_SET_META_CONTEXT, b->name, 1, queries);
+    say_info(&say, NBD_OPT_GO, b->name, 0, NULL);
+    client_say(c, &say);
+    loop_until(&b->w->loop, b->w->vms[0].nleft == 1);
+    loop_turn(&b->w->loop, 2);
+    expect_no_name(&c->in);
+    assert_true(heard(c, "cannot be read"));
+    expect_logged("of disk \"vdb\" could not be read");
+    assert_true(is_let_in(b->w, 1, b->name, NBD_OPT_GO, NULL)); /* it is not used up */
+}
+
+static void nor_by_a_session_that_ends_under_his_reads(void **state)
+{
+    struct bearer *b = *state;
+    struct client *c = client_open(b->w, 0, b->name, STRUCTURED);
+    struct bytes say = {0};
+
+    log_to_us();
+    b->w->vms[0].source.hold = true;
+    say_read(&say, 1, DISK_SIZE / 2, 64 * KIB);
+    say_read(&say, 2, DISK_SIZE / 2, 128 * KIB);
+    client_say(c, &say);
+    loop_until(&b->w->loop, b->w->vms[0].source.nreads == 2);
+    vm_lose(&b->w->vms[0], "session 1862c0f3 of VM 'web': disk vdb was for uid:4711");
+    vm_release_reads(&b->w->vms[0]);
+    loop_until(&b->w->loop, c->eof);
+    expect_no_name(&c->in);
+    assert_true(heard(c, "the session has ended"));
+    expect_logged("session 1862c0f3 of VM 'web'");
+}
+
+static void a_name_that_may_be_a_ticket_is_not_logged(void **state)
+{
+    struct bearer *b = *state;
+    char name[TICKET_NAME_SIZE];
+    struct bytes say = {0};
+    struct client *c;
+
+    (void)snprintf(name, sizeof(name), "%.*sxy", (int)sizeof(name) - 3, b->name); /* nearly right */
+    log_to_us();
+    assert_false(is_let_in(b->w, 0, name, NBD_OPT_GO, NULL));
+    c = client_greet(b->w, 1, SIMPLE);
+    say_option_text(&say, NBD_OPT_EXPORT_NAME, name);
+    client_say(c, &say);
+    loop_until(&b->w->loop, c->eof);
+    assert_null(strstr(logged, name));
+    expect_logged("what it presented as a ticket is none");
 }
 
 static void asking_uses_nothing_up_and_several_connections_may_be_one_client(void **state)
@@ -217,6 +311,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_ticket_opens_its_disk_of_its_session_where_names_open_nothing, set_up,
                                         tear_down),
         cmocka_unit_test_setup_teardown(its_bearer_is_not_told_whose_disk_it_is, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(nor_by_a_map_that_cannot_be_read, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(nor_by_a_session_that_ends_under_his_reads, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_name_that_may_be_a_ticket_is_not_logged, set_up, tear_down),
         cmocka_unit_test_setup_teardown(asking_uses_nothing_up_and_several_connections_may_be_one_client, set_up,
                                         tear_down),
         cmocka_unit_test_setup_teardown(after_its_time_it_is_as_if_it_had_never_been, set_up, tear_down),
