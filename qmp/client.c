@@ -331,6 +331,16 @@ static void client_hear_event(struct qmp_client *c, const char *event, struct js
     }
 }
 
+/* What qpulld says instead of its greeting; QEMU never does. */
+static void client_hear_refusal(struct qmp_client *c, struct json_object *error)
+{
+    struct failure f = {0}, why = {0};
+
+    failure_of_error(&f, error);
+    failure_set(&why, f.err, "'%s' turns us away: %s", c->path, f.text);
+    client_lose(c, &why);
+}
+
 /* Whatever is none of a greeting, a reply to somebody, and an event, is left alone: QEMU may learn to say more. */
 static int on_document(void *arg, struct json_object *doc)
 {
@@ -350,6 +360,8 @@ static int on_document(void *arg, struct json_object *doc)
 
         if (worked || json_object_object_get_ex(doc, "error", &v))
             client_hear_reply(c, (uint64_t)json_object_get_int64(id), worked, v);
+    } else if (c->state == CLIENT_GREETING && json_object_object_get_ex(doc, "error", &v)) {
+        client_hear_refusal(c, v);
     }
     return c->link == l ? 0 : -ECANCELED; /* a callback closed the client, or the link is lost: stop */
 }

@@ -284,14 +284,14 @@ static bool is_meant(const struct access_rule *r, const struct access_who *who)
 }
 
 /* Root, and who could read our memory anyhow. */
-static bool is_ours(const struct access_who *who)
+bool access_is_ours(const struct access_who *who)
 {
     return who->has_peer && (who->uid == 0 || who->uid == geteuid());
 }
 
 unsigned access_rights(const struct access *a, const struct access_who *who, const char *vm)
 {
-    unsigned all = is_ours(who) ? ACCESS_ALL : 0;
+    unsigned all = access_is_ours(who) ? ACCESS_ALL : 0;
 
     for (size_t i = 0; all != ACCESS_ALL && i < a->nrules; i++)
         if (is_meant(&a->rules[i], who) && is_like(a->rules[i].vm, vm))
@@ -301,7 +301,7 @@ unsigned access_rights(const struct access *a, const struct access_who *who, con
 
 bool access_is_admin(const struct access *a, const struct access_who *who)
 {
-    unsigned all = is_ours(who) ? ACCESS_ALL : 0;
+    unsigned all = access_is_ours(who) ? ACCESS_ALL : 0;
 
     for (size_t i = 0; i < a->nrules; i++)
         if (is_meant(&a->rules[i], who) && strcmp(a->rules[i].vm, "*") == 0)
@@ -311,7 +311,7 @@ bool access_is_admin(const struct access *a, const struct access_who *who)
 
 bool access_may_connect(const struct access *a, const struct access_who *who)
 {
-    bool may = is_ours(who);
+    bool may = access_is_ours(who);
 
     for (size_t i = 0; i < a->nrules; i++)
         may = may || is_meant(&a->rules[i], who);

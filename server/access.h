@@ -53,6 +53,8 @@ struct access {
 int access_add(struct access *a, const char *text, struct failure *f);
 void access_done(struct access *a);
 
+/* Root or the daemon's own user. */
+bool access_is_ours(const struct access_who *who);
 /* Of what enum access_right has, for this VM. */
 unsigned access_rights(const struct access *a, const struct access_who *who, const char *vm);
 /* May do all with all VMs, also those that are not there yet. */

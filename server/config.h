@@ -178,6 +178,8 @@
 
 /* -- control socket ------------------------------------------------------------------------------------------------ */
 #define CONTROL_CLIENTS_MAX 32u
+#define CONTROL_CLIENTS_OURS 8u          /* of them: for root and our own user alone, who may have all of them */
+#define CONTROL_CLIENTS_OF_USER 8u       /* of any other user */
 #define CONTROL_DOCUMENT_MAX (64u << 10) /* bytes of one command */
 #define CONTROL_READ_BUFFER 4096u
 #define CONTROL_CALLS_MAX 16u             /* commands in flight per client; more wait in the socket */

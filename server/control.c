@@ -15,6 +15,7 @@ struct control_client {
     struct control *control; /* borrowed */
     struct control_client *next, *prev;
     uint64_t id;
+    uint64_t born_ms; /* connected, in loop time */
     struct access_who who;
     uv_pipe_t pipe;
     struct qmp_stream stream;
@@ -37,7 +38,9 @@ struct control {
     struct control_client *clients; /* owned */
     size_t nclients;
     uint64_t next_id;
-    uv_timer_t tick; /* runs while there is a client */
+    uv_timer_t tick;  /* runs while there is a client */
+    uint64_t told_ms; /* when the log was last told of one who was turned away; 0: never */
+    uint64_t nuntold; /* who was turned away since then */
     bool closing;
     void (*on_closed)(void *arg);
     void *arg;
@@ -174,6 +177,41 @@ static void send_document(struct control_client *client, struct json_object *doc
         client_close(client);
     }
     json_object_put(doc);
+}
+
+/* -- who is not served --------------------------------------------------------------------------------------------- */
+static struct json_object *error_document(struct json_object *id, const char *class, const char *text);
+
+/*
+ * Tells it why, if the socket takes the words at once, and closes: who is not wanted keeps no place. The log is not
+ * told of each, or clients could fill it.
+ */
+static void turn_away(struct control_client *client, const char *fmt, ...) _printf_(2, 3);
+static void turn_away(struct control_client *client, const char *fmt, ...)
+{
+    struct control *c = client->control;
+    uint64_t now = uv_now(client->pipe.loop);
+    char text[sizeof((struct failure *)NULL)->text];
+    struct json_object *doc;
+    uv_buf_t bufs[2] = {{0}, uv_buf_init((char *)"\r\n", 2)};
+    va_list ap;
+
+    va_start(ap, fmt);
+    (void)vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (c->told_ms && now - c->told_ms < LISTEN_COMPLAIN_MS) {
+        c->nuntold++;
+    } else {
+        log_warning("control client %llu (process %d) is turned away: %s", (unsigned long long)client->id,
+                    (int)client->who.pid, text);
+        c->told_ms = now;
+    }
+    doc = error_document(NULL, CONTROL_GENERIC, text);
+    bufs[0].base = (char *)json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &bufs[0].len);
+    if (bufs[0].base)
+        (void)uv_try_write((uv_stream_t *)&client->pipe, bufs, ARRAY_SIZE(bufs)); /* words that nobody waits for */
+    json_object_put(doc);
+    client_close(client);
 }
 
 /* -- what it may --------------------------------------------------------------------------------------------------- */
@@ -527,6 +565,7 @@ static void on_tick(uv_timer_t *timer)
 {
     struct control *c = timer->data;
     uint64_t now = uv_now(timer->loop);
+    unsigned timeout_ms = server_config(c->server)->handshake_timeout_ms;
 
     for (struct control_client *client = c->clients; client; client = client->next) {
         size_t unsent = uv_stream_get_write_queue_size((uv_stream_t *)&client->pipe);
@@ -537,6 +576,11 @@ static void on_tick(uv_timer_t *timer)
             client_close(client);
             continue;
         }
+        if (!client->negotiated && now - client->born_ms > timeout_ms) {
+            turn_away(client, "\"qmp_capabilities\" was not said within %g seconds (--handshake-timeout)",
+                      timeout_ms / 1000.0);
+            continue;
+        }
         if (unsent != client->unsent_seen || unsent == 0) {
             client->unsent_seen = unsent;
             client->progress_ms = now;
@@ -544,6 +588,11 @@ static void on_tick(uv_timer_t *timer)
             log_warning("control client %llu is closed: it does not read its answers", (unsigned long long)client->id);
             client_close(client);
         }
+    }
+    if (c->nuntold > 0 && now - c->told_ms >= LISTEN_COMPLAIN_MS) {
+        log_warning("control: %llu more clients were turned away", (unsigned long long)c->nuntold);
+        c->nuntold = 0;
+        c->told_ms = now;
     }
 }
 
@@ -562,22 +611,61 @@ static struct json_object *greeting(void)
     return doc;
 }
 
-static bool is_welcome(struct control_client *client)
+/* Otherwise it is turned away. */
+static bool check_connect(struct control_client *client)
 {
-    uv_os_fd_t fd;
+    bool may = access_may_connect(server_access(client->control->server), &client->who);
 
-    if (uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 || access_peer(fd, &client->who) < 0)
-        return false;
-    if (access_may_connect(server_access(client->control->server), &client->who))
+    if (!may)
+        turn_away(client, "user %u may not use this socket (--allow)", (unsigned)client->who.uid);
+    return may;
+}
+
+/*
+ * Otherwise it is turned away. Who has rights to one VM must not keep the others out by being there, and nobody those
+ * who could do something about it: root and our own user have places that are theirs.
+ */
+static bool check_place(struct control_client *client)
+{
+    unsigned nall = 0, nothers = 0, nsame = 0;
+
+    for (const struct control_client *c = client->control->clients; c; c = c->next) {
+        if (c == client || c->closing)
+            continue;
+        nall++;
+        nothers += !access_is_ours(&c->who);
+        nsame += c->who.uid == client->who.uid;
+    }
+    if (nall < CONTROL_CLIENTS_MAX && access_is_ours(&client->who))
         return true;
-    log_warning("control: user %u may not use this socket (pid %d)", (unsigned)client->who.uid, (int)client->who.pid);
+    if (nall >= CONTROL_CLIENTS_MAX)
+        turn_away(client, "all %u places at this socket are taken; try again when somebody has left",
+                  CONTROL_CLIENTS_MAX);
+    else if (nsame >= CONTROL_CLIENTS_OF_USER)
+        turn_away(client, "user %u has %u connections to this socket already, the most that one may have; close some",
+                  (unsigned)client->who.uid, nsame);
+    else if (nothers >= CONTROL_CLIENTS_MAX - CONTROL_CLIENTS_OURS)
+        turn_away(client,
+                  "the %u places that users other than root may have at this socket are taken; try again when "
+                  "somebody has left",
+                  CONTROL_CLIENTS_MAX - CONTROL_CLIENTS_OURS);
+    else
+        return true;
     return false;
+}
+
+void control_check_access(struct control *c)
+{
+    for (struct control_client *client = c->clients; client; client = client->next)
+        if (!client->closing)
+            (void)check_connect(client);
 }
 
 static int on_connection(void *arg, uv_stream_t *listener)
 {
     struct control *c = arg;
     struct control_client *client = calloc(1, sizeof *client);
+    uv_os_fd_t fd;
 
     if (!client)
         return -ENOMEM;
@@ -588,6 +676,7 @@ static int on_connection(void *arg, uv_stream_t *listener)
     client->pipe.data = client;
     client->control = c;
     client->id = ++c->next_id;
+    client->born_ms = uv_now(listener->loop);
     client->next = c->clients;
     if (c->clients)
         c->clients->prev = client;
@@ -595,15 +684,13 @@ static int on_connection(void *arg, uv_stream_t *listener)
     if (c->nclients++ == 0)
         (void)uv_timer_start(&c->tick, on_tick, CONN_TICK_MS, CONN_TICK_MS);
     qmp_stream_init(&client->stream, CONTROL_DOCUMENT_MAX);
-    if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || !is_welcome(client)) {
+    if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 ||
+        access_peer(fd, &client->who) < 0) {
         client_close(client);
         return 0;
     }
-    if (c->nclients > CONTROL_CLIENTS_MAX) {
-        log_warning("control: a client was refused: %u are there", CONTROL_CLIENTS_MAX);
-        client_close(client);
+    if (!check_connect(client) || !check_place(client))
         return 0;
-    }
     send_document(client, greeting());
     update_reading(client);
     return 0;

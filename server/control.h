@@ -4,6 +4,9 @@
  * that qmp/client and any QMP shell are its clients; root and the daemon's own user may use it, and others as
  * server/access says. The commands themselves are in control_commands.c.
  *
+ * Who may not use it, for whom there is no place, or who does not say "qmp_capabilities" in time, hears an "error" in
+ * place of the greeting, or after it, and the socket is closed.
+ *
  * "doctor" ("vm": one, else all) answers with a list of checks, the daemon's own first: {"vm", "disk": null or a name,
  * "check": "daemon" | "scratch" | "state" | "qmp" | "engine" | "last session" | "disks" | "checkpoints" | "leftovers" |
  * "nbd server" | "self-test" | "iothreads" | "answers", "verdict": "ok" | "note" | "wrong", "text": what is found,
@@ -43,6 +46,9 @@ int control_open(struct server *server, const char *path, struct control **ret_c
 
 /* Of its socket, from now on. */
 int control_set_mode(struct control *c, mode_t mode, struct failure *f);
+
+/* The rules are new ones: whom they name no more is turned away. */
+void control_check_access(struct control *c);
 
 /* Tells all clients; data is given. A client that takes nothing is closed later: nobody is called back from here. */
 void control_event(struct control *c, const char *event, struct json_object *data);

@@ -522,6 +522,8 @@ void server_set_access(struct server *s, const struct access *access)
     struct failure why = {0};
 
     s->conns.access = access;
+    if (s->control)
+        control_check_access(s->control);
     if (!s->control || socket_mode(s) == s->socket_file.mode)
         return;
     s->socket_file.mode = socket_mode(s);

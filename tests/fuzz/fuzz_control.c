@@ -97,7 +97,7 @@ static void prepare_world(const char *situation)
                                        .state = w->state,
                                        .storage_daemon = (char *)"/nonexistent",
                                        .max_pause_ms = 1000,
-                                       .handshake_timeout_ms = 1000,
+                                       .handshake_timeout_ms = 60000,
                                        .cbw_timeout_s = CONFIG_CBW_TIMEOUT_S,
                                        .max_connections = 1};
 }

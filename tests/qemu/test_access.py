@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import unittest
 
@@ -20,6 +21,34 @@ NOBODY = 65534
 def as_nobody(*argv):
     return subprocess.run(argv, user=NOBODY, group=NOBODY, extra_groups=[], text=True, timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+class Silent:
+    """A client of the control socket that says nothing; of any user. .first is the first document that it hears."""
+
+    def __init__(self, case, path, uid=NOBODY):
+        self.sock = socket.socket(socket.AF_UNIX)
+        case.addCleanup(self.sock.close)
+        self.sock.settimeout(30)
+        os.seteuid(uid)
+        try:
+            self.sock.connect(path)
+        finally:
+            os.seteuid(0)
+        self.file = self.sock.makefile('r', encoding='utf-8')
+        case.addCleanup(self.file.close)
+        self.first = self.hear()
+
+    def hear(self):
+        """The next document; None: the end."""
+        line = self.file.readline()
+        return json.loads(line) if line else None
+
+    def is_in(self):
+        return 'QMP' in self.first
+
+    def error(self):
+        return self.first['error']['desc']
 
 
 def names(uri):
@@ -137,6 +166,64 @@ class Access(harness.Case):
         with self.assertRaisesRegex(QmpError, 'may not say checkpoint-delete'):
             control('checkpoint-delete', {'vm': 'web', 'name': 'new'})
         control.close()
+
+    @unittest.skipIf(os.geteuid(), 'only root can be another user')
+    def test_one_user_has_a_few_places_at_the_control_socket_and_shuts_nobody_out(self):
+        daemon = self.world('user:nobody=web/list', 'uid:4711=web/list')
+        crowd = [Silent(self, daemon.control) for _ in range(40)]
+        self.assertEqual(daemon.ask('query-status')['stopping'], False, 'root')
+        self.assertTrue(Silent(self, daemon.control, 4711).is_in(), 'another user')
+        self.assertEqual([c.is_in() for c in crowd], [True] * 8 + [False] * 32)
+        for one in crowd[8:]:
+            self.assertEqual(one.error(), f'user {NOBODY} has 8 connections to this socket already, the most that one '
+                                          'may have; close some')
+            self.assertIsNone(one.hear())
+        qpull = [f'{os.path.dirname(daemon.program)}/qpull', '--control', daemon.control]
+        self.assertRegex(as_nobody(*qpull, 'vms').stdout, 'turns us away: user .* has 8 connections to this socket')
+        self.assertLess(daemon.log().count('is turned away'), 10, 'the log is not filled')
+        self.assertRegex(daemon.log(), r'control client \d+ \(process \d+\) is turned away: user')
+        crowd[0].sock.shutdown(socket.SHUT_RDWR)
+        harness.wait_until(lambda: Silent(self, daemon.control).is_in(), 10, 'the place')
+
+    @unittest.skipIf(os.geteuid(), 'only root can be another user')
+    def test_many_users_leave_root_its_places_at_the_control_socket(self):
+        daemon = self.world('any=web/list')
+        users = [Silent(self, daemon.control, 5000 + i // 8) for i in range(32)]
+        self.assertEqual([c.is_in() for c in users], [True] * 24 + [False] * 8)
+        self.assertRegex(users[-1].error(), 'the 24 places that users other than root may have')
+        ours = [Silent(self, daemon.control, 0) for _ in range(9)]
+        self.assertEqual([c.is_in() for c in ours], [True] * 8 + [False])
+        self.assertRegex(ours[-1].error(), 'all 32 places at this socket are taken')
+
+    def test_who_does_not_negotiate_at_the_control_socket_is_let_go(self):
+        daemon = self.world(flags=['--handshake-timeout=1'])
+        stays, silent = Qmp(daemon.control), Silent(self, daemon.control, os.geteuid())
+        self.assertTrue(silent.is_in())
+        self.assertEqual(silent.hear()['error']['desc'],
+                         '"qmp_capabilities" was not said within 1 seconds (--handshake-timeout)')
+        self.assertIsNone(silent.hear())
+        self.assertEqual(len(stays('query-vms')), 2)
+        stays.close()
+
+    @unittest.skipIf(os.geteuid(), 'only root can be another user')
+    def test_sighup_closes_the_control_socket_to_whom_no_rule_names_any_more(self):
+        path = f'{self.folder}/qpulld.conf'
+
+        def write(text):
+            with open(path, 'w', encoding='ascii') as f:
+                f.write(text)
+        write('[allow]\nuser:nobody = web\nuid:4711 = web\n')
+        daemon = self.world(flags=['--config', path])
+        out, stays, root = (Silent(self, daemon.control, uid) for uid in (NOBODY, 4711, 0))
+        self.assertEqual([c.is_in() for c in (out, stays, root)], [True] * 3)
+        write('[allow]\nuid:4711 = web/list\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        self.assertEqual(out.hear()['error']['desc'], f'user {NOBODY} may not use this socket (--allow)')
+        self.assertIsNone(out.hear())
+        self.assertEqual(Silent(self, daemon.control).error(), f'user {NOBODY} may not use this socket (--allow)')
+        for one in (stays, root):
+            one.sock.sendall(b'{"execute": "qmp_capabilities"}')
+            self.assertEqual(one.hear(), {'return': {}})
 
     def test_sighup_brings_new_rules_and_leaves_those_who_are_in_alone(self):
         path = f'{self.folder}/qpulld.conf'

@@ -141,6 +141,23 @@ static void a_greeting_that_never_comes_is_another_clients_fault(void **state)
     world_down(&w);
 }
 
+static void an_error_instead_of_a_greeting_is_why_it_does_not_come(void **state)
+{
+    static const char error[] = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"all places are taken\"}}\r\n";
+    struct world w;
+
+    world_init(&w, &(struct fake_qemu_options){.mute = true});
+    world_connect(&w, &(struct qmp_client_limits){.reconnect_min_ms = 1});
+    loop_until(&w.loop, fake_qemu_nclients(w.qemu) == 1);
+    fake_qemu_set_mute(w.qemu, false);
+    fake_qemu_send(w.qemu, error, sizeof(error) - 1);
+    loop_until(&w.loop, w.nlost == 1);
+    assert_non_null(strstr(w.why.text, "turns us away: all places are taken"));
+    fake_qemu_hangup(w.qemu);
+    loop_until(&w.loop, w.nready == 1);
+    world_down(&w);
+}
+
 static void a_second_client_waits_until_the_first_has_gone(void **state)
 {
     struct world w, second = {.clock = &w.loop};
@@ -518,6 +535,7 @@ int main(void)
         cmocka_unit_test(pauses_do_not_grow_beyond_the_limit),
         cmocka_unit_test(the_pause_is_short_again_after_command_mode),
         cmocka_unit_test(a_greeting_that_never_comes_is_another_clients_fault),
+        cmocka_unit_test(an_error_instead_of_a_greeting_is_why_it_does_not_come),
         cmocka_unit_test(a_second_client_waits_until_the_first_has_gone),
         cmocka_unit_test(a_full_queue_of_others_is_said),
         cmocka_unit_test(refused_capabilities_are_a_protocol_error),
