@@ -206,6 +206,8 @@ class Certificates(tlsworld.TlsCase):
         os.chmod(self.folder, 0o711)
         self.own_folders(nobody)
         os.chmod(self.pki, 0o755)
+        self.assertRegex(self.refused_start('--user=nobody'),  # as certs init leaves it
+                         f'server-key.pem: Permission denied; this is user {nobody}: give it to that user')
         os.chown(f'{self.pki}/server-key.pem', nobody, -1)
         os.mkdir(f'{self.folder}/root', mode=0o700)
         os.rename(f'{self.pki}/ca-crl.pem', f'{self.folder}/root/ca-crl.pem')
