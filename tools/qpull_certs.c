@@ -303,8 +303,11 @@ static enum exit_status make_certificates(const char *dir, const char *clients, 
         status = load_or_make_pair(dir, KIND_SERVER, host, &ca, args, &server, &is_new);
     }
     if (status == EXIT_DONE)
-        printf("server (%s):    qpulld --tls require --tls-certs %s --allow 'cn:%s=*'\n", is_new ? "new" : "kept", dir,
-               names[0]);
+        printf("server (%s):    qpulld --tls require --tls-certs %s", is_new ? "new" : "kept", dir);
+    for (size_t i = 0; status == EXIT_DONE && i < (args->nclients ? args->nclients : 1); i++)
+        printf(" --allow 'cn:%s=*'", names[i]);
+    if (status == EXIT_DONE)
+        printf("\n");
     for (size_t i = 0; status == EXIT_DONE && i < (args->nclients ? args->nclients : 1); i++)
         status = make_client(clients, names[i], host, &ca, args);
     pair_done(&server);
@@ -391,7 +394,10 @@ static enum exit_status make_keys(const char *dir, const char *clients, const ch
     _cleanup_free_ char *path = path_of(dir, KEYS_FILE);
     enum exit_status status = EXIT_DONE;
 
-    printf("server: qpulld --tls require --tls-psk %s --allow 'psk:%s=*'\n", path, args->psks[0]);
+    printf("server: qpulld --tls require --tls-psk %s", path);
+    for (size_t i = 0; i < args->npsks; i++)
+        printf(" --allow 'psk:%s=*'", args->psks[i]);
+    printf("\n");
     for (size_t i = 0; status == EXIT_DONE && i < args->npsks; i++)
         status = make_psk(path, clients, args->psks[i], args->nhosts ? args->hosts[0] : own);
     return status;
