@@ -67,7 +67,7 @@ static void add_engine(struct vm_checkup *c)
         add(c, "engine", VERDICT_WRONG, "update QEMU, or say --engine=auto", "%s", vm->engine_failure.text);
     else if (vm->capable)
         add(c, "engine", vm->engine.risk ? VERDICT_NOTE : VERDICT_OK,
-            vm->engine.risk ? "watch --scratch, or update QEMU to 7.1 or later and say --engine=auto" : NULL,
+            vm->engine.risk ? "watch --scratch, or say --engine=auto (QEMU 7.1 or later has copy-before-write)" : NULL,
             "%s: %s%s%s", engine_name(vm->engine.engine), vm->engine.why, vm->engine.risk ? "; " : "",
             vm->engine.risk ? vm->engine.risk : "");
 }
@@ -254,7 +254,8 @@ static void on_leftovers(void *arg, unsigned nsessions, const struct failure *f)
     if (f)
         add(c, "leftovers", VERDICT_NOTE, "ask again", "QEMU was asked and did not say: %s", f->text);
     else if (nsessions)
-        add(c, "leftovers", VERDICT_WRONG, "start qpulld anew: what is left is undone when it connects",
+        add(c, "leftovers", VERDICT_WRONG,
+            "start qpulld anew: what is left is undone when it connects; files of a stopped guest when it runs again",
             "QEMU still has temporary objects of %u session%s that ended (names that begin with " NAMES_PREFIX ")",
             nsessions, nsessions == 1 ? "" : "s");
     else

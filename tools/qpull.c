@@ -253,7 +253,7 @@ static void print_help(void)
         printf("  %-40s %s\n", line, commands[i].summary);
     }
     printf("\n  --control PATH   qpulld's control socket (default " QPULL_CONTROL ")\n"
-           "  --json           for programs; all commands take it\n"
+           "  --json           for programs; all commands take it but metrics and certs\n"
            "  --version, --help (also of one command: qpull COMMAND --help)\n\n"
            "Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

@@ -10,7 +10,7 @@ TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 FILES = {'unit': ('test_{}.c',), 'qemu': ('test_{}.py',), 'scripts': ('test_{}.sh', 'test_{}.py'), 'fuzz': ('{}.c',)}
 NAME = re.compile(r'`(unit|qemu|scripts|fuzz)/(\w+)(?:: (\w+))?`')
 MENTIONS_AT_LEAST = 25  # the table is there, and is understood
-PATTERNS = {'.c': r'cmocka_unit_test\w*\(\s*{}\b', '.py': r'\n    def {}\(self', '.sh': r'\b{}\b'}
+PATTERNS = {'.c': r'(?:cmocka_unit_test\w*|TEST)\(\s*{}\b', '.py': r'\n    def {}\(self', '.sh': r'\b{}\b'}
 
 
 def problem(kind, name, test):
