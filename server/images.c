@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "images.h"
 
+#include "backup/private_socket.h"
 #include "child.h"
 #include "images_look.h"
 #include "qmp/commands.h"
@@ -9,9 +10,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 enum images_state {
@@ -468,31 +467,16 @@ static void on_lost(void *arg, const struct failure *why)
 
 static const struct qmp_client_ops client_ops = {.on_ready = on_ready, .on_lost = on_lost};
 
-/* A listening socket, born with mode 0600, whose address is short whatever the state directory is called. */
+/*
+ * Not blocking: while QEMU's monitor moves to a thread of its own, both threads may see one connection come, and the
+ * one that is late would wait in accept() for ever, deaf to SIGTERM (7.2).
+ */
 static int make_listener(const struct images *im, const char *name, struct failure *f)
 {
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
-    int fd = -1, r = 0;
+    int fd = private_socket_listen(im->state_dir, name, 128); /* all connections of many disks are made at once */
 
-    if (snprintf(sa.sun_path, sizeof sa.sun_path, "/proc/self/fd/%d/%s", im->state_dir, name) >=
-        (int)sizeof sa.sun_path)
-        r = -ENAMETOOLONG;
-    if (r == 0) {
-        (void)unlinkat(im->state_dir, name, 0);
-        /*
-         * Not blocking: while QEMU's monitor moves to a thread of its own, both threads may see one connection come,
-         * and the one that is late would wait in accept() for ever, deaf to SIGTERM (7.2).
-         */
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        /* 128: all connections of many disks are made at once */
-        if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&sa, sizeof sa) < 0 || listen(fd, 128) < 0)
-            r = -errno;
-    }
-    if (r == 0)
-        return fd;
-    if (fd >= 0)
-        (void)close(fd);
-    return failure_set(f, r, "cannot make the socket '%s' in the state directory: %s", name, strerror(-r));
+    return fd < 0 ? failure_set(f, fd, "cannot make the socket '%s' in the state directory: %s", name, strerror(-fd))
+                  : fd;
 }
 
 #define QMP_FD 3

@@ -3,6 +3,7 @@
  * The NBD server inside QEMU, as a rig's step: one for each process of QEMU, so it is started for a session and stopped
  * after it. A server of somebody else makes the step fail and is left alone.
  */
+#include "backup/private_socket.h"
 #include "backup/rig.h"
 #include "qmp/commands.h"
 #include "source/nbd.h"
@@ -10,9 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 /*
@@ -21,38 +20,17 @@
  */
 #define KNOCK_TIMEOUT_MS 5000u
 
-static int make_address(const struct rig *r, struct sockaddr_un *sa)
-{
-    memset(sa, 0, sizeof(*sa));
-    sa->sun_family = AF_UNIX;
-    if (strlen(r->server_address) >= sizeof(sa->sun_path))
-        return -ENAMETOOLONG;
-    (void)strncat(sa->sun_path, r->server_address, sizeof(sa->sun_path) - 1);
-    return 0;
-}
-
 /* In a worker thread: the state directory may be on a slow disk. */
 static void make_listener(struct rig *r)
 {
-    struct sockaddr_un sa;
-    int fd = -1, err = make_address(r, &sa);
+    /* 128: all connections of many disks are made at once. */
+    int fd = private_socket_listen(r->server_dir, r->server_socket, 128);
 
-    if (err == 0) {
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        (void)unlinkat(r->server_dir, r->server_socket, 0);
-        /* fchmod() before bind() sets the mode that the file is born with. 128: all connections of many disks are made
-         * at once. */
-        if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(fd, 128) < 0)
-            err = -errno;
-    }
-    if (err < 0) {
-        (void)failure_set(&r->work_failure, err, "cannot make the socket '%s' in the state directory: %s",
-                          r->server_socket, strerror(-err));
-        if (fd >= 0)
-            (void)close(fd);
-        return;
-    }
-    r->listen_fd = fd;
+    if (fd < 0)
+        (void)failure_set(&r->work_failure, fd, "cannot make the socket '%s' in the state directory: %s",
+                          r->server_socket, strerror(-fd));
+    else
+        r->listen_fd = fd;
 }
 
 static int on_started(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)

@@ -10,6 +10,7 @@
  */
 #include "backup/late.h"
 
+#include "backup/private_socket.h"
 #include "qmp/commands.h"
 #include "source/paired.h"
 #include "source/vhost.h"
@@ -61,13 +62,11 @@ static int make_socket(const struct rig *r, struct session_disk *d)
         return -ENAMETOOLONG;
     socket_name(r, name, sizeof(name));
     (void)snprintf(sa.sun_path, sizeof(sa.sun_path), "%.*s.vhost", (int)sizeof(sa.sun_path) - 7, r->server_address);
-    (void)unlinkat(r->server_dir, name, 0);
-    d->vhost.listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    d->vhost.listen_fd = private_socket_listen(r->server_dir, name, 1); /* we are the only one who ever connects */
+    if (d->vhost.listen_fd < 0)
+        return d->vhost.listen_fd;
     d->vhost.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    /* fchmod() before bind() sets the mode that the file is born with. We are the only one who ever connects. */
-    if (d->vhost.listen_fd < 0 || d->vhost.fd < 0 || fchmod(d->vhost.listen_fd, 0600) < 0 ||
-        bind(d->vhost.listen_fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(d->vhost.listen_fd, 1) < 0 ||
-        connect(d->vhost.fd, (struct sockaddr *)&sa, sizeof(sa)) < 0)
+    if (d->vhost.fd < 0 || connect(d->vhost.fd, (struct sockaddr *)&sa, sizeof(sa)) < 0)
         err = -errno;
     (void)unlinkat(r->server_dir, name, 0);
     return err;

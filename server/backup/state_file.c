@@ -8,6 +8,7 @@
 
 #include "backup/names.h"
 
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -17,7 +18,7 @@
 
 #define TEMP_PREFIX ".qpull-" /* and 8 hex digits; an encoded name never begins with a dot */
 #define TEMP_SUFFIX ".tmp"
-#define TEMP_SIZE (sizeof(TEMP_PREFIX) + NAMES_ID_SIZE + sizeof(TEMP_SUFFIX))
+static_assert(sizeof(TEMP_PREFIX) + NAMES_ID_SIZE + sizeof(TEMP_SUFFIX) <= STATE_TEMP_SIZE, "it fits");
 #define TEMP_TRIES 16
 #define HASH_MARK "%~"
 #define FNV_BASIS UINT64_C(0xcbf29ce484222325) /* FNV-1a, 64 bits (Fowler, Noll, Vo) */
@@ -110,6 +111,14 @@ bool state_name_parse(const char *file, const char *suffix, char out[NAME_MAX + 
     return strlen(out) == n && strcmp(state_name(out, suffix, again), file) == 0;
 }
 
+void state_temp_name(char out[STATE_TEMP_SIZE])
+{
+    char id[NAMES_ID_SIZE];
+
+    names_new_id(id);
+    (void)snprintf(out, STATE_TEMP_SIZE, TEMP_PREFIX "%s" TEMP_SUFFIX, id);
+}
+
 bool state_is_temp(const char *file)
 {
     size_t digits = strlen(TEMP_PREFIX), end = digits + NAMES_ID_SIZE - 1;
@@ -196,15 +205,12 @@ static int write_all(int fd, const char *text, size_t len)
     return fsync(fd) < 0 ? -errno : 0;
 }
 
-static int open_temp(int dir, char temp[TEMP_SIZE])
+static int open_temp(int dir, char temp[STATE_TEMP_SIZE])
 {
     int fd = -1;
 
     for (int i = 0; fd < 0 && i < TEMP_TRIES; i++) {
-        char id[NAMES_ID_SIZE];
-
-        names_new_id(id);
-        (void)snprintf(temp, TEMP_SIZE, TEMP_PREFIX "%s" TEMP_SUFFIX, id);
+        state_temp_name(temp);
         fd = openat(dir, temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, FILE_MODE);
         if (fd < 0 && errno != EEXIST)
             break;
@@ -214,7 +220,7 @@ static int open_temp(int dir, char temp[TEMP_SIZE])
 
 int state_replace(int dir, const char *file, const char *text, size_t len)
 {
-    char temp[TEMP_SIZE];
+    char temp[STATE_TEMP_SIZE];
     int fd = open_temp(dir, temp), r;
 
     if (fd < 0)

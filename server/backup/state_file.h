@@ -27,6 +27,9 @@ uint64_t state_hash(const char *text);
 const char *state_name(const char *name, const char *suffix, char out[NAME_MAX + 1]);
 /* The name again; false: it is not such a file, or it was too long to be told from it. */
 bool state_name_parse(const char *file, const char *suffix, char out[NAME_MAX + 1]);
+/* A new name for what is made beside and renamed at once. */
+#define STATE_TEMP_SIZE 32
+void state_temp_name(char out[STATE_TEMP_SIZE]);
 /* A file of an interrupted state_replace(). */
 bool state_is_temp(const char *file);
 
