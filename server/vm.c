@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "vm_internal.h"
 
-#include "backup/alive.h"
+#include "backup/claim.h"
 #include "backup/names.h"
 #include "backup/selftest.h"
 #include "backup/sweep.h"
@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /* -- life ---------------------------------------------------------------------------------------------------------- */
@@ -33,8 +32,8 @@ static void vm_free(struct vm *vm)
     free(vm->renames);
     if (vm->state_dir >= 0)
         (void)close(vm->state_dir);
-    if (vm->state_fd >= 0)
-        (void)close(vm->state_fd);
+    if (vm->claim_fd >= 0)
+        (void)close(vm->claim_fd);
     free(vm->name);
     free(vm->qmp_path);
     free(vm->server_socket);
@@ -128,21 +127,27 @@ static void ignore_closed(void *arg)
 /* Two that write the notes of one VM, or take its NBD socket from each other, would both be wrong. */
 static int claim_state(struct vm *vm)
 {
-    char word[64 + CONFIG_NAME_MAX];
-    struct stat st;
+    char who[64] = "";
+    pid_t holder = 0;
     int r;
 
     if (vm->keeper != vm)
         return 0;
-    if (fstat(vm->state_dir, &st) < 0)
-        return -errno;
-    (void)snprintf(word, sizeof(word), "state/%jx:%jx/%s", (uintmax_t)st.st_dev, (uintmax_t)st.st_ino, vm->name);
-    r = alive_hold(word, &vm->state_fd);
-    if (r != -EBUSY)
-        return 0; /* such a socket cannot be had here: as good as it gets */
-    log_error("VM %s: another qpulld or nbdkit (process %d) keeps the notes of a VM of this name in the same state "
-              "directory; give this one another name or directory, or end the other",
-              vm->name, (int)alive_holder(word));
+    r = claim_take(vm->state_dir, vm->name, &vm->claim_fd, &holder);
+    if (r < 0 && r != -EBUSY) { /* as good as it gets */
+        log_warning("VM %s: cannot lock its notes in '" CLAIM_DIR "' of the state directory (%s): see to it that no "
+                    "other qpulld or nbdkit uses them",
+                    vm->name, strerror(-r));
+        return 0;
+    }
+    if (r == 0)
+        return 0;
+    if (holder)
+        (void)snprintf(who, sizeof(who), " (process %d)", (int)holder);
+    log_error(
+        "VM %s: another qpulld or nbdkit%s keeps the notes of a VM of this name in the same state directory; give "
+        "this one another name or directory, or end the other",
+        vm->name, who);
     return r;
 }
 
@@ -154,7 +159,7 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm)
     if (!vm)
         return -ENOMEM;
     vm->loop = loop;
-    vm->state_dir = vm->state_fd = -1;
+    vm->state_dir = vm->claim_fd = -1;
     vm->keeper = config->twin_of ? config->twin_of : vm;
     r = strlen(config->name) > CONFIG_NAME_MAX ? -ENAMETOOLONG : copy_config(vm, config);
     if (r == 0) {

@@ -62,8 +62,8 @@ struct vm {
     struct vhost_room *vhost_room; /* borrowed, or NULL */
     char *server_socket;           /* owned: "nbd-NAME.sock" */
     int state_dir;                 /* O_PATH */
-    int state_fd; /* tells others that these notes are in use (backup/alive), -1: is a twin, or cannot */
-    char **only;  /* owned */
+    int claim_fd;                  /* these notes are ours (backup/claim), -1: is a twin's, or cannot */
+    char **only;                   /* owned */
     size_t nonly;
     struct vm_rename *renames; /* owned, strings too */
     size_t nrenames;

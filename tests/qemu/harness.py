@@ -509,7 +509,7 @@ class Qpulld:
     def files_left(self):
         """What sessions must not leave in the folders. What is remembered of checkpoints, sessions and disks is
         meant to stay."""
-        kept = ('checkpoints', 'history', 'lineage')
+        kept = ('checkpoints', 'history', 'lineage', 'locks')
         return os.listdir(self.scratch) + [f for f in os.listdir(self.state) if not f.startswith(kept)]
 
     def wait_idle(self, timeout=30, name='vm'):

@@ -51,10 +51,18 @@ class TwoDaemons(harness.Case):
         first = self.qpulld(guest)
         second = harness.Qpulld(self.folder, {'vm': guest.spare_qmp_path}, name='second', state=first.state, start=False)
         self.things.append(second)
+        self.refused_by(first, second)
+        first.kill()  # what it leaves in the directory keeps nobody out
+        second.start()
+        self.refused_by(second, first)
+        second.stop()
+        first.start()
+        first.stop()
+
+    def refused_by(self, first, second):
         with self.assertRaises(AssertionError):
             second.start()
         self.assertIn(f'another qpulld or nbdkit (process {first.process.pid}) keeps the notes', second.log())
-        first.stop()
 
     def refusal(self, daemon):
         """What it says where a client wants a disk."""
