@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/rig.h"
 
-#include "backup/alive.h"
 #include "backup/disks.h"
 #include "qmp/commands.h"
 
@@ -25,7 +24,7 @@ int rig_init(struct rig *r, const struct rig_config *config, const struct seq_st
     r->server_dir = config->server_dir;
     (void)snprintf(r->server_address, sizeof(r->server_address), "/proc/self/fd/%d/%s", config->server_dir,
                    config->server_socket);
-    r->listen_fd = r->alive_fd = -1;
+    r->listen_fd = -1;
     r->only_export = NAMES_NKINDS;
     calls_init(&r->calls, r->qmp, r->timeout_ms);
     return seq_init(&r->seq, r->loop, steps, nsteps, ops);
@@ -47,14 +46,12 @@ static void close_listener(struct rig *r)
 /* Without it another daemon on another monitor could sweep us away, and nothing else: so it may fail. */
 void rig_announce(struct rig *r)
 {
-    (void)alive_hold(r->id, &r->alive_fd);
+    (void)alive_new(r->loop, r->id, &r->alive);
 }
 
 void rig_done(struct rig *r)
 {
-    if (r->alive_fd >= 0)
-        (void)close(r->alive_fd);
-    r->alive_fd = -1;
+    alive_free(TAKE_PTR(r->alive));
     qmp_watch_remove(&r->watch);
     rig_drop_answers(r);
     close_listener(r);
