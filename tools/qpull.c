@@ -124,7 +124,8 @@ static const struct command commands[] = {
              "When the live image was committed, the guest goes on in base: start the VM with that one from then on.\n"
              "Of a VM that is powered off, the image that it is started with goes on, empty and over base; with\n"
              "--delete it is gone, and base is to be given to the VM and to qpulld's --image.\n"
-             "QEMU closes the images that were merged, unless something else uses them.\n"
+             "QEMU closes the images that were merged, unless something else uses them. --delete keeps, and\n"
+             "names, a file that is not seen to be a layer of this disk: by its own head, and by QEMU's lock.\n"
              "Interrupted (^C), the commit is cancelled.",
      .options = OPTION_JSON | OPTION_TOP | OPTION_BASE | OPTION_SHALLOW | OPTION_ACTIVE | OPTION_DELETE | OPTION_FORCE |
                 OPTION_QUIET,

@@ -6,11 +6,17 @@
  *
  * On request the files are deleted, too: only regular ones that no node of QEMU has open, that are the same as at the
  * beginning, and never base. What is not deleted is said, and does not undo the commit.
+ *
+ * Their names are QEMU's word, and a QEMU that its guest has taken over may name any file of the host. So before the
+ * commit each must be shown to be a layer of this disk by what such a QEMU cannot write into a file that it cannot
+ * open: its head names the next layer, and so on down to base, and a process holds it as an image.
  */
 #include "backup/commit_impl.h"
+#include "backup/qcow2.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -55,6 +61,21 @@ int commit_files_note(struct commit *c, struct failure *f)
     return 0;
 }
 
+/* QEMU and its tools lock single bytes of every image they have open: of some other VM, too, whose backing it is. */
+#define LOCK_FIRST 100 /* block/file-posix.c: RAW_LOCK_PERM_BASE; RAW_LOCK_SHARED_BASE is 200 */
+#define LOCK_BYTES 200
+
+static bool is_locked(const char *path)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = LOCK_FIRST, .l_len = LOCK_BYTES};
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    bool locked = fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+
+    if (fd >= 0)
+        (void)close(fd);
+    return locked;
+}
+
 static int check_file(struct commit_file *file, const char *base, struct failure *f)
 {
     struct stat st, base_st;
@@ -67,7 +88,72 @@ static int check_file(struct commit_file *file, const char *base, struct failure
         return failure_set(f, -EINVAL, "image '%s' is the base itself, and is not deleted", file->path);
     file->dev = st.st_dev;
     file->ino = st.st_ino;
+    file->owner = st.st_uid;
     return 0;
+}
+
+/* A relative name is meant from the folder of the image that it stands in. */
+static bool leads_to(const char *image, const char *name, dev_t dev, ino_t ino)
+{
+    _cleanup_free_ char *path = NULL;
+    struct stat st;
+    int folder = name[0] == '/' ? 0 : (int)(strrchr(image, '/') - image) + 1;
+
+    if (asprintf(&path, "%.*s%s", folder, image, name) < 0)
+        path = NULL;
+    return path && stat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino;
+}
+
+/* below: lstat() of the next layer, or stat() of base. */
+static int show_file(const struct commit_file *file, const struct stat *below, const char *below_name,
+                     struct failure *f)
+{
+    char name[QCOW2_NAME_MAX + 1] = "";
+    int fd = open(file->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r;
+    struct stat st;
+
+    if (fd < 0 || fstat(fd, &st) < 0)
+        r = -errno;
+    else if (st.st_dev != file->dev || st.st_ino != file->ino)
+        r = -ESTALE;
+    else
+        r = qcow2_read_backing(fd, name);
+    if (fd >= 0)
+        (void)close(fd);
+    if (r < 0 && r != -EBADMSG)
+        return failure_set(f, r, "it cannot be read: %s", strerror(-r));
+    if (r < 0)
+        return failure_set(f, r, "it is not a qcow2 image, so nothing shows that it is a layer of this disk");
+    if (!leads_to(file->path, name, below->st_dev, below->st_ino))
+        return failure_set(f, -EINVAL, "its own head does not say that it lies over '%s', so it may be another disk's",
+                           below_name);
+    if (S_ISREG(below->st_mode) && file->owner != below->st_uid)
+        return failure_set(f, -EPERM, "it is user %d's, and '%s' below it user %d's", (int)file->owner, below_name,
+                           (int)below->st_uid);
+    if (!is_locked(file->path))
+        return failure_set(f, -EINVAL,
+                           "no process holds it as an image (QEMU locks those that it has open, unless told "
+                           "locking=off), so it may be another disk's");
+    return 0;
+}
+
+/* From base upwards: one that is not shown shows nothing about those above. */
+static void show_files(struct commit *c)
+{
+    const char *below_name = c->base_file;
+    struct stat below;
+    int err = stat(c->base_file, &below) < 0 ? -errno : 0;
+
+    for (size_t i = c->nfiles; i-- > 0;) {
+        struct commit_file *file = &c->files[i];
+
+        if (err < 0)
+            (void)failure_set(&file->kept, err, "nothing shows that '%s' below it is a layer of this disk", below_name);
+        else
+            err = show_file(file, &below, below_name, &file->kept);
+        below_name = file->path;
+        below = (struct stat){.st_dev = file->dev, .st_ino = file->ino, .st_uid = file->owner, .st_mode = S_IFREG};
+    }
 }
 
 static void check_files(struct rig *r)
@@ -78,6 +164,9 @@ static void check_files(struct rig *r)
         if (check_file(&c->files[i], c->base_file, &r->work_failure) < 0)
             return;
     }
+    /* A powered-off VM's images are held by a child of ours, which may delete by itself whatever we may. */
+    if (!c->still_socket)
+        show_files(c);
 }
 
 int commit_files_check(struct commit *c, void (*after)(struct rig *r), struct failure *f)
@@ -121,26 +210,13 @@ static bool is_open(const struct commit *c, const struct commit_file *file)
     return false;
 }
 
-/* QEMU and its tools lock single bytes of every image they have open: of some other VM, too, whose backing it is. */
-#define LOCK_FIRST 100 /* block/file-posix.c: RAW_LOCK_PERM_BASE; RAW_LOCK_SHARED_BASE is 200 */
-#define LOCK_BYTES 200
-
-static bool is_locked(const char *path)
-{
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = LOCK_FIRST, .l_len = LOCK_BYTES};
-    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    bool locked = fd >= 0 && fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
-
-    if (fd >= 0)
-        (void)close(fd);
-    return locked;
-}
-
 static void delete_file(const struct commit *c, struct commit_file *file, struct failure *f)
 {
     struct stat st;
 
-    if (is_open(c, file))
+    if (file->kept.err)
+        (void)failure_set(f, file->kept.err, "image '%s' is not deleted: %s", file->path, file->kept.text);
+    else if (is_open(c, file))
         (void)failure_set(f, -EBUSY, "image '%s' is not deleted: QEMU still has it open", file->path);
     else if (lstat(file->path, &st) < 0 || !S_ISREG(st.st_mode) || st.st_dev != file->dev || st.st_ino != file->ino)
         (void)failure_set(f, -ESTALE, "image '%s' is not deleted: it is not the file it was", file->path);

@@ -16,6 +16,8 @@ struct commit_file {
     char *path, *node, *protocol; /* owned: protocol is the node of its file, "" if it has none */
     dev_t dev;
     ino_t ino;
+    uid_t owner;
+    struct failure kept; /* err: why it may not be this disk's, and is not deleted whatever comes */
     bool deleted;
 };
 

@@ -18,12 +18,14 @@ class QmpProxy:
     does not have it yet, `after` when QEMU has answered it but the client does not know. Only commands that a client
     sends after at() count. A command that `before` returns False for is never sent, the client's connection is closed
     instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called.
+    told: a function of what QEMU says, whole lines, that returns what the client gets instead.
     at_each(f): f is called with the name of every command that comes, before anything else; at_each(None) waits likewise."""
 
     def __init__(self, folder, guest, name='proxy', listener=None):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
         self.commands = []  # names, since at()
         self.number, self.before, self.after, self.each = None, None, None, None
+        self.told = None
         self.lock = threading.RLock()
         self.listener = listener  # on qmp_path, by somebody else
         if not listener:
@@ -73,7 +75,9 @@ class QmpProxy:
                 data = qemu.recv(1 << 16)
                 if not data:
                     return
-                client.sendall(data)
+                while self.told and not data.endswith(b'\n'):
+                    data += qemu.recv(1 << 16)
+                client.sendall(self.told(data) if self.told else data)
             if client in ready:
                 data, ancillary, _, _ = client.recvmsg(1 << 16, socket.CMSG_SPACE(MAX_FDS * 4))
                 fds = array.array('i')

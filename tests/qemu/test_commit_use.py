@@ -250,6 +250,43 @@ class CommitUse(Layers):
         self.check(self.names)
         self.daemon.stop()
 
+    def test_a_qemu_that_lies_has_no_file_deleted_but_the_disks_own(self):
+        def plain(path):
+            with open(path, 'w', encoding='ascii') as f:
+                f.write('root:*:1:0:99999:7:::\n')
+
+        def image(base):
+            def create(path):
+                harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', base(), '-F', 'qcow2', path])
+            return create
+
+        def others():
+            path = f'{self.folder}/others.qcow2'
+            harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', path, str(self.disk.size)])
+            return path
+
+        self.three_layers(proxy=QmpProxy)
+        rows = ((plain, 'it is not a qcow2 image'),
+                (image(others), 'its own head does not say that it lies over'),
+                (image(lambda: self.files[0]), 'no process holds it as an image'))
+        for number, (make, words) in enumerate(rows):
+            foreign = f'{self.folder}/alien{number}.qcow2'
+            make(foreign)
+            merged, top = self.files[-2], self.nodes[-2]
+            self.assertEqual(len(foreign), len(merged))
+            self.proxy.told = lambda data, old=merged, new=foreign: data.replace(old.encode(), new.encode())
+            done = self.commit('--top', top, '--delete', check=False)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(f"image '{foreign}' is not deleted: {words}", done.stderr)
+            self.assertEqual(self.job()['deleted'], [])
+            self.assertEqual([os.path.exists(p) for p in (foreign, *self.files)], [True] * 4)
+            self.assertNotIn(top, [n['node-name'] for n in self.vm.look('query-named-block-nodes')], 'it was merged')
+            self.proxy.told = None
+            del self.files[1], self.nodes[1]
+            self.snapshot()
+            self.work()
+        self.daemon.stop()
+
     def refused_for_a_link(self):
         """An image that is reached through a symbolic link is none that may be unlinked."""
         path = f'{self.folder}/link.qcow2'
