@@ -76,8 +76,8 @@ bool conn_limit_line(struct conn_set *s)
 
     if (now - s->lines_ms >= 1000) {
         if (s->nunsaid > 0)
-            log_info("%llu lines about clients are left out: more than %u in a second",
-                        (unsigned long long)s->nunsaid, CONN_LINES_MAX);
+            log_info("%llu lines about clients are left out: more than %u in a second", (unsigned long long)s->nunsaid,
+                     CONN_LINES_MAX);
         s->lines_ms = now;
         s->nlines = s->nunsaid = 0;
     }
