@@ -139,7 +139,7 @@ static const struct {
     [ROW_VERSION] = {"version", NO_VALUE | FLAG_ONLY, "", "print the version and exit"},
     [ROW_HELP] = {"help", NO_VALUE | FLAG_ONLY, "", "print this and exit"},
 };
-static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "said_in_file and said_by_flag are too short");
+static_assert(ARRAY_SIZE(rows) <= CONFIG_ROWS_MAX, "line_in_file and said_by_flag are too short");
 
 static int set_row(struct server_config *c, enum row row, const char *value, bool by_flag, struct failure *f)
 {
@@ -356,12 +356,12 @@ static int set_scratch(struct reader *r, const char *value)
     char *text = NULL;
     int result;
 
-    if (!r->goes_on && (vm ? vm->scratch_said : r->c->said_in_file[ROW_SCRATCH]))
+    if (!r->goes_on && (vm ? vm->scratch_said : r->c->line_in_file[ROW_SCRATCH]))
         return failure_set(&r->failure, -EINVAL, "\"scratch\" is there twice");
     if (vm)
         vm->scratch_said = true;
     else
-        r->c->said_in_file[ROW_SCRATCH] = 1;
+        r->c->line_in_file[ROW_SCRATCH] = r->spot.line;
     if (asprintf(&text, "%s%s%s", r->goes_on ? r->scratch : "", r->goes_on ? " " : "", value) < 0)
         return failure_set(&r->failure, -ENOMEM, "out of memory");
     if (r->goes_on && !place_is_meant(text)) {
@@ -402,11 +402,13 @@ static int set_key(struct reader *r, const char *key, const char *value)
         for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
             if (strcmp(rows[i].name, key) != 0 || (rows[i].flags & FLAG_ONLY))
                 continue;
-            if (++r->c->said_in_file[i] > 1 && !(rows[i].flags & REPEATABLE))
+            if (r->c->line_in_file[i] && !(rows[i].flags & REPEATABLE))
                 return failure_set(&r->failure, -EINVAL, "\"%s\" is there twice", key);
-            r->c->said_in_file[i] = 1;
+            r->c->line_in_file[i] = r->spot.line;
             if (set_row(r->c, (enum row)i, value, /* by_flag= */ false, &r->failure) < 0)
                 return name_key(r, key);
+            if (i == ROW_LISTEN)
+                r->c->listeners[r->c->nlisteners - 1].line = r->spot.line;
             return 0;
         }
         return failure_set(&r->failure, -EINVAL, "unknown key \"%s\" in [server]", key);
@@ -479,6 +481,14 @@ static int read_file(struct server_config *c, const char *path, struct failure *
     if (r.failure.err)
         return failure_set(f, -EINVAL, "%s:%u: %s", path, r.spot.line, r.failure.text);
     return config_set_string(&c->file, path, f);
+}
+
+unsigned config_line_of(const struct server_config *c, const char *key)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        if (strcmp(rows[i].name, key) == 0 && !c->said_by_flag[i])
+            return c->line_in_file[i];
+    return 0;
 }
 
 /* -- flags --------------------------------------------------------------------------------------------------------- */

@@ -229,6 +229,7 @@ struct config_listener {
     char *text;                      /* owned: as it was said, "unix:/path" */
     const char *path;                /* UNIX: points into text */
     struct sockaddr_storage address; /* TCP: resolved by config_check() */
+    unsigned line;                   /* of the file; 0: it was said by a flag */
     char *host;                      /* owned: TCP */
     char *port;                      /* owned: TCP, digits */
 };
@@ -280,8 +281,9 @@ struct server_config {
     gid_t socket_gid;          /* … and what they are, of config_check() */
     struct privileges become;
     enum sandbox_mode sandbox;
-    /* private to the parser: how often each row was set, by the file and by flags */
-    unsigned char said_in_file[CONFIG_ROWS_MAX], said_by_flag[CONFIG_ROWS_MAX];
+    /* private to the parser: where the file set each row (0: it did not), and how often flags did */
+    unsigned line_in_file[CONFIG_ROWS_MAX];
+    unsigned char said_by_flag[CONFIG_ROWS_MAX];
 };
 
 /*
@@ -293,6 +295,9 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
 /* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
  * and CONFIG_STATE where they are used and missing. */
 int config_check(struct server_config *c, struct failure *f);
+
+/* r, and where the file has the key's value, its name and line before the sentence in f. */
+int config_blame(const struct server_config *c, const char *key, int r, struct failure *f);
 
 /* The same of all directories, with the rights that we have now: after we have become another user. */
 int config_check_paths(const struct server_config *c, struct failure *f);

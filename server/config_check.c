@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* config_check(): what only the system can tell about a configuration. */
-#include "config.h"
+#include "config_internal.h"
 
 #include <errno.h>
 #include <grp.h>
@@ -36,6 +36,21 @@ static int check_parent(const char *what, const char *path, struct failure *f)
         return check_dir(what, ".", W_OK | X_OK, f);
     slash[slash == copy] = 0;
     return check_dir(what, copy, W_OK | X_OK, f);
+}
+
+static int blame_line(const struct server_config *c, unsigned line, int r, struct failure *f)
+{
+    struct failure why = *f;
+
+    if (r >= 0 || line == 0 || !c->file)
+        return r;
+    *f = (struct failure){0};
+    return failure_set(f, why.err, "%s:%u: %s", c->file, line, why.text);
+}
+
+int config_blame(const struct server_config *c, const char *key, int r, struct failure *f)
+{
+    return blame_line(c, config_line_of(c, key), r, f);
 }
 
 /* Given to whom we are going to be; one that is there already belongs to somebody. */
@@ -193,15 +208,16 @@ int config_check_paths(const struct server_config *c, struct failure *f)
 
     for (size_t i = 0; r == 0 && i < c->nlisteners; i++)
         if (c->listeners[i].type == LISTEN_UNIX)
-            r = check_parent("directory of the listener", c->listeners[i].path, f);
+            r = blame_line(c, c->listeners[i].line, check_parent("directory of the listener", c->listeners[i].path, f),
+                           f);
     if (r == 0)
-        r = check_parent("directory of the control socket", c->control, f);
+        r = config_blame(c, "control", check_parent("directory of the control socket", c->control, f), f);
     if (r == 0 && !c->place)
-        r = check_dir("scratch directory", c->scratch, W_OK | X_OK, f);
+        r = config_blame(c, "scratch", check_dir("scratch directory", c->scratch, W_OK | X_OK, f), f);
     if (r == 0)
-        r = check_dir("state directory", c->state, R_OK | W_OK | X_OK, f);
+        r = config_blame(c, "state", check_dir("state directory", c->state, R_OK | W_OK | X_OK, f), f);
     if (r == 0 && c->pidfile)
-        r = check_parent("directory of the pidfile", c->pidfile, f);
+        r = config_blame(c, "pidfile", check_parent("directory of the pidfile", c->pidfile, f), f);
     if (r == 0 && c->file && access(c->file, R_OK) < 0) /* SIGHUP reads it again */
         r = failure_set(f, -EINVAL, "the file %s: %s", c->file, strerror(errno));
     return r;
@@ -218,12 +234,12 @@ int config_check(struct server_config *c, struct failure *f)
         if (l->type == LISTEN_UNIX && strncmp(l->path, CONFIG_RUN_DIR "/", sizeof CONFIG_RUN_DIR) == 0)
             r = make_default_dir(c, CONFIG_RUN_DIR, 0755, f);
         if (r == 0)
-            r = check_listener(c, l, f);
+            r = blame_line(c, l->line, check_listener(c, l, f), f);
     }
     if (r == 0 && strcmp(c->control, CONFIG_CONTROL) == 0)
         r = make_default_dir(c, CONFIG_RUN_DIR, 0755, f);
     if (r == 0)
-        r = check_socket_path(c->control, f);
+        r = config_blame(c, "control", check_socket_path(c->control, f), f);
     if (r == 0 && c->place)
         r = check_places(c, f);
     if (r == 0)
@@ -233,6 +249,6 @@ int config_check(struct server_config *c, struct failure *f)
     if (r == 0)
         r = config_check_paths(c, f);
     for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        r = check_vm(c, &c->vms[i], f);
+        r = blame_line(c, c->vms[i].by_flag ? 0 : c->vms[i].line, check_vm(c, &c->vms[i], f), f);
     return r;
 }

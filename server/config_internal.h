@@ -8,6 +8,9 @@
 
 #include "config.h"
 
+/* config.c */
+unsigned config_line_of(const struct server_config *c, const char *key); /* of the file; 0: by a flag, or not said */
+
 /* config_value.c */
 int config_set_string(char **to, const char *value, struct failure *f);
 int config_set_seconds(unsigned *to_ms, const char *value, struct failure *f); /* "10", "0.5": three decimals at most */

@@ -152,7 +152,7 @@ static int start_tls(struct server *s, struct failure *f)
         return 0;
     r = tls_creds_load(c->tls_certs, c->tls_psk, &creds, &note, f);
     if (r < 0)
-        return r;
+        return config_blame(c, c->tls_certs ? "tls-certs" : "tls-psk", r, f);
     r = tls_server_init(&s->tls, s->loop, nthreads, creds);
     if (r < 0) {
         tls_creds_unref(creds);

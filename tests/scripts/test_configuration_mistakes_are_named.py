@@ -60,6 +60,27 @@ class Mistakes(harness.Case):
             name = flag.split('=')[0]
             self.mistake(words, *(f for f in self.base() if not f.startswith(f'{name}=')), flag)
 
+    def test_paths_of_the_file_are_named_with_its_line_unless_a_flag_has_the_last_word(self):
+        path = f'{self.folder}/conf'
+        for words, key, value in (('scratch directory /nowhere/at/all', 'scratch', '/nowhere/at/all'),
+                                  ('state directory /nowhere/at/all', 'state', '/nowhere/at/all'),
+                                  ('control socket /nowhere/at', 'control', '/nowhere/at/all'),
+                                  ('pidfile /nowhere/at', 'pidfile', '/nowhere/at/all'),
+                                  ('listener /nowhere/at', 'listen', 'unix:/nowhere/at/all'),
+                                  ('clear text', 'listen', 'tcp:0.0.0.0:0')):
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write(f'[server]\nlinger=5\n{key}={value}\n')
+            others = [f for f in self.base() if not f.startswith(f'--{key}=')]
+            self.mistake(f'conf:3: .*{words}', f'--config={path}', *others)
+            self.mistake('^qpulld: the .* /elsewhere', f'--config={path}', *others,
+                         f'--{key}={"unix:" if key == "listen" else ""}/elsewhere/x')
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write('[server]\nlinger=5\n\n[vm "x"]\nqmp=/etc/passwd\n')
+        self.mistake('conf:4: VM "x": /etc/passwd is not a socket', f'--config={path}', *self.base())
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(f'[server]\ntls=require\ntls-certs={self.folder}/certs\n')
+        self.failed('conf:3: cannot read .*ca-cert.pem', f'--config={path}', *self.base())
+
     def test_one_place_is_never_for_two(self):
         base = [f for f in self.base() if not f.startswith('--scratch')]
         place = '--scratch={"driver":"nbd","export":"%d"}'
