@@ -56,7 +56,7 @@ struct link {
     int fd;
     int polled; /* events that poll waits for */
     int broken; /* why sending failed; the link is lost once everything QEMU said before is read */
-    struct ucred peer;
+    pid_t peer;
     struct outbox outbox;
     struct qmp_stream stream;
     struct json_object *greeting; /* owned, until ready */
@@ -407,11 +407,11 @@ static bool link_read(struct link *l)
 
 static void client_connected(struct qmp_client *c)
 {
-    struct ucred peer = {.uid = (uid_t)-1};
+    struct ucred peer = {0};
     socklen_t len = sizeof(peer);
 
-    (void)getsockopt(c->link->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len); /* it stays nobody, then */
-    c->link->peer = peer;
+    if (getsockopt(c->link->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) == 0)
+        c->link->peer = peer.pid;
     client_set_state(c, CLIENT_GREETING);
     link_poll(c->link);
 }
@@ -591,12 +591,7 @@ const char *qmp_client_path(const struct qmp_client *c)
 
 pid_t qmp_client_peer_pid(const struct qmp_client *c)
 {
-    return c->link ? c->link->peer.pid : 0;
-}
-
-uid_t qmp_client_peer_uid(const struct qmp_client *c)
-{
-    return c->link ? c->link->peer.uid : (uid_t)-1;
+    return c->link ? c->link->peer : 0;
 }
 
 /* ---- calls ---- */

@@ -68,7 +68,6 @@ uint64_t qmp_client_nhappenings(const struct qmp_client *c);
  * else made the socket and handed it over (libvirt does).
  */
 pid_t qmp_client_peer_pid(const struct qmp_client *c);
-uid_t qmp_client_peer_uid(const struct qmp_client *c); /* its user, while ready; (uid_t)-1: not known */
 
 /*
  * One call. ret is the "return" value (NULL for a null), borrowed until the callback returns, NULL on failure; f is

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "backup/rig.h"
 
+#include "backup/alive.h"
 #include "backup/disks.h"
 #include "qmp/commands.h"
 
@@ -24,7 +25,7 @@ int rig_init(struct rig *r, const struct rig_config *config, const struct seq_st
     r->server_dir = config->server_dir;
     (void)snprintf(r->server_address, sizeof(r->server_address), "/proc/self/fd/%d/%s", config->server_dir,
                    config->server_socket);
-    r->listen_fd = -1;
+    r->listen_fd = r->alive_fd = -1;
     r->only_export = NAMES_NKINDS;
     calls_init(&r->calls, r->qmp, r->timeout_ms);
     return seq_init(&r->seq, r->loop, steps, nsteps, ops);
@@ -46,12 +47,14 @@ static void close_listener(struct rig *r)
 /* Without it another daemon on another monitor could sweep us away, and nothing else: so it may fail. */
 void rig_announce(struct rig *r)
 {
-    (void)alive_new(r->loop, r->id, &r->alive);
+    (void)alive_hold(r->id, &r->alive_fd);
 }
 
 void rig_done(struct rig *r)
 {
-    alive_free(TAKE_PTR(r->alive));
+    if (r->alive_fd >= 0)
+        (void)close(r->alive_fd);
+    r->alive_fd = -1;
     qmp_watch_remove(&r->watch);
     rig_drop_answers(r);
     close_listener(r);

@@ -10,7 +10,6 @@
 #ifndef QPULL_BACKUP_RIG_H
 #define QPULL_BACKUP_RIG_H
 
-#include "backup/alive.h"
 #include "backup/calls.h"
 #include "backup/names.h"
 #include "backup/seq.h"
@@ -45,9 +44,9 @@ struct rig {
         SERVER_PASSED,
         SERVER_UNKNOWN,
         SERVER_OURS
-    } server;            /* PASSED: not started, but QEMU may hold our socket */
-    int listen_fd;       /* until QEMU has it */
-    struct alive *alive; /* owned: tells others that what carries our id is no leftover; NULL: it does not */
+    } server;      /* PASSED: not started, but QEMU may hold our socket */
+    int listen_fd; /* until QEMU has it */
+    int alive_fd;  /* tells others that what carries our id is no leftover (backup/alive) */
     /*
      * Whether we have stopped the guest's CPUs. OURS: our mark stands in QEMU, or may stand; a VM that is "paused"
      * while it does was paused by us. MARKED: the mark may stand, but the guest runs, or others have stopped it.

@@ -7,13 +7,7 @@
 #include "qmp/commands.h"
 
 #include <errno.h>
-
-/*
- * A holder whose queue is full is waited for, all ids together: one that lives makes room within moments. Whoever
- * speaks to QEMU is of its user, of ours or root; others may bind an id once its session is dead, and are not heard.
- */
-#define SWEEP_ASK_MS 1000
-#define NS_PER_MS 1000000u
+#include <stdio.h>
 
 /* More dead sessions than this in one QEMU are not believed; the rest waits for the next connection. */
 #define SWEEP_MAX_IDS 64
@@ -31,9 +25,6 @@ struct sweep {
         bool paused;
         enum hold hold;
     } found[SWEEP_MAX_IDS];
-    pid_t holders[SWEEP_MAX_IDS]; /* of the ids found; 0: none */
-    uid_t qemu_uid;
-    uv_work_t asking;
     unsigned nfound, next;
     bool others_live;
     bool exported_ours, exported_others; /* over QEMU's NBD server: by a session, by somebody else */
@@ -226,11 +217,17 @@ static void spare_the_living(struct sweep *s)
     unsigned n = 0;
 
     for (unsigned i = 0; i < s->nfound; i++) {
-        if (s->holders[i])
+        uid_t uid;
+        pid_t pid = alive_holder(s->found[i].id, &uid);
+        char who[64] = "one that does not tell who it is";
+
+        if (pid > 0)
+            (void)snprintf(who, sizeof(who), "process %d, user %u", (int)pid, (unsigned)uid);
+        if (pid)
             (void)failure_set(&s->problems, -EBUSY,
-                              "another qpulld or nbdkit (process %d) is at work in this QEMU over another monitor "
+                              "another qpulld or nbdkit (%s) is at work in this QEMU over another monitor "
                               "(session %s); pull through that one, or wait for its end",
-                              (int)s->holders[i], s->found[i].id);
+                              who, s->found[i].id);
         else
             s->found[n++] = s->found[i];
     }
@@ -251,29 +248,6 @@ static void paused_first(struct sweep *s)
     }
 }
 
-/* In a worker thread: it may take its time. */
-static void ask_holders(uv_work_t *w)
-{
-    struct sweep *s = container_of(w, struct sweep, asking);
-    uint64_t end_ns = uv_hrtime() + SWEEP_ASK_MS * NS_PER_MS;
-
-    for (unsigned i = 0; i < s->nfound; i++) {
-        uint64_t now_ns = uv_hrtime();
-
-        s->holders[i] =
-            alive_holder(s->found[i].id, s->qemu_uid, now_ns < end_ns ? (unsigned)((end_ns - now_ns) / NS_PER_MS) : 0);
-    }
-}
-
-static void on_asked(uv_work_t *w, int status)
-{
-    struct sweep *s = container_of(w, struct sweep, asking);
-
-    spare_the_living(s);
-    paused_first(s);
-    next_id(s);
-}
-
 static void on_searched(struct calls *c, const struct failure *f)
 {
     struct sweep *s = container_of(c, struct sweep, calls);
@@ -283,9 +257,9 @@ static void on_searched(struct calls *c, const struct failure *f)
         free(s);
         return;
     }
-    s->qemu_uid = qmp_client_peer_uid(s->config.qmp);
-    if (s->nfound == 0 || uv_queue_work(s->config.loop, &s->asking, ask_holders, on_asked) < 0)
-        on_asked(&s->asking, 0);
+    spare_the_living(s);
+    paused_first(s);
+    next_id(s);
 }
 
 int sweep_start(const struct sweep_config *config, sweep_cb cb, void *arg, struct failure *f)

@@ -2,8 +2,8 @@
 /*
  * sweep: finds what a dead daemon left in a QEMU, by name, and undoes it: session by session, each by walking the same
  * undo functions down from the far end. What does not carry our prefix is not touched, nor what carries the id of a
- * session that lives in another process (backup/alive) of root, of our user or of QEMU's: that is a failure. Run it
- * only while no session of ours lives in that QEMU, unless it is only to look. Loop thread only.
+ * session that lives in another process (backup/alive): that is a failure. Run it only while no session of ours lives
+ * in that QEMU, unless it is only to look. Loop thread only.
  */
 #ifndef QPULL_BACKUP_SWEEP_H
 #define QPULL_BACKUP_SWEEP_H
