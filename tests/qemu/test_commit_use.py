@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # ctest: timeout 300
 """Block commits as people use them: wrong words, a guest that writes, cancelling, deleting, images that keep no records."""
+import json
 import os
 import re
 import select
 import signal
+import struct
 
 import harness
 import nbdpull
@@ -232,6 +234,19 @@ class CommitUse(Layers):
         done = self.commit('--active', '--delete')
         self.assertIn(f'deleted {self.files[2]}', done.stdout)
         self.assertEqual([os.path.exists(f) for f in self.files], [True, True, False])
+        self.check(self.names)
+        self.daemon.stop()
+
+    def test_a_layer_whose_head_has_options_for_a_name_is_deleted(self):
+        """As QEMU writes them after a commit, where names in heads are relative."""
+        self.three_layers()
+        name = ('json:' + json.dumps({'driver': 'qcow2', 'file': {'driver': 'file', 'filename': self.files[0]}})).encode()
+        with open(self.files[1], 'r+b') as f:
+            offset = struct.unpack('>Q', os.pread(f.fileno(), 8, 8))[0]
+            os.pwrite(f.fileno(), name, offset)
+            os.pwrite(f.fileno(), struct.pack('>I', len(name)), 16)
+        self.assertIn(f'deleted {self.files[1]}', self.commit('--top', 'layer-1', '--delete').stdout)
+        self.assertEqual([os.path.exists(f) for f in self.files], [True, False, True])
         self.check(self.names)
         self.daemon.stop()
 
