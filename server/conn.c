@@ -318,6 +318,12 @@ bool conn_is_full(const struct conn *c)
     return c->head_bytes >= (c->set->head_bytes < CONN_UNSENT_TOTAL ? CONN_MAX_UNSENT : CONN_LEAST_UNSENT);
 }
 
+/* All that came before is with nbd, and looked at: what comes next, be it the end, has its turn. */
+static bool has_room(const struct conn *c)
+{
+    return c->input_len == 0 && may_feed(c) && !nbd_has_more(c->nbd);
+}
+
 /* Gives nbd what is in the input buffer, as far as it may have it, and as far as this client's turn goes. */
 static void conn_input(struct conn *c)
 {
@@ -450,7 +456,7 @@ static bool wants_bytes(const struct conn *c)
 {
     if (c->tls && tls_room(c->tls).len == 0)
         return false;
-    return c->tls && tls_state(c->tls) == TLS_HANDSHAKE ? true : c->input_len == 0 && may_feed(c);
+    return c->tls && tls_state(c->tls) == TLS_HANDSHAKE ? true : has_room(c);
 }
 
 /* -- moving on ----------------------------------------------------------------------------------------------------- */
@@ -465,7 +471,7 @@ void conn_settle(struct conn *c)
         conn_input(c);
         conn_limit_settle(c);
         conn_tls_settle(c);
-        while (c->tls && c->input_len == 0 && may_feed(c) && conn_tls_input(c))
+        while (c->tls && has_room(c) && conn_tls_input(c))
             conn_input(c);
         if (c->broken)
             conn_kill(c, -ENOMEM, "out of memory");

@@ -27,10 +27,11 @@ static void tell(struct conn *c)
                 (unsigned long long)c->id, c->identity, limit(c));
 }
 
-/* Nobody has let it in, and it waits for no answer of ours. */
+/* It was let into nothing, and is not about to be: who asks GO waits for a freeze, who asks all else can ask for ever.
+ */
 static bool gives_way(const struct conn *c)
 {
-    return c->state == CONN_TALKING && !c->opened && !c->asking && !c->one_too_many;
+    return c->state == CONN_TALKING && !c->opened && !(c->asking && c->ask_type == NBD_ASK_OPEN);
 }
 
 static void evict(struct conn *c, const char *whose)
@@ -89,8 +90,13 @@ bool conn_limit_line(struct conn_set *s)
     return false;
 }
 
+/*
+ * Before its TLS is up a client is known by its address only, behind which there may be many: it is told that it is one
+ * too many only if it still is when it asks for something, and takes nobody's place unless there are too many of these.
+ */
 void conn_limit_check(struct conn *c)
 {
+    bool known = !c->set->tls || c->tls_was_up;
     size_t nothers = 0, nrefused = 0;
     struct conn *oldest = NULL;
 
@@ -98,16 +104,20 @@ void conn_limit_check(struct conn *c)
         if (other == c || other->state != CONN_TALKING)
             continue;
         nrefused += other->one_too_many;
-        if (other->one_too_many || strcmp(other->identity, c->identity) != 0)
+        if (strcmp(other->identity, c->identity) != 0)
             continue;
-        nothers++;
-        oldest = !oldest && gives_way(other) ? other : oldest;
+        nothers += !other->one_too_many;
+        if (!oldest && gives_way(other) && !(known && other->one_too_many)) /* these are about to be told so */
+            oldest = other;
     }
-    c->one_too_many = limit(c) > 0 && nothers >= limit(c) && !oldest;
-    if (limit(c) > 0 && nothers >= limit(c) && oldest)
-        evict(oldest, "connection of the same client");
+    c->one_too_many = limit(c) > 0 && nothers >= limit(c);
     if (!c->one_too_many)
         return;
+    if (oldest && (known || nrefused >= CONN_REFUSED_MAX)) {
+        evict(oldest, "connection of the same client");
+        c->one_too_many = !known;
+        return;
+    }
     tell(c);
     c->quiet = true; /* that was its line */
     if (nrefused >= CONN_REFUSED_MAX)

@@ -5,7 +5,8 @@
  * stays. Nothing is ever said over it.
  *
  * Two daemons may hold two monitors of one QEMU, where neither sees the other: what carries the id of a session that
- * lives is no leftover, and must not be swept. A word must tell nothing. Processes in another network namespace are not seen. Any thread.
+ * lives is no leftover, and must not be swept. A word must tell nothing. Processes in another network namespace are not
+ * seen. Any thread.
  */
 #ifndef QPULL_BACKUP_ALIVE_H
 #define QPULL_BACKUP_ALIVE_H

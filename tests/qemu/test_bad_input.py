@@ -4,6 +4,7 @@
 """Broken, rude or hostile clients cost bounded memory, are told what is wrong, and never disturb anybody else."""
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -33,6 +34,32 @@ class BadInput(harness.Case):
 
     def still_serves(self, guest, daemon):
         self.assertModel(guest.disks['vda'].model, nbdpull.pull(daemon.uri('vm/vda')), 'another client')
+
+    def test_what_a_hasty_client_sent_behind_go_is_answered_before_its_end_is_heard(self):
+        guest = self.bare()
+        daemon = self.qpulld(guest, linger=0)
+        # Another process: beside it this one gets turns.
+        other = harness.spawn(['/usr/bin/python3', '-c', 'import socket, sys\ns = socket.socket(socket.AF_UNIX)\n'
+                               's.connect(sys.argv[1])\ns.recv(18)\nprint("here", flush=True)\nsys.stdin.read()',
+                               daemon.socket], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.assertEqual(other.stdout.readline(), 'here\n')
+        for _ in range(10):
+            raw = rawnbd.Raw(daemon.socket)
+            requests = [(rawnbd.CMD_READ, i, i * 4096, 4096) for i in range(30)] + [(rawnbd.CMD_DISC, 0, 0, 0)]
+            name = rawnbd.string('vm/vda') + b'\0\0'
+            raw.put(struct.pack('>QII', rawnbd.OPTION_MAGIC, rawnbd.OPT_GO, len(name)) + name + b''.join(
+                struct.pack('>IHHQQI', rawnbd.REQUEST_MAGIC, 0, *what) for what in requests))
+            while raw.take_reply()[1] != rawnbd.REP_ACK:
+                pass
+            raw.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(len(raw.wait_hangup(30)), 30 * (16 + 4096))
+            raw.close()
+            daemon.wait_idle()
+        self.assertEqual(len(re.findall(r'leaves vm/vda: done', daemon.log())), 10)
+        other.stdin.close()
+        other.wait()
+        other.stdout.close()
+        daemon.stop()
 
     def test_options_that_make_no_sense_are_answered_and_the_negotiation_goes_on(self):
         guest = self.bare()

@@ -176,7 +176,7 @@ class Hostile(tlsworld.TlsCase):
         self.assertGood(good)
         for _ in range(200):
             raw = come(tlsworld.option(rawnbd.OPT_GO, rawnbd.string('vm/vda') + b'\0\0'))
-            self.assertEqual(raw.take_reply()[1], rawnbd.ERROR | 6)  # is told no, and stays
+            self.assertTrue(raw.take_reply()[1] & rawnbd.ERROR)  # is told no, or that it is one too many, and stays
         self.assertGood(good)
         for _ in range(200):
             come(b'\xff' * 20).wait_hangup(20)  # broke the protocol, and does not close

@@ -11,7 +11,7 @@ static void answer(uv_timer_t *timer)
 {
     struct vm *vm = timer->data;
 
-    while (vm->queries) {
+    while (vm->queries && !vm->hold_queries) {
         struct vm_query *q = vm->queries;
         vm->queries = q->next;
         q->vm = NULL;

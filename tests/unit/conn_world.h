@@ -48,7 +48,7 @@ struct vm {
     struct vm_query *queries;
     struct vm_stay *stays; /* entered or entering */
     /* what a test wants */
-    bool hold_entering;
+    bool hold_entering, hold_queries;
     bool unmapped;          /* maps come with vm_map() */
     struct failure refusal; /* of entering */
     uint64_t rate;

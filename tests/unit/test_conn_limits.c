@@ -126,6 +126,29 @@ static void a_refused_client_makes_way_like_a_silent_one(void **state)
     assert_false(w->clients[0].eof);
 }
 
+/* A question can be asked for ever; who waits for a freeze keeps its place. */
+static void who_asks_for_anything_but_go_makes_way_too(void **state)
+{
+    struct world *w = *state;
+    struct client *list = client_greet(w, 0, STRUCTURED), *go = client_greet(w, 1, STRUCTURED);
+    struct bytes b = {0};
+
+    w->config.max_connections = 2;
+    w->vms[0].hold_queries = w->vms[1].hold_queries = true;
+    say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
+    client_say(go, &b);
+    say_option(&b, NBD_OPT_LIST, NULL);
+    client_say(list, &b);
+    loop_until(&w->loop, w->set.first->asking && w->set.last->asking);
+    (void)client_connect(w, 2);
+    loop_until(&w->loop, list->eof);
+    assert_false(go->eof);
+    assert_false(w->clients[2].eof);
+    w->vms[0].hold_queries = w->vms[1].hold_queries = false;
+    vm_answer_soon(&w->vms[0]);
+    loop_until(&w->loop, w->vms[0].nentered == 1);
+}
+
 /* They broke the protocol, were hung up on, and do not close: a flood of them is no flood of sockets. */
 static void those_who_have_heard_the_last_word_are_few_too(void **state)
 {
@@ -363,6 +386,7 @@ int main(void)
         TEST(a_flood_of_refused_requests_is_not_read_on_without_end),
         TEST(with_all_places_taken_the_silent_make_way_and_the_working_do_not),
         TEST(a_refused_client_makes_way_like_a_silent_one),
+        TEST(who_asks_for_anything_but_go_makes_way_too),
         TEST(those_who_have_heard_the_last_word_are_few_too),
         TEST(lines_about_clients_are_few_in_a_second),
         TEST(a_client_s_own_silent_connections_make_way_before_it_has_too_many),
