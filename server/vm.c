@@ -3,6 +3,7 @@
 
 #include "backup/claim.h"
 #include "backup/names.h"
+#include "backup/private_socket.h"
 #include "backup/selftest.h"
 #include "backup/sweep.h"
 #include "log.h"
@@ -140,8 +141,10 @@ static int claim_state(struct vm *vm)
                     vm->name, strerror(-r));
         return 0;
     }
-    if (r == 0)
+    if (r == 0) {
+        private_socket_tidy(vm->state_dir);
         return 0;
+    }
     if (holder)
         (void)snprintf(who, sizeof(who), " (process %d)", (int)holder);
     log_error(

@@ -3,6 +3,7 @@
 
 #include "backup/state_file.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,6 +11,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ABANDONED_S 60 /* by then it has its name, or nobody will give it one */
 
 int private_socket_listen(int dir, const char *name, int backlog)
 {
@@ -35,4 +40,21 @@ int private_socket_listen(int dir, const char *name, int backlog)
     r = fd;
     fd = -1;
     return r;
+}
+
+void private_socket_tidy(int dir)
+{
+    int fd = state_open_dir(dir, ".");
+    DIR *all = fd < 0 ? NULL : fdopendir(fd);
+    struct dirent *entry;
+    struct stat st;
+
+    if (!all && fd >= 0)
+        (void)close(fd);
+    while (all && (entry = readdir(all)))
+        if (state_is_temp(entry->d_name) && fstatat(dir, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISSOCK(st.st_mode) && time(NULL) - st.st_ctime > ABANDONED_S)
+            (void)unlinkat(dir, entry->d_name, 0);
+    if (all)
+        (void)closedir(all);
 }

@@ -15,4 +15,8 @@
  */
 int private_socket_listen(int dir, const char *name, int backlog);
 
+/* Removes from dir the sockets of those that were killed while they made one: such are without a name for moments only.
+ */
+void private_socket_tidy(int dir);
+
 #endif
