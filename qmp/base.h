@@ -29,6 +29,13 @@
         (p) = NULL;                     \
         taken_ptr_;                     \
     })
+/* The same of a descriptor: none is left behind. */
+#define TAKE_FD(fd)           \
+    ({                        \
+        int taken_fd_ = (fd); \
+        (fd) = -1;            \
+        taken_fd_;            \
+    })
 
 static inline void base_freep(void *p)
 {

@@ -87,7 +87,7 @@ void *budget_buffer(struct budget *b, size_t size)
     if (size == b->piece && b->spare) {
         buffer = take_spare(b);
     } else {
-        while (b->nspare > 0 && b->used + b->nspare * b->piece > b->limit) /* they count, too */
+        while (b->spare && b->used + b->nspare * b->piece > b->limit) /* they count, too */
             free(take_spare(b));
         buffer = malloc(MAX(size, sizeof(struct budget_spare)));
     }

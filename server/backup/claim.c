@@ -53,7 +53,6 @@ int claim_take(int state_dir, const char *vm, int *ret_fd, pid_t *ret_holder)
         return -EBUSY;
     }
     sign(fd);
-    *ret_fd = fd;
-    fd = -1;
+    *ret_fd = TAKE_FD(fd);
     return 0;
 }

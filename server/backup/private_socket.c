@@ -37,9 +37,7 @@ int private_socket_listen(int dir, const char *name, int backlog)
         (void)unlinkat(dir, temp, 0);
         return r;
     }
-    r = fd;
-    fd = -1;
-    return r;
+    return TAKE_FD(fd);
 }
 
 void private_socket_tidy(int dir)
