@@ -21,7 +21,7 @@ second()
 second "$work/vm.qmp" disk=vda scratch="$work/scratch" state="$work/other" timeout=8
 expect "$(cat "$work/second.log")" 'error: .*(another|other) client'
 second "$work/vm.look" disk=vda scratch="$work/scratch" state="$work/other" vm=vm timeout=8
-expect "$(cat "$work/second.log")" "another qpulld or nbdkit \(process $nbdkit_pid\) is at work in this QEMU"
+expect "$(cat "$work/second.log")" "another qpulld or nbdkit \(process $nbdkit_pid, user $(id -u)\) is at work in this QEMU"
 second "$work/vm.look" disk=vda "${common[@]}" vm=vm timeout=8
 expect "$(cat "$work/second.log")" "another qpulld or nbdkit \(process $nbdkit_pid\) keeps the notes"
 # The first one has not noticed any of that.

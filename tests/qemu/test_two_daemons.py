@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Two daemons hold two monitors of one QEMU: the later one must neither sweep the other's living session away nor build
 on it, and must make good what the other has left once that is dead."""
+import os
+
 import harness
 import nbdpull
 from harness import MIB
@@ -16,7 +18,7 @@ class TwoDaemons(harness.Case):
         before = h.pread(4 * MIB, 0)
         guest.write('vda', 0, 4 * MIB, 8)
         second = self.qpulld({'vm': guest.spare_qmp_path}, linger=0, name='second')
-        self.assertIn(f'another qpulld or nbdkit (process {first.process.pid})', self.refusal(second))
+        self.assertIn(f'another qpulld or nbdkit (process {first.process.pid}, user {os.geteuid()})', self.refusal(second))
         self.assertEqual(h.pread(4 * MIB, 0), before, 'the first one\'s frozen bytes')
         first.kill()
         h = nbdpull.connect(second.uri('vm/vda'))
@@ -37,7 +39,7 @@ class TwoDaemons(harness.Case):
         h = nbdpull.connect(second.uri('vm/vda'))
         before = h.pread(MIB, 0)
         guest.write('vda', 0, MIB, 9)
-        self.assertIn(f'another qpulld or nbdkit (process {second.process.pid})', self.refusal(first))
+        self.assertIn(f'another qpulld or nbdkit (process {second.process.pid}, user {os.geteuid()})', self.refusal(first))
         self.assertEqual(h.pread(MIB, 0), before)
         h.shutdown()
         second.stop()
