@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "control_internal.h"
+#include "control_client.h"
 #include "listen.h"
-#include "qmp/stream.h"
 #include "vm.h"
 
 #include <assert.h>
@@ -10,41 +9,6 @@
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
-
-struct control_client {
-    struct control *control; /* borrowed */
-    struct control_client *next, *prev;
-    uint64_t id;
-    uint64_t born_ms; /* connected, in loop time */
-    struct access_who who;
-    uv_pipe_t pipe;
-    struct qmp_stream stream;
-    bool negotiated; /* qmp_capabilities was said */
-    bool reading, closing;
-    bool last_words;            /* closes when all is written */
-    bool doomed;                /* closed at the next tick */
-    bool heard_out;             /* it has shut its writing side: closes when all is answered */
-    struct control_call *calls; /* owned */
-    size_t ncalls;
-    size_t unsent;      /* bytes handed to libuv and not written */
-    size_t unsent_seen; /* of libuv's queue, when progress was last looked at */
-    uint64_t progress_ms;
-    char input[CONTROL_READ_BUFFER];
-};
-
-struct control {
-    struct server *server;          /* borrowed */
-    struct listener *listener;      /* owned */
-    struct control_client *clients; /* owned */
-    size_t nclients;
-    uint64_t next_id;
-    uv_timer_t tick;  /* runs while there is a client */
-    uint64_t told_ms; /* when the log was last told of one who was turned away; 0: never */
-    uint64_t nuntold; /* who was turned away since then */
-    bool closing;
-    void (*on_closed)(void *arg);
-    void *arg;
-};
 
 struct answer {
     uv_write_t write;
@@ -93,7 +57,7 @@ static void on_client_closed(uv_handle_t *handle)
     try_finish(c);
 }
 
-static void client_close(struct control_client *client)
+void control_client_close(struct control_client *client)
 {
     if (client->closing)
         return;
@@ -127,7 +91,7 @@ static void on_written(uv_write_t *req, int status)
     client->unsent -= a->len;
     free(a);
     if (status < 0 || (client->last_words && client->unsent == 0) || is_answered(client))
-        client_close(client);
+        control_client_close(client);
     else
         update_reading(client);
 }
@@ -174,44 +138,9 @@ static void send_document(struct control_client *client, struct json_object *doc
 
     if (r < 0) {
         tell_unsent(client, r);
-        client_close(client);
+        control_client_close(client);
     }
     json_object_put(doc);
-}
-
-/* -- who is not served --------------------------------------------------------------------------------------------- */
-static struct json_object *error_document(struct json_object *id, const char *class, const char *text);
-
-/*
- * Tells it why, if the socket takes the words at once, and closes: who is not wanted keeps no place. The log is not
- * told of each, or clients could fill it.
- */
-static void turn_away(struct control_client *client, const char *fmt, ...) _printf_(2, 3);
-static void turn_away(struct control_client *client, const char *fmt, ...)
-{
-    struct control *c = client->control;
-    uint64_t now = uv_now(client->pipe.loop);
-    char text[sizeof((struct failure *)NULL)->text];
-    struct json_object *doc;
-    uv_buf_t bufs[2] = {{0}, uv_buf_init((char *)"\r\n", 2)};
-    va_list ap;
-
-    va_start(ap, fmt);
-    (void)vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    if (c->told_ms && now - c->told_ms < LISTEN_COMPLAIN_MS) {
-        c->nuntold++;
-    } else {
-        log_warning("control client %llu (process %d) is turned away: %s", (unsigned long long)client->id,
-                    (int)client->who.pid, text);
-        c->told_ms = now;
-    }
-    doc = error_document(NULL, CONTROL_GENERIC, text);
-    bufs[0].base = (char *)json_object_to_json_string_length(doc, JSON_C_TO_STRING_PLAIN, &bufs[0].len);
-    if (bufs[0].base)
-        (void)uv_try_write((uv_stream_t *)&client->pipe, bufs, ARRAY_SIZE(bufs)); /* words that nobody waits for */
-    json_object_put(doc);
-    client_close(client);
 }
 
 /* -- what it may --------------------------------------------------------------------------------------------------- */
@@ -289,7 +218,7 @@ void control_event(struct control *c, const char *event, struct json_object *dat
     json_object_put(doc);
 }
 
-static struct json_object *error_document(struct json_object *id, const char *class, const char *text)
+struct json_object *control_error_document(struct json_object *id, const char *class, const char *text)
 {
     struct json_object *doc = json_object_new_object(), *error = json_object_new_object();
 
@@ -331,7 +260,7 @@ void control_error(struct control_call *call, const char *class, const char *fmt
     (void)vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     log_debug("control: %s: %s", call->command->name, text);
-    doc = client ? error_document(call->id, class, text) : NULL;
+    doc = client ? control_error_document(call->id, class, text) : NULL;
     call_free(call);
     if (client) {
         send_document(client, doc);
@@ -353,7 +282,7 @@ static void refuse(struct control_client *client, struct json_object *id, const 
     va_start(ap, fmt);
     (void)vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    send_document(client, error_document(id, class, text));
+    send_document(client, control_error_document(id, class, text));
 }
 
 static const struct control_param *find_param(const struct control_command *command, const char *name)
@@ -529,13 +458,13 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
     if (nread == UV_EOF && !is_gone(client)) {
         client->heard_out = true; /* `echo … | socat` waits for its answers with its writing side shut */
         if (is_answered(client))
-            client_close(client);
+            control_client_close(client);
         else
             update_reading(client);
         return;
     }
     if (nread < 0) {
-        client_close(client);
+        control_client_close(client);
         return;
     }
     if (qmp_stream_feed(&client->stream, buf->base, (size_t)nread, on_document, client, &why) < 0 && !client->closing) {
@@ -573,12 +502,12 @@ static void on_tick(uv_timer_t *timer)
         if (client->closing)
             continue;
         if (client->doomed || (client->heard_out && is_gone(client))) {
-            client_close(client);
+            control_client_close(client);
             continue;
         }
         if (!client->negotiated && now - client->born_ms > timeout_ms) {
-            turn_away(client, "\"qmp_capabilities\" was not said within %g seconds (--handshake-timeout)",
-                      timeout_ms / 1000.0);
+            control_turn_away(client, "\"qmp_capabilities\" was not said within %g seconds (--handshake-timeout)",
+                              timeout_ms / 1000.0);
             continue;
         }
         if (unsent != client->unsent_seen || unsent == 0) {
@@ -586,14 +515,10 @@ static void on_tick(uv_timer_t *timer)
             client->progress_ms = now;
         } else if (now - client->progress_ms > CONTROL_STUCK_MS) {
             log_warning("control client %llu is closed: it does not read its answers", (unsigned long long)client->id);
-            client_close(client);
+            control_client_close(client);
         }
     }
-    if (c->nuntold > 0 && now - c->told_ms >= LISTEN_COMPLAIN_MS) {
-        log_warning("control: %llu more clients were turned away", (unsigned long long)c->nuntold);
-        c->nuntold = 0;
-        c->told_ms = now;
-    }
+    control_tell_untold(c);
 }
 
 /* -- the beginning ------------------------------------------------------------------------------------------------- */
@@ -609,56 +534,6 @@ static struct json_object *greeting(void)
     json_object_object_add(qmp, "capabilities", json_object_new_array());
     json_object_object_add(doc, "QMP", qmp);
     return doc;
-}
-
-/* Otherwise it is turned away. */
-static bool check_connect(struct control_client *client)
-{
-    bool may = access_may_connect(server_access(client->control->server), &client->who);
-
-    if (!may)
-        turn_away(client, "user %u may not use this socket (--allow)", (unsigned)client->who.uid);
-    return may;
-}
-
-/*
- * Otherwise it is turned away. Who has rights to one VM must not keep the others out by being there, and nobody those
- * who could do something about it: root and our own user have places that are theirs.
- */
-static bool check_place(struct control_client *client)
-{
-    unsigned nall = 0, nothers = 0, nsame = 0;
-
-    for (const struct control_client *c = client->control->clients; c; c = c->next) {
-        if (c == client || c->closing)
-            continue;
-        nall++;
-        nothers += !access_is_ours(&c->who);
-        nsame += c->who.uid == client->who.uid;
-    }
-    if (nall < CONTROL_CLIENTS_MAX && access_is_ours(&client->who))
-        return true;
-    if (nall >= CONTROL_CLIENTS_MAX)
-        turn_away(client, "all %u places at this socket are taken; try again when somebody has left",
-                  CONTROL_CLIENTS_MAX);
-    else if (nsame >= CONTROL_CLIENTS_OF_USER)
-        turn_away(client, "user %u has %u connections to this socket already, the most that one may have; close some",
-                  (unsigned)client->who.uid, nsame);
-    else if (nothers >= CONTROL_CLIENTS_MAX - CONTROL_CLIENTS_OURS)
-        turn_away(client,
-                  "the %u places that users other than root may have at this socket are taken; try again when "
-                  "somebody has left",
-                  CONTROL_CLIENTS_MAX - CONTROL_CLIENTS_OURS);
-    else
-        return true;
-    return false;
-}
-
-void control_check_access(struct control *c)
-{
-    for (struct control_client *client = c->clients; client; client = client->next)
-        if (!client->closing)
-            (void)check_connect(client);
 }
 
 static int on_connection(void *arg, uv_stream_t *listener)
@@ -686,10 +561,10 @@ static int on_connection(void *arg, uv_stream_t *listener)
     qmp_stream_init(&client->stream, CONTROL_DOCUMENT_MAX);
     if (uv_accept(listener, (uv_stream_t *)&client->pipe) < 0 || uv_fileno((uv_handle_t *)&client->pipe, &fd) < 0 ||
         access_peer(fd, &client->who) < 0) {
-        client_close(client);
+        control_client_close(client);
         return 0;
     }
-    if (!check_connect(client) || !check_place(client))
+    if (!control_check_connect(client) || !control_check_place(client))
         return 0;
     send_document(client, greeting());
     update_reading(client);
@@ -738,7 +613,7 @@ void control_close(struct control *c, void (*cb)(void *arg), void *arg)
     c->arg = arg;
     listen_close(TAKE_PTR(c->listener));
     for (struct control_client *client = c->clients; client; client = client->next)
-        client_close(client);
+        control_client_close(client);
     try_finish(c);
 }
 
