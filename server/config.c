@@ -625,8 +625,8 @@ void config_print_help(FILE *out)
         }
     (void)fprintf(
         out, "\nThe same names without dashes stand in the file's section [server]; each section [vm \"NAME\"] has\n"
-             "qmp=, qga=, quiesce=, disks=, disk.NAME=, image.DISK=, engine= and scratch=, and [allow] WHO = VM-GLOB. "
-             "SIZE: bytes, or with K, M, G or T (powers of "
-             "1024) behind.\n"
+             "qmp=, qga=, quiesce=, disks=, disk.NAME=, image.DISK=, engine= and scratch=; a section [allow] has WHO = "
+             "VM-GLOB.\n"
+             "SIZE: bytes, or with K, M, G or T (powers of 1024) behind.\n"
              "Exit status: 0 done, 1 failed, 2 wrong usage.\n");
 }

@@ -221,12 +221,12 @@ static int load_x509(struct tls_creds *c, const char *dir, struct failure *note,
     if (!ca || !cert || !key || !crl)
         return failure_set(f, -ENOMEM, "out of memory");
     for (const char *const *path = (const char *const[]){ca, cert, key, NULL}; *path; path++)
-        if (access(*path, R_OK) < 0 && errno == EACCES)
-            return failure_set(f, -EACCES, "cannot read %s: %s; this is user %u: give it to that user (chown)", *path,
-                               strerror(EACCES), (unsigned)geteuid());
-        else if (access(*path, R_OK) < 0)
-            return failure_set(f, -errno, "cannot read %s: %s (qpull certs init DIR makes what is needed)", *path,
-                               strerror(errno));
+        if (access(*path, R_OK) < 0)
+            return errno == EACCES
+                       ? failure_set(f, -errno, "cannot read %s: %s; this is user %u: give it to that user (chown)",
+                                     *path, strerror(errno), (unsigned)geteuid())
+                       : failure_set(f, -errno, "cannot read %s: %s (qpull certs init DIR makes what is needed)", *path,
+                                     strerror(errno));
     r = gnutls_certificate_allocate_credentials(&c->x509);
     if (r < 0)
         return failure_set(f, -ENOMEM, "cannot use certificates: %s", gnutls_strerror(r));

@@ -135,14 +135,14 @@ static int claim_state(struct vm *vm)
     if (vm->keeper != vm)
         return 0;
     r = claim_take(vm->state_dir, vm->name, &vm->claim_fd, &holder);
-    if (r < 0 && r != -EBUSY) { /* as good as it gets */
+    if (r == 0) {
+        private_socket_tidy(vm->state_dir);
+        return 0;
+    }
+    if (r != -EBUSY) { /* as good as it gets */
         log_warning("VM %s: cannot lock its notes in '" CLAIM_DIR "' of the state directory (%s): see to it that no "
                     "other qpulld or nbdkit uses them",
                     vm->name, strerror(-r));
-        return 0;
-    }
-    if (r == 0) {
-        private_socket_tidy(vm->state_dir);
         return 0;
     }
     if (holder)

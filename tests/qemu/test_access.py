@@ -80,6 +80,13 @@ class Access(harness.Case):
             daemon.wait_idle(name=vm)
         return daemon
 
+    def rules(self, text):
+        """Writes the configuration's file; the flag that names it."""
+        path = f'{self.folder}/qpulld.conf'
+        with open(path, 'w', encoding='ascii') as f:
+            f.write(text)
+        return f'--config={path}'
+
     def test_nobody_on_tcp_sees_or_gets_anything_until_it_is_allowed(self):
         daemon = self.world()
         uri = daemon.tcp_uri('')
@@ -207,16 +214,10 @@ class Access(harness.Case):
 
     @unittest.skipIf(os.geteuid(), 'only root can be another user')
     def test_sighup_closes_the_control_socket_to_whom_no_rule_names_any_more(self):
-        path = f'{self.folder}/qpulld.conf'
-
-        def write(text):
-            with open(path, 'w', encoding='ascii') as f:
-                f.write(text)
-        write('[allow]\nuser:nobody = web\nuid:4711 = web\n')
-        daemon = self.world(flags=['--config', path])
+        daemon = self.world(flags=[self.rules('[allow]\nuser:nobody = web\nuid:4711 = web\n')])
         out, stays, root = (Silent(self, daemon.control, uid) for uid in (NOBODY, 4711, 0))
         self.assertEqual([c.is_in() for c in (out, stays, root)], [True] * 3)
-        write('[allow]\nuid:4711 = web/list\n')
+        self.rules('[allow]\nuid:4711 = web/list\n')
         daemon.process.send_signal(signal.SIGHUP)
         self.assertEqual(out.hear()['error']['desc'], f'user {NOBODY} may not use this socket (--allow)')
         self.assertIsNone(out.hear())
@@ -226,25 +227,19 @@ class Access(harness.Case):
             self.assertEqual(one.hear(), {'return': {}})
 
     def test_sighup_brings_new_rules_and_leaves_those_who_are_in_alone(self):
-        path = f'{self.folder}/qpulld.conf'
-
-        def write(text):
-            with open(path, 'w', encoding='ascii') as f:
-                f.write(text)
-        write('[allow]\nip:127.0.0.1 = web, db/list\n')
-        daemon = self.world(flags=['--config', path])
+        daemon = self.world(flags=[self.rules('[allow]\nip:127.0.0.1 = web, db/list\n')])
         self.assertEqual(names(daemon.tcp_uri('')), ['db/vdb', 'web/vda'])
         h = nbdpull.connect(daemon.tcp_uri('web/vda'))
-        write('[allow]\nany = db\n')
+        self.rules('[allow]\nany = db\n')
         daemon.process.send_signal(signal.SIGHUP)
         harness.wait_until(lambda: names(daemon.tcp_uri('')) == ['db/vdb'], 10, 'the new rules')
         self.assertEqual(h.pread(MIB, 0), b'\1' * MIB)
         h.shutdown()
         self.assertRegex(refusal(daemon, 'web/vda')[1], 'there is no export')
-        write('[allow]\nalice = *\n')
+        self.rules('[allow]\nalice = *\n')
         daemon.process.send_signal(signal.SIGHUP)
         harness.wait_until(lambda: 'nothing was changed' in daemon.log(), 10, 'the complaint')
-        self.assertRegex(daemon.log(), rf'{path}:2: "alice" is none of user:NAME')
+        self.assertRegex(daemon.log(), rf'{self.folder}/qpulld.conf:2: "alice" is none of user:NAME')
         self.assertEqual(names(daemon.tcp_uri('')), ['db/vdb'])
 
 

@@ -155,8 +155,8 @@ static void bytes_are_those_of_the_disk_and_zeros_are_not_read(void **state)
     client_expect(w, c, &b);
 }
 
-/* Opened with its allocation context while the maps of the session are still being read. */
-static struct client *open_unmapped(struct world *w)
+/* About to say GO with its allocation context, where the maps of a session take their time. */
+static struct client *choose_allocation(struct world *w)
 {
     const char *const queries[] = {"base:allocation"};
     struct client *c = client_greet(w, 0, STRUCTURED);
@@ -168,6 +168,15 @@ static struct client *open_unmapped(struct world *w)
     loop_until(&w->loop, c->in.len >= 2 * NBD_OPTION_REPLY_SIZE);
     loop_turn(&w->loop, 2);
     bytes_done(&c->in);
+    return c;
+}
+
+/* Opened with its allocation context while the maps of the session are still being read. */
+static struct client *open_unmapped(struct world *w)
+{
+    struct client *c = choose_allocation(w);
+    struct bytes b = {0};
+
     say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
     client_say(c, &b);
     loop_until(&w->loop, w->vms[0].nentered == 1);
@@ -181,15 +190,9 @@ static struct client *open_unmapped(struct world *w)
 static void requests_sent_behind_go_wait_for_the_map_one_by_one(void **state)
 {
     struct world *w = *state;
-    const char *const queries[] = {"base:allocation"};
-    struct client *c = client_greet(w, 0, STRUCTURED);
+    struct client *c = choose_allocation(w);
     struct bytes b = {0};
 
-    w->vms[0].unmapped = true;
-    say_meta(&b, NBD_OPT_SET_META_CONTEXT, "web/vda", ARRAY_SIZE(queries), queries);
-    client_say(c, &b);
-    loop_until(&w->loop, c->in.len >= 2 * NBD_OPTION_REPLY_SIZE);
-    loop_turn(&w->loop, 2);
     say_info(&b, NBD_OPT_GO, "web/vda", 0, NULL);
     for (unsigned i = 1; i <= 3; i++)
         say_request(&b, 0, NBD_CMD_BLOCK_STATUS, i, 0, 256 * KIB);
