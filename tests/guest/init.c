@@ -121,25 +121,36 @@ static bool disk_find(const char *name, char *path, size_t len)
     return found;
 }
 
+/* The kernel shows a new disk in sysfs and /dev a moment before the device behind them can be opened. */
+static bool is_coming(int error)
+{
+    return error == ENXIO || error == ENOENT;
+}
+
 int disk_open(const char *name, uint64_t *ret_size)
 {
     uint64_t end = now_us() + DISK_WAIT_US;
     char path[PATH_MAX];
-    int fd;
+    int fd = -1, error;
 
-    while (!disk_find(name, path, sizeof(path))) {
+    for (;;) {
+        error = ENODEV;
+        if (disk_find(name, path, sizeof(path))) {
+            fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+            error = errno;
+            if (fd >= 0 || !is_coming(error))
+                break;
+        }
         if (now_us() > end)
-            return -ENODEV;
+            break;
         usleep(POLL_US);
     }
-    fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
     if (fd < 0)
-        return -errno;
+        return -error;
     if (ioctl(fd, BLKGETSIZE64, ret_size) < 0) {
-        int error = -errno;
-
+        error = errno;
         close(fd);
-        return error;
+        return -error;
     }
     return fd;
 }
