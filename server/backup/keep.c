@@ -178,6 +178,18 @@ static const struct disk *find_by_device(const struct disk_list *l, const char *
     return NULL;
 }
 
+/*
+ * What our filter stands on is that disk's image. Of a device that was unplugged, and another one plugged in under its
+ * id, the filter knows nothing.
+ */
+static bool is_over(const struct rig *r, unsigned i, const struct disk *disk)
+{
+    char cbw[NAMES_SIZE];
+    const char *top = graph_see_through(r->answers[1], r->answers[2], names_make(cbw, r->id, NAMES_CBW, i));
+
+    return top && strcmp(top, disk->top) == 0;
+}
+
 static void on_graph(struct calls *c, const struct failure *f)
 {
     struct session *s = session_of_calls(c);
@@ -188,26 +200,28 @@ static void on_graph(struct calls *c, const struct failure *f)
 
     if (!f && disk_list_parse(r->answers[0], r->answers[1], r->answers[2], &now, &next) < 0)
         f = &next;
-    rig_drop_answers(r);
     for (unsigned i = 0; i < r->ndisks; i++) {
         struct session_disk *d = &s->disks[i];
         const struct disk *disk = now ? find_by_device(now, d->disk->qom_path) : NULL;
+        bool other = disk && !is_over(r, i, disk);
 
         d->keepable = false;
         if (!d->keep)
             continue;
         /* The top may be another node than at the freeze: somebody took an external snapshot under our filter. */
-        if (disk && disk->tracked && disk->size == d->disk->size && !disk_checkpoint(disk, s->checkpoint))
+        if (disk && !other && disk->tracked && disk->size == d->disk->size && !disk_checkpoint(disk, s->checkpoint))
             d->keep_node = strdup(disk->top);
         if (d->keep_node)
             start_merge(s, i);
         else
             session_drop_keep(s, d,
-                              f      ? f->text
-                              : disk ? "its image keeps no bitmaps, has one of that name by now, or was resized"
-                                     : "the device is gone");
+                              f       ? f->text
+                              : !disk ? "the device is gone"
+                              : other ? "the device has another image by now"
+                                      : "its image keeps no bitmaps, has one of that name by now, or was resized");
     }
     disk_list_free(now);
+    rig_drop_answers(r);
     memset(&next, 0, sizeof(next));
     result = calls_wait(&r->calls, on_merged, &next);
     if (result != 0)

@@ -144,6 +144,28 @@ class Others(vmlife.Case):
         self.vm.check()
         self.daemon.stop()
 
+    def test_another_disk_under_the_id_of_an_unplugged_one_gets_no_checkpoint(self):
+        self.vm = self.bare(Disk('sda', 8 * MIB, bus='virtio-scsi'), extra=['-device', 'virtio-scsi-pci'])
+        self.tool = self.vm.look
+        self.vm.write('sda', 0, 4 * MIB, 7)
+        self.daemon = self.qpulld(self.vm, linger=0)
+        pull = nbdpull.connect(self.daemon.uri('vm/sda@new'))
+        frozen = nbdpull.read_all(pull)
+        self.tool('device_del', {'id': 'sda'})
+        self.tool.wait_event('DEVICE_DELETED', timeout=60)
+        self.image('other', 8 * MIB)
+        self.tool('device_add', {'driver': 'scsi-hd', 'id': 'sda', 'drive': 'other'})
+        self.vm.write('sda', 5 * MIB, MIB, 9)
+        self.assertSame(nbdpull.read_all(pull), frozen, 'the frozen disk')
+        pull.shutdown()
+        self.daemon.wait_idle()
+        self.assertEqual(self.daemon.vm()['last-session']['problems'],
+                         "checkpoint 'new' of disk 'sda' is not kept: the device has another image by now")
+        self.assertEqual(self.new_checkpoints(), {})
+        self.assertEqual(set(harness.bitmaps(self.vm.look)), set())
+        self.assertFalse([n for n in self.vm.state()['nodes'] if n.startswith('qpull-')])
+        self.daemon.stop()
+
 
 if __name__ == '__main__':
     harness.main()
