@@ -359,6 +359,23 @@ static int find_images(struct json_object *named, struct json_object *graph, str
     return 0;
 }
 
+bool graph_has_levels(struct json_object *graph, const struct disk *d)
+{
+    const char *node = d->top;
+    unsigned level = 0;
+
+    for (size_t k = 1; k < d->nimages; k++) {
+        for (unsigned i = 0; i == 0 || (node && strcmp(node, d->images[k].node) != 0); i++) {
+            const char *below = graph_child(graph, node, "backing");
+
+            node = below ? below : graph_child(graph, node, "file"); /* of filters */
+            if (++level > GRAPH_MAX_DEPTH || !node || (i == 0 && level != d->images[k].level))
+                return false;
+        }
+    }
+    return true;
+}
+
 static int find_checkpoints(struct json_object *named, struct disk *d)
 {
     int r;

@@ -124,6 +124,11 @@ const char *checkpoint_text(const struct checkpoint *c);
 const char *graph_child(struct json_object *graph, const char *node, const char *role);
 /* Its node of that number (an edge's "parent" or "child"), jobs and devices included. Borrowed, or NULL. */
 struct json_object *graph_node_of_id(struct json_object *graph, int64_t id);
+/*
+ * Whether qemu:allocation-depth, asked of d's top, tells of all images at the levels that are known: no layer and no
+ * filter, of a job perhaps, has come between them or gone.
+ */
+bool graph_has_levels(struct json_object *graph, const struct disk *d);
 /* Below `node` along "file": the first node that is not ours; `node` itself if it is not. NULL: there is none. */
 const char *graph_first_foreign(struct json_object *graph, const char *node);
 /* The name of the file at the end of "file" below a node, "" when QEMU does not say. Borrowed from named_nodes. */

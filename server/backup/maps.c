@@ -155,8 +155,14 @@ static void on_layer_exports(struct calls *c, const struct failure *f)
         char export[NAMES_SIZE];
         const char *node = exported_node(r->answers[0], names_make(export, s->rig.id, NAMES_LAYER, i));
 
-        if (session_needs_allocation(s, i) && (!node || strcmp(node, d->top) != 0))
+        if (!session_needs_allocation(s, i))
+            continue;
+        if (!node || strcmp(node, d->top) != 0)
             (void)session_other_layer(d, node, &mine);
+        else if (!graph_has_levels(r->answers[2], d))
+            (void)failure_set(&mine, -ESTALE,
+                              "the layers of disk '%s' were changed just now (by a block job of others?); try again",
+                              d->name);
     }
     rig_drop_answers(r);
     seq_done(&r->seq, &mine);
@@ -164,7 +170,9 @@ static void on_layer_exports(struct calls *c, const struct failure *f)
 
 /*
  * The depths below count from the exported layer. A snapshot that somebody takes puts the new layer below all users of
- * the old one, our export is one of them: a map read after that has every depth one lower.
+ * the old one, our export is one of them: a map read after that has every depth one lower. And a stream or a commit has
+ * a filter of its own between the layers, as long as it goes: those below it lie one deeper. The graph is told without
+ * a look at any image, which would be dangerous then (docs/decisions/0009, "Asking can kill").
  */
 static int compare_depths(struct seq *q, struct failure *f)
 {
@@ -178,6 +186,7 @@ static int compare_depths(struct seq *q, struct failure *f)
         return SEQ_DONE;
     rig_drop_answers(r);
     calls_add(&r->calls, "query-block-exports", NULL, QMP_NO_FD, 0, rig_keep_answer);
+    calls_add(&r->calls, "x-debug-query-block-graph", NULL, QMP_NO_FD, 2, rig_keep_answer);
     return calls_wait(&r->calls, on_layer_exports, f);
 }
 

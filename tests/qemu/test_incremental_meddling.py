@@ -147,6 +147,40 @@ class Meddling(harness.Case):
         self.vm.check()
         daemon.stop()
 
+    def test_layers_without_records_are_counted_past_the_filter_of_a_stream(self):
+        """A stream that begins while a session goes up puts a filter between the layers: those below it lie deeper."""
+        disk = Disk('vda', 48 * MIB)
+        self.vm, self.nlayers = self.bare(disk), 0
+        self.tool = Qmp(self.vm.spare_qmp_path)
+        self.addCleanup(self.tool.close)
+        proxy = QmpProxy(self.folder, self.vm)
+        self.addCleanup(proxy.close)
+        daemon = self.qpulld(proxy, linger=0)
+        base, node = self.session(daemon, 'base', [], {})[0], disk.node
+        settle(self.vm)
+        for offset, length in ((4 * MIB, 32 * MIB), (38 * MIB, 2 * MIB), (42 * MIB, 2 * MIB)):
+            self.snapshot(disk, [])
+            self.vm.write('vda', offset, length, offset // MIB)
+        expected = own_copy(self.vm, 'vda')
+
+        def aim(name):
+            if name == 'blockdev-reopen' and not self.tool('query-block-jobs'):
+                self.tool('block-stream', {'device': 'layer-2', 'base-node': node, 'job-id': 'j', 'speed': 1})
+        proxy.at_each(aim)
+        truth, _ = self.session(daemon, 'a', ['base'], {'base': base})
+        proxy.at_each(None)
+        self.assertTrue(self.tool('query-block-jobs'), 'the stream is at work')
+        if truth is None:
+            self.assertIn('try again', daemon.log())
+        else:
+            self.assertSame(truth, expected, 'beside the stream')
+        self.tool('block-job-cancel', {'device': 'j', 'force': True})
+        self.tool.wait_event('JOB_STATUS_CHANGE', 60, lambda d: d['status'] == 'null')
+        settle(self.vm)
+        self.assertSame(self.session(daemon, 'b', ['base'], {'base': base})[0], expected, 'after the stream')
+        settle(self.vm)
+        daemon.stop()
+
     def records(self, disk):
         return {name for node, name in harness.bitmaps(self.vm.look) if node == disk.node}
 
