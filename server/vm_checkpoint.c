@@ -412,6 +412,15 @@ void vm_retire(struct vm *vm)
 
 /* -- create -------------------------------------------------------------------------------------------------------- */
 
+/* It was a checkpoint when the session was frozen, and whoever asks that session for it means that one. */
+static bool is_of_session(const struct work *w, const struct disk *d)
+{
+    const struct session *s = w->write.vm->session;
+    const struct disk *frozen = s ? disk_list_find(session_disks(s), d->name) : NULL;
+
+    return frozen && disk_checkpoint(frozen, w->name);
+}
+
 static int check_create(const struct work *w, const struct disk *d, struct failure *f)
 {
     const struct checkpoint *c = disk_checkpoint(d, w->name);
@@ -422,6 +431,11 @@ static int check_create(const struct work *w, const struct disk *d, struct failu
     if (c)
         return failure_set(f, -EEXIST, "checkpoint '%s' exists already on disk '%s'; choose another name, or delete it",
                            w->name, d->name);
+    if (is_of_session(w, d))
+        return failure_set(f, -EBUSY,
+                           "checkpoint '%s' of disk '%s' was deleted in session %s, which was frozen before that and "
+                           "may be asked for it; choose another name, or try again when the session has ended",
+                           w->name, d->name, session_id(w->write.vm->session));
     if (is_meant(w, d) && w->ndisks > 0 && !d->tracked)
         return failure_set(
             f, -ENOTSUP,

@@ -214,6 +214,25 @@ class Checkpoints(harness.Case):
         with self.assertRaisesRegex(harness.QmpError, 'no VM'):
             daemon.ask('query-checkpoints', {'vm': 'nowhere'})
 
+    def test_a_name_deleted_in_a_session_is_not_given_again_before_its_end(self):
+        guest = self.bare()
+        daemon = self.qpulld(guest, linger=0)
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
+        guest.write('vda', 2 * MIB, MIB, 3)
+        h = nbdpull.connect(daemon.uri('vm/vda'))
+        daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'monday'})
+        with self.assertRaisesRegex(harness.QmpError, "'monday' of disk 'vda' was deleted in session .* choose another name"):
+            daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'tuesday'})
+        late = nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.dirty_context('monday')])
+        self.assertFalse(late.can_meta_context(nbdpull.dirty_context('monday')))
+        late.shutdown()
+        h.shutdown()
+        daemon.wait_idle()
+        daemon.ask('checkpoint-create', {'vm': 'vm', 'name': 'monday'})
+        self.assertEqual(self.offered(daemon), ['monday', 'tuesday'])
+        daemon.stop()
+
     def test_a_checkpoint_that_somebody_else_made_counts(self):
         guest = self.bare()
         guest.look('block-dirty-bitmap-add', {'node': 'node-vda', 'name': 'theirs', 'persistent': True})
