@@ -253,6 +253,7 @@ static int checkpoint_add_layer(struct checkpoint *c, const char *node, unsigned
         .depth = depth,
         .merge = reason == REASON_NONE,
         .inconsistent = reason == REASON_INCONSISTENT,
+        .stopped = reason != REASON_INCONSISTENT && !qmp_get_bool(bitmap, "recording"),
         .granularity = (uint64_t)qmp_get_int(bitmap, "granularity"),
         .dirty = (uint64_t)qmp_get_int(bitmap, "count"),
     };

@@ -32,6 +32,7 @@ struct layer {
     unsigned depth;       /* in disk.images */
     bool merge;           /* its record can be read; else its allocation stands in for it, or nothing can */
     bool inconsistent;    /* QEMU stopped uncleanly */
+    bool stopped;         /* somebody disabled it: it does not record */
     uint64_t granularity; /* bytes */
     uint64_t dirty;       /* bytes */
 };

@@ -31,6 +31,8 @@ static const struct {
     [CAUSE_RESTORED] =
         {"restored", REASON_GAP,
          "the disk was restored from a backup after it, so its record says nothing about what is there now"},
+    [CAUSE_STOPPED] = {"stopped", REASON_GAP,
+                       "its record did not record for a while: somebody disabled it, and enabled it again"},
 };
 static_assert(ARRAY_SIZE(causes) == CAUSE_NCAUSES, "every cause has a reason");
 
@@ -231,6 +233,18 @@ static bool is_root_file(const struct past *p, const struct image *i)
     return false;
 }
 
+/*
+ * QEMU says by itself what is wrong with such a record, but not for good: one that did not record may do so again, and
+ * has a hole then; one that is inconsistent never is right again, so a right one of its name is another one.
+ */
+static void check_state(struct lineage *l, struct past *p, const struct layer *now)
+{
+    if (now->inconsistent)
+        condemn(l, p, CAUSE_REMADE);
+    else if (now->stopped)
+        condemn(l, p, CAUSE_STOPPED);
+}
+
 #define LEARNED 1 /* and so there is nothing to compare */
 
 /* The record as it is becomes what counts from now on. Of a buried one only the layers that came after. */
@@ -255,6 +269,7 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
     p->roots[0].fill = p->fill;
     p->fill = false;
     p->nroots = 1;
+    check_state(l, p, root);
     return LEARNED;
 }
 
@@ -311,7 +326,8 @@ static void follow(struct lineage *l, struct past_root *root, const struct layer
 
 static void check_record(struct lineage *l, struct past *p, struct past_root *root, const struct layer *now)
 {
-    if (now->inconsistent) /* has no count, and a reason already */
+    check_state(l, p, now);
+    if (now->inconsistent) /* has no count */
         return;
     if (root->granularity == 0) /* of a promise: seen for the first time */
         root->granularity = now->granularity;

@@ -16,6 +16,7 @@ enum cause {
     CAUSE_REMADE,
     CAUSE_RETURNED,
     CAUSE_RESTORED,
+    CAUSE_STOPPED,
     CAUSE_NCAUSES
 };
 const char *cause_name(enum cause c);

@@ -257,6 +257,34 @@ class Connected(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def test_a_record_that_was_disabled_for_a_while_is_refused(self):
+        self.checkpoint('c1')
+        self.vm.look('block-dirty-bitmap-disable', {'node': self.disk.node, 'name': 'c1'})
+        self.check(c1='BUSY')
+        self.some()
+        self.vm.look('block-dirty-bitmap-enable', {'node': self.disk.node, 'name': 'c1'})
+        self.check(c1='GAP')
+        self.some()
+        self.check(c1='GAP')
+        self.daemon.stop()
+
+    def test_a_record_that_was_inconsistent_and_is_right_again_is_another_one(self):
+        self.checkpoint('c1')
+        self.some()
+        self.vm.quit()
+        self.vm.start()
+        self.daemon.wait_idle()
+        self.some()
+        self.vm.kill()
+        self.vm.start()
+        self.daemon.wait_idle()
+        self.check(c1='INCONSISTENT')
+        for command, more in (('remove', {}), ('add', {'persistent': True})):
+            self.vm.look(f'block-dirty-bitmap-{command}', {'node': self.disk.node, 'name': 'c1', **more})
+        self.write(4 * MIB, 3 * MIB)
+        self.check(c1='GAP')
+        self.daemon.stop()
+
     def test_a_disk_of_another_size_is_refused_also_when_it_is_as_before(self):
         self.checkpoint('c1')
         self.some()

@@ -25,6 +25,7 @@ struct level {
 };
 #define NONE (-1)
 #define HUSK (-2) /* inconsistent */
+#define OFF (-3)  /* somebody disabled it */
 #define LEVELS_MAX 4
 
 struct story {
@@ -74,11 +75,12 @@ static void add_layer(struct checkpoint *c, const struct level *v, unsigned dept
 
     l->node = strndup(v->file, strcspn(v->file, ":"));
     l->depth = depth;
-    l->merge = v->dirty != HUSK;
+    l->merge = v->dirty >= 0;
     l->inconsistent = v->dirty == HUSK;
+    l->stopped = v->dirty == OFF;
     l->granularity = granularity;
-    l->dirty = v->dirty == HUSK ? 0 : (uint64_t)v->dirty * CLUSTER;
-    c->reason = v->dirty == HUSK ? REASON_INCONSISTENT : REASON_NONE;
+    l->dirty = (uint64_t)MAX(v->dirty, 0) * CLUSTER;
+    c->reason = l->inconsistent ? REASON_INCONSISTENT : l->stopped ? REASON_BUSY : REASON_NONE;
     c->allocation_levels = (UINT64_C(1) << depth) - 1;
 }
 
@@ -317,6 +319,34 @@ static void a_cleared_record_is_a_gap_for_good(void **state)
     expect(NONE, s, {"b", 5});
     expect(GAP, s, {"b", 4});
     expect(GAP, s, {"b", 9});
+}
+
+static void a_record_that_was_disabled_has_a_hole_for_good(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"b", 0});
+    expect(BUSY, s, {"b", OFF});
+    expect(GAP, s, {"b", 9});
+    lineage_forget(s->lineage, "vda", "c");
+    expect(BUSY, s, {"b", OFF}); /* what it missed before anybody looked is not known either */
+    expect(GAP, s, {"b", 9});
+    lineage_forget(s->lineage, "vda", "c");
+    expect(NONE, s, {"t", 0}, {"b", 1});
+    expect(NONE, s, {"t", OFF}, {"b", 1}); /* what the layer has allocated counts */
+    expect(NONE, s, {"t", 0}, {"b", 1});
+}
+
+static void a_right_record_after_an_inconsistent_one_is_another_one(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"b", 1});
+    expect(INCONSISTENT, s, {"b", HUSK});
+    expect(GAP, s, {"b", 5});
+    lineage_forget(s->lineage, "vda", "c");
+    expect(INCONSISTENT, s, {"b", HUSK});
+    expect(GAP, s, {"b", 5});
 }
 
 static void a_record_cleared_above_the_deepest_one_spoils_nothing(void **state)
@@ -692,6 +722,8 @@ int main(void)
         story_test(a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accepted),
         story_test(a_promise_ends_with_the_jobs),
         story_test(a_cleared_record_is_a_gap_for_good),
+        story_test(a_record_that_was_disabled_has_a_hole_for_good),
+        story_test(a_right_record_after_an_inconsistent_one_is_another_one),
         story_test(a_record_cleared_above_the_deepest_one_spoils_nothing),
         story_test(another_granularity_is_another_record),
         story_test(another_size_is_refused_for_good),
