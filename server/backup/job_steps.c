@@ -98,6 +98,7 @@ static int access_up(struct seq *q, struct failure *f)
  */
 const struct seq_step session_job_steps[] = {
     {"hold", rig_hold, rig_no_hold, NULL},
+    {"ask run state", step_run_state, NULL, NULL},
     {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch nodes", step_scratch_nodes_up, rig_no_scratch_nodes, NULL},

@@ -71,6 +71,36 @@ int session_add_map(struct session *s, unsigned disk, const char *context, struc
     return 0;
 }
 
+/* -- whose disks they are ------------------------------------------------------------------------------------------ */
+
+static int on_run_state(struct calls *c, unsigned index, struct json_object *ret, struct failure *f)
+{
+    static const char *const states[] = {"inmigrate", "finish-migrate", "postmigrate"};
+    const char *status = qmp_get_string(ret, "status");
+
+    for (size_t i = 0; status && i < ARRAY_SIZE(states); i++) {
+        if (strcmp(status, states[i]) == 0)
+            return failure_set(
+                f, -EBUSY,
+                "another QEMU has, or had last, the disks of this VM, which is being migrated or was (%s); "
+                "back it up where it runs",
+                status);
+    }
+    return 0;
+}
+
+/*
+ * A QEMU from which its guest was migrated away stays, with all its nodes, and the other one writes to the images: they
+ * cannot be frozen here, and no record here sees it. Whoever migrates later meets the lock, or vm_life.
+ */
+int step_run_state(struct seq *q, struct failure *f)
+{
+    struct session *s = session_of_seq(q);
+
+    calls_add(&s->rig.calls, "query-status", NULL, QMP_NO_FD, 0, on_run_state);
+    return rig_wait(&s->rig, f);
+}
+
 /* -- scratch ------------------------------------------------------------------------------------------------------- */
 
 /* In a worker thread. An unlinked file needs no clean-up after a kill and no path that QEMU may open. */
@@ -602,6 +632,7 @@ int step_sources_up(struct seq *q, struct failure *f)
  */
 const struct seq_step session_steps[] = {
     {"hold", rig_hold, rig_no_hold, NULL},
+    {"ask run state", step_run_state, NULL, NULL},
     {"ask guest agent", step_agent_up, step_agent_down, NULL},
     {"pass scratch files", step_scratch_up, rig_no_fds, NULL},
     {"add scratch places", places_up, rig_no_scratch_nodes, NULL},

@@ -191,6 +191,7 @@ void session_watch_scratch(struct session *s);
 /* steps.c: shared with job_steps.c */
 int step_scratch_up(struct seq *q, struct failure *f);
 int step_scratch_nodes_up(struct seq *q, struct failure *f);
+int step_run_state(struct seq *q, struct failure *f);      /* is it this QEMU that has the disks? */
 int step_compare_disks(struct seq *q, struct failure *f);  /* before the freeze: node and size */
 int step_compare_layers(struct seq *q, struct failure *f); /* device, node and top are those that we were told of */
 /* A calls_ret_cb of the command that freezes. */

@@ -114,6 +114,20 @@ class Tools(vmlife.Case):
         self.assertNothingLeft(self.vm, self.daemon, before)
         self.tool('migrate-set-parameters', {'max-bandwidth': 1 << 33})
         self.assertEqual(self.migrate_ends(), 'completed')
+        # After it: where the VM runs now.
+        for vm, daemon in ((self.vm, self.daemon), (there, None)):
+            with self.subTest(vm.name):
+                daemon = daemon or self.qpulld({'vm': there}, name='there', linger=0)
+                harness.wait_until(lambda vm=vm: vm.look('query-status')['status'] in ('postmigrate', 'running'), 20)
+                before = vm.state()
+                if vm is there:
+                    self.assertEqual(set(nbdpull.pull(daemon.uri('vm/vda'))[:MIB]), {6})
+                else:
+                    with self.assertRaises(nbdpull.nbd.Error):
+                        nbdpull.connect(daemon.uri('vm/vda'))
+                    self.assertIn('back it up where it runs', daemon.log())
+                daemon.wait_idle()
+                self.assertNothingLeft(vm, daemon, before)
 
     def test_a_session_of_a_qemu_that_must_always_migrate_goes_on_until_the_vm_is_gone(self):
         self.bare_legacy(extra=['-only-migratable'])
