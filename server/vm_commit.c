@@ -133,12 +133,13 @@ static const char **list_dead(const struct disk *d, size_t *ret_n)
     return dead;
 }
 
-static bool is_broken(const struct vm_job *job, const char *checkpoint)
+/* Before there are results no record has been moved. */
+static bool is_kept(const struct vm_job *job, const char *checkpoint)
 {
     for (size_t i = 0; i < commit_nresults(job->commit); i++) {
         const struct commit_result *r = commit_result_at(job->commit, i);
 
-        if (r->state == COMMIT_BROKEN && strcmp(r->checkpoint, checkpoint) == 0)
+        if (r->state != COMMIT_BROKEN && strcmp(r->checkpoint, checkpoint) == 0)
             return true;
     }
     return false;
@@ -147,13 +148,13 @@ static bool is_broken(const struct vm_job *job, const char *checkpoint)
 /*
  * A record that lies in another layer than before looks like a lost one to whoever does not know why. We do: what was
  * usable is right as it is now, also where the commit has ended before its time: it only adds to records. What was
- * refused before is as wrong as it was, so it is not forgiven.
+ * refused before is as wrong as it was, so it is not forgiven; nor is what others did to a record meanwhile.
  */
 static void tell_watch(struct vm_job *job)
 {
     for (size_t i = 0; i < job->nusable; i++) {
-        if (!is_broken(job, job->usable[i]))
-            vm_watch_accept(job->vm, job->disk, job->usable[i]);
+        if (is_kept(job, job->usable[i]))
+            vm_watch_moved(job->vm, job->disk, job->usable[i]);
     }
     vm_watch_wake(job->vm);
 }

@@ -319,13 +319,14 @@ void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoin
     save(vm);
 }
 
-void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint)
+void vm_watch_moved(struct vm *vm, const char *disk, const char *checkpoint)
 {
-    lineage_accept(vm->watch.lineage, disk, checkpoint);
+    lineage_moved(vm->watch.lineage, disk, checkpoint);
     save(vm);
 }
 
 void vm_accept(struct vm *vm, const char *checkpoint)
 {
-    vm_watch_accept(vm, NULL, checkpoint);
+    lineage_accept(vm->watch.lineage, NULL, checkpoint);
+    save(vm);
 }

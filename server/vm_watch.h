@@ -98,8 +98,8 @@ int vm_inherit_start(struct vm *vm, const char *from,
 
 /* Whatever comes under that name on any disk is a new checkpoint. */
 void vm_watch_forget(struct vm *vm, const char *checkpoint);
-/* What is held against it is forgiven: what the next look sees is taken for right. disk NULL: on all. */
-void vm_watch_accept(struct vm *vm, const char *disk, const char *checkpoint);
+/* Our own commit may have moved its record: lineage_moved(). */
+void vm_watch_moved(struct vm *vm, const char *disk, const char *checkpoint);
 /* The checkpoint was removed from this disk, as far as its layers can be written; d is as it was before. */
 void vm_watch_deleted(struct vm *vm, const struct disk *d, const char *checkpoint);
 

@@ -270,6 +270,9 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
     p->fill = false;
     p->nroots = 1;
     check_state(l, p, root);
+    if (!root->inconsistent && root->dirty < p->least)
+        condemn(l, p, CAUSE_SHRANK);
+    p->least = 0;
     return LEARNED;
 }
 
@@ -560,6 +563,12 @@ void lineage_unsaved(struct lineage *l)
 
 /* -- what is done on purpose --------------------------------------------------------------------------------------- */
 
+/* A copy of a record marks as much; a finer one counts the piece at the disk's end in smaller steps. */
+static uint64_t least_of(const struct past_root *r)
+{
+    return r->dirty > r->granularity ? r->dirty - r->granularity : 0;
+}
+
 int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpoint, const struct image *layer,
                     bool fill)
 {
@@ -574,7 +583,7 @@ int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpo
     if (past_image_remember(&root->at, layer) < 0)
         return -ENOMEM;
     root->granularity = 0;
-    root->dirty = root->written = 0;
+    root->dirty = root->written = least_of(&p->roots[0]);
     root->fill = fill;
     p->nroots++;
     l->dirty = true;
@@ -630,6 +639,14 @@ int lineage_restored(struct lineage *l, const char *disk)
     return 0;
 }
 
+/* Whoever vouches for a record, be it our own commit, does not make it whole: its layer's allocation counts on. */
+static void forget_roots(struct past *p)
+{
+    for (size_t k = 0; k < p->nroots; k++)
+        p->fill |= p->roots[k].fill;
+    drop_roots(p);
+}
+
 void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
 {
     for (size_t i = 0; i < l->ndisks; i++) {
@@ -637,13 +654,21 @@ void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
 
         if (!p || p->buried || (disk && strcmp(disk, l->disks[i].name) != 0))
             continue;
-        /* Whoever vouches for a record, be it our own commit, does not make it whole: its layer's allocation counts on.
-         */
-        for (size_t k = 0; k < p->nroots; k++)
-            p->fill |= p->roots[k].fill;
-        drop_roots(p);
+        forget_roots(p);
+        p->least = 0;
         l->dirty = true;
     }
+}
+
+void lineage_moved(struct lineage *l, const char *disk, const char *checkpoint)
+{
+    struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
+
+    if (!p || p->buried || !p->nroots || (p->cause && p->cause != CAUSE_LAYER_GONE && p->cause != CAUSE_RECORD_GONE))
+        return;
+    p->least = least_of(&p->roots[0]);
+    forget_roots(p);
+    l->dirty = true;
 }
 
 /*

@@ -76,6 +76,11 @@ int lineage_restored(struct lineage *l, const char *disk);
 /* Whatever is held against the checkpoint is forgiven: what the next look sees is taken for right. disk NULL: on all.
  */
 void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint);
+/*
+ * Our own commit has ended, and the record may lie in another layer now. That alone is forgiven; and what the next look
+ * finds must mark what was marked when it was last looked at.
+ */
+void lineage_moved(struct lineage *l, const char *disk, const char *checkpoint);
 
 /*
  * old, emptied here and freed by the caller: what was remembered of the same disks under another name of the VM, before

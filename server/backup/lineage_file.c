@@ -39,6 +39,7 @@ static struct json_object *past_to_json(const struct past *p)
     put_uint(o, "size", p->size);
     (void)json_object_object_add(o, "buried", json_object_new_boolean(p->buried));
     (void)json_object_object_add(o, "fill", json_object_new_boolean(p->fill));
+    put_uint(o, "least", p->least);
     for (size_t i = 0; i < p->nroots; i++) {
         struct json_object *root = image_to_json(&p->roots[i].at);
 
@@ -159,6 +160,7 @@ static int past_of(struct json_object *o, struct past_disk *d)
     p->absence = absence_of(qmp_get_string(o, "absence"));
     p->buried = qmp_get_bool(o, "buried");
     p->fill = qmp_get_bool(o, "fill");
+    p->least = get_uint(o, "least");
     return roots_of(qmp_get(o, "roots"), p);
 }
 

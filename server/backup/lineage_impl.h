@@ -50,8 +50,9 @@ struct past {
     uint64_t size; /* bytes of the disk when it was first seen; 0: to be learned */
     enum cause cause;
     enum absence absence;
-    bool buried; /* what is left of its record in the roots' files is nobody's */
-    bool fill;   /* while it has no roots: the one that is learned will have this */
+    bool buried;    /* what is left of its record in the roots' files is nobody's */
+    bool fill;      /* while it has no roots: the one that is learned will have this */
+    uint64_t least; /* likewise: bytes that it marks at least, or it is not what was moved there */
     size_t nroots;
     struct past_root roots[ROOTS_MAX]; /* none: to be learned */
     bool seen;                         /* during a look */

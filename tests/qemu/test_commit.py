@@ -61,6 +61,30 @@ class Commit(Layers):
     def test_third_layer_into_the_deepest(self):
         self.every_spread(1, 0)
 
+    def test_a_record_that_others_clear_while_it_is_moved_is_refused(self):
+        self.begin(QmpProxy)
+        self.work()
+        self.snapshot()
+        self.checkpoint('c')
+        self.work()
+        self.serve()
+        self.check(['c'], 'before')
+        seen = []
+
+        def clear(command):
+            seen.append(command)
+            if command == 'query-block' and seen.count('query-block') == 1 and 'block-commit' in seen:
+                self.vm.look('block-dirty-bitmap-clear', {'node': self.nodes[-1], 'name': 'c'})
+            if command == 'query-block' and 'block-commit' not in seen:
+                seen.remove(command)
+        self.proxy.at_each(clear)
+        self.commit('--active')
+        self.proxy.at_each(None)
+        self.assertIn('query-block', seen)
+        self.check([], 'after')
+        self.assertEqual(self.reasons(), {'c': 'GAP'})
+        self.daemon.stop()
+
     def test_images_opened_by_qemu_itself(self):
         """Nodes without a name of their own go away with the commit; file names do as well as node names."""
         self.begin()

@@ -432,6 +432,35 @@ static void what_is_accepted_is_taken_for_right(void **state)
     expect(GAP, s, {"b:8", 1});
 }
 
+static void what_is_moved_is_no_more_than_moved(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"t", 5}, {"b", NONE});
+    lineage_moved(s->lineage, "vda", "c");
+    expect(NONE, s, {"b", 5});
+    expect(GAP, s, {"a", 5});
+    lineage_moved(s->lineage, "vda", "c"); /* a look came before the word */
+    expect(NONE, s, {"a", 5});
+    lineage_moved(s->lineage, "vda", "c");
+    expect(GAP, s, {"b", 2}); /* somebody cleared it meanwhile */
+    lineage_moved(s->lineage, "vda", "c");
+    expect(GAP, s, {"b", 9});
+    lineage_accept(s->lineage, NULL, "c");
+    expect(NONE, s, {"b", 2});
+}
+
+static void a_record_carried_over_marks_what_it_marked(void **state)
+{
+    struct story *s = *state;
+
+    s->jobs = true;
+    expect(NONE, s, {"t", 5}, {"b", NONE});
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "b"), false), 0);
+    s->jobs = false;
+    expect(GAP, s, {"b", 3});
+}
+
 static void a_restored_disk_has_no_checkpoint_that_counts(void **state)
 {
     struct story *s = *state;
@@ -732,6 +761,8 @@ int main(void)
         story_test(a_file_that_was_away_and_comes_back_is_a_gap),
         story_test(what_was_removed_on_purpose_may_come_anew),
         story_test(what_is_accepted_is_taken_for_right),
+        story_test(what_is_moved_is_no_more_than_moved),
+        story_test(a_record_carried_over_marks_what_it_marked),
         story_test(a_restored_disk_has_no_checkpoint_that_counts),
         story_test(a_disk_that_was_never_seen_can_be_restored_too),
         story_test(what_a_running_vm_has_left_behind_is_known_until_it_runs_on_it),
