@@ -422,16 +422,63 @@ static bool only_buried(const struct past *p, const struct disk *d, const struct
     return true;
 }
 
-static int look_at(struct lineage *l, struct past_disk *was, const struct disk *d, struct checkpoint *c, bool jobs)
+static int copy_past(struct past *to, const struct past *from)
 {
-    struct past *p = find_past(was, c->name);
+    char *name = to->name;
+
+    *to = *from;
+    to->name = name;
+    for (to->nroots = 0; to->nroots < from->nroots; to->nroots++) {
+        to->roots[to->nroots].at.file = strdup(from->roots[to->nroots].at.file);
+        if (!to->roots[to->nroots].at.file)
+            return -ENOMEM;
+    }
+    return 0;
+}
+
+/*
+ * Never seen on this disk, but its record is in a file that is known as another disk's: the same disk, whose device has
+ * another id now. What is known of the record counts, the worst of it, or the latest; and under the old id, should it
+ * come back, it has been away. *ret_was: that disk; untouched where there is none. -ENOMEM.
+ */
+static int recognise(struct lineage *l, const struct disk_list *all, struct past *p, const struct disk *d,
+                     const struct checkpoint *c, const struct past_disk **ret_was)
+{
+    struct past *found = NULL;
+    int r;
+
+    for (size_t i = 0; i < l->ndisks; i++) {
+        struct past *other = find_past(&l->disks[i], c->name);
+        enum cause cause;
+        size_t depth;
+
+        if (!other || other == p || other->buried || (found && found->cause && !other->cause) ||
+            !find_root(other, d, c, &depth, &cause))
+            continue;
+        found = other;
+        *ret_was = &l->disks[i];
+    }
+    if (!found)
+        return 0;
+    r = copy_past(p, found);
+    if (!disk_list_find(all, (*ret_was)->name))
+        found->absence = ABSENCE_AWAY;
+    return r;
+}
+
+static int look_at(struct lineage *l, const struct disk_list *all, struct past_disk *disk, const struct disk *d,
+                   struct checkpoint *c, bool jobs)
+{
+    struct past *p = find_past(disk, c->name);
+    const struct past_disk *was = disk;
     int r = 0;
 
     if (!p) {
-        if (was->npasts >= LINEAGE_CHECKPOINTS_MAX)
+        if (disk->npasts >= LINEAGE_CHECKPOINTS_MAX)
             return 0; /* too many to remember: the bitmaps alone decide */
-        if (!(p = past_disk_add(was, c->name)))
+        if (!(p = past_disk_add(disk, c->name)) || recognise(l, all, p, d, c, &was) < 0)
             return -ENOMEM;
+        l->dirty = true;
     }
     p->seen = true;
     if (p->buried && only_buried(p, d, c)) {
@@ -477,7 +524,7 @@ static void prune(struct lineage *l, struct past_disk *was)
     }
 }
 
-static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
+static int look_at_disk(struct lineage *l, const struct disk_list *all, struct disk *d, bool jobs)
 {
     struct past_disk *was = lineage_find_disk(l, d->name);
 
@@ -490,7 +537,7 @@ static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
     for (size_t i = 0; i < was->npasts; i++)
         was->pasts[i].seen = false;
     for (size_t i = 0; i < d->ncheckpoints; i++) {
-        if (look_at(l, was, d, &d->checkpoints[i], jobs) < 0)
+        if (look_at(l, all, was, d, &d->checkpoints[i], jobs) < 0)
             return -ENOMEM;
     }
     for (size_t i = was->npasts; i-- > 0;) {
@@ -514,7 +561,7 @@ static int look_at_disk(struct lineage *l, struct disk *d, bool jobs)
 int lineage_look(struct lineage *l, struct disk_list *disks, bool jobs)
 {
     for (size_t i = 0; i < disks->ndisks; i++) {
-        if (look_at_disk(l, &disks->disks[i], jobs) < 0)
+        if (look_at_disk(l, disks, &disks->disks[i], jobs) < 0)
             return -ENOMEM;
     }
     return 0;

@@ -304,6 +304,28 @@ class Connected(ByOthers):
         self.daemon.stop()
 
 
+class Renamed(harness.Case):
+    def reasons(self):
+        found = self.daemon.ask('query-checkpoints', {'vm': 'vm'})
+        return {(c['name'], c['disk']): c['reason'] for c in found if c['reason'] != NEVER}
+
+    def test_a_disk_that_comes_back_under_another_id_brings_what_is_held_against_its_checkpoints(self):
+        vm = self.bare(Disk('sda', 8 * MIB, bus='virtio-scsi'), extra=['-device', 'virtio-scsi-pci'])
+        self.daemon = self.qpulld(vm, linger=0)
+        for name in ('right', 'cleared'):
+            self.daemon.ask('checkpoint-create', {'vm': 'vm', 'name': name})
+        vm.write('sda', MIB, MIB, 1)
+        self.assertEqual(self.reasons(), {('right', 'sda'): 'NONE', ('cleared', 'sda'): 'NONE'})
+        vm.look('block-dirty-bitmap-clear', {'node': 'node-sda', 'name': 'cleared'})
+        self.assertEqual(self.reasons(), {('right', 'sda'): 'NONE', ('cleared', 'sda'): 'GAP'})
+        for name, reason in (('sdb', 'NONE'), ('sda', 'GAP')):
+            vm.look('device_del', {'id': next(iter(self.reasons()))[1]})
+            vm.look.wait_event('DEVICE_DELETED', timeout=60)
+            vm.look('device_add', {'driver': 'scsi-hd', 'id': name, 'drive': 'node-sda'})
+            self.assertEqual(self.reasons(), {('right', name): reason, ('cleared', name): 'GAP'})
+        self.daemon.stop()
+
+
 class Away(ByOthers):
     def test_a_stream_while_we_were_away_is_found_out(self):
         self.checkpoint('c1')

@@ -33,6 +33,7 @@ struct story {
     struct disk_list *last; /* owned: the look before */
     bool jobs, off;
     uint64_t size, granularity;
+    const char *disk; /* its name; NULL: "vda" */
 };
 
 static int begin(void **state)
@@ -92,7 +93,7 @@ static struct disk_list *make_list(const struct story *s, const struct level *le
     struct checkpoint *c = d->checkpoints = calloc(1, sizeof(*c));
 
     l->ndisks = 1;
-    d->name = strdup("vda");
+    d->name = strdup(s->disk ? s->disk : "vda");
     d->qdev = strdup("vda");
     d->qom_path = strdup("/vda");
     d->node = strdup("n");
@@ -461,6 +462,43 @@ static void a_record_carried_over_marks_what_it_marked(void **state)
     expect(GAP, s, {"b", 3});
 }
 
+static void a_disk_with_another_name_is_known_by_its_record(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"b", 5});
+    s->disk = "vdb";
+    expect(NONE, s, {"t", NONE}, {"b", 5});
+    s->disk = "vdc";
+    expect(GAP, s, {"t", NONE}, {"b", 4}); /* cleared meanwhile */
+    s->disk = "vdd";
+    expect(GAP, s, {"b", 9});
+    s->disk = "vde";
+    expect(NONE, s, {"o", 1});             /* another disk */
+    lineage_forget(s->lineage, NULL, "c"); /* made anew */
+    s->disk = "vdf";
+    expect(NONE, s, {"b", 0});
+    s->disk = "vdg";
+    expect(NONE, s, {"b", 2});
+    s->disk = "vdh";
+    s->size = 2 * SIZE;
+    expect(RESIZED, s, {"b", 2});
+}
+
+static void a_disk_with_another_name_still_needs_its_layers_allocation(void **state)
+{
+    struct story *s = *state;
+
+    s->jobs = true;
+    expect(NONE, s, {"t", 0}, {"b", 4});
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), true), 0);
+    s->jobs = false;
+    expect(NONE, s, {"t", 6});
+    s->disk = "vdb";
+    expect(NONE, s, {"t", 6});
+    assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 1);
+}
+
 static void a_restored_disk_has_no_checkpoint_that_counts(void **state)
 {
     struct story *s = *state;
@@ -763,6 +801,8 @@ int main(void)
         story_test(what_is_accepted_is_taken_for_right),
         story_test(what_is_moved_is_no_more_than_moved),
         story_test(a_record_carried_over_marks_what_it_marked),
+        story_test(a_disk_with_another_name_is_known_by_its_record),
+        story_test(a_disk_with_another_name_still_needs_its_layers_allocation),
         story_test(a_restored_disk_has_no_checkpoint_that_counts),
         story_test(a_disk_that_was_never_seen_can_be_restored_too),
         story_test(what_a_running_vm_has_left_behind_is_known_until_it_runs_on_it),
