@@ -375,6 +375,17 @@ static void count_allocation(struct lineage *l, struct past *p, const struct dis
         condemn(l, p, CAUSE_LAYER_GONE);
 }
 
+/* Of a file that could not be seen before, its name was all that was known. */
+static void identify(struct lineage *l, struct past_image *p, const struct image *i)
+{
+    if (p->ino || !i->ino)
+        return;
+    p->dev = i->dev;
+    p->ino = i->ino;
+    p->born_ns = i->born_ns;
+    l->dirty = true;
+}
+
 static void compare(struct lineage *l, const struct past_disk *was, struct past *p, const struct disk *d,
                     struct checkpoint *c, bool jobs)
 {
@@ -391,6 +402,7 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
     }
     if (!below_is_known(was, root, d, depth))
         condemn(l, p, CAUSE_REPLACED);
+    identify(l, &root->at, &d->images[depth]);
     check_record(l, p, root, layer_at(c, depth));
     if (!jobs)
         drop_promises(l, p, root);

@@ -246,6 +246,15 @@ static void a_file_that_cannot_be_seen_is_known_by_its_name(void **state)
     expect(GAP, s, {"c:0", 2});
 }
 
+static void a_file_that_is_seen_at_last_is_known_by_itself_from_then_on(void **state)
+{
+    struct story *s = *state;
+
+    expect(NONE, s, {"b:0", 1});
+    expect(NONE, s, {"b:7", 2});
+    expect(GAP, s, {"b:8", 3});
+}
+
 static void a_layer_with_the_record_that_is_streamed_away_is_a_gap(void **state)
 {
     struct story *s = *state;
@@ -783,6 +792,7 @@ int main(void)
         story_test(the_record_alone_does_not_make_up_for_its_file),
         story_test(a_file_under_another_name_is_the_same_file),
         story_test(a_file_that_cannot_be_seen_is_known_by_its_name),
+        story_test(a_file_that_is_seen_at_last_is_known_by_itself_from_then_on),
         story_test(a_layer_with_the_record_that_is_streamed_away_is_a_gap),
         story_test(a_record_removed_from_below_is_a_gap),
         story_test(a_promise_is_kept_when_the_job_ends),
