@@ -19,13 +19,14 @@ class QmpProxy:
     sends after at() count. A command that `before` returns False for is never sent, the client's connection is closed
     instead; likewise an answer that `after` returns False for. at() and off() wait for one that is being called.
     told: a function of what QEMU says, whole lines, that returns what the client gets instead.
+    asked: a function of a client's command, the whole object, that returns what QEMU gets instead.
     at_each(f): f is called with the name of every command that comes, before anything else; at_each(None) waits likewise."""
 
     def __init__(self, folder, guest, name='proxy', listener=None):
         self.qmp_path, self.qemu_path, self.name = f'{folder}/{name}.qmp', guest.qmp_path, guest.name
         self.commands = []  # names, since at()
         self.number, self.before, self.after, self.each = None, None, None, None
-        self.told = None
+        self.told = self.asked = None
         self.lock = threading.RLock()
         self.listener = listener  # on qmp_path, by somebody else
         if not listener:
@@ -106,6 +107,8 @@ class QmpProxy:
             self.commands.append(message.get('execute'))
             if mine and self.before and self.before() is False:
                 return False
+            if self.asked:
+                line = json.dumps(self.asked(message)).encode() + b'\n'
             qemu.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
             if not mine or not self.after:
                 return True

@@ -108,17 +108,16 @@ class CommitUse(Layers):
         self.flush()
 
     def begin_commit(self, *flags, stderr=-1):
-        """`qpull commit` under way, slowed down by the test before it can end."""
-        def slow(command):
-            if command == 'query-jobs':
-                jobs = [j['id'] for j in self.vm.look('query-jobs')]
-                if jobs:
-                    self.vm.look('block-job-set-speed', {'device': jobs[0], 'speed': SLOW})
-                    self.proxy.each = None
-        self.proxy.each = slow
+        """`qpull commit` under way, slow from its beginning: it is never over before the test goes on."""
+        def slow(message):
+            if message['execute'] == 'block-commit' and message['arguments']['speed'] == 0:  # else it only opens base
+                message['arguments']['speed'] = SLOW
+                self.proxy.asked = None
+            return message
+        self.proxy.asked = slow
         tool = harness.spawn([f'{harness.bin_dir()}/qpull', '--control', self.daemon.control, 'commit', 'vm/vda', *flags],
                              stdout=-1, stderr=stderr, text=True)
-        harness.wait_until(lambda: self.proxy.each is None, 20, 'the job')
+        harness.wait_until(lambda: self.proxy.asked is None, 20, 'the job')
         harness.wait_until(lambda: (self.job() or {}).get('current-progress'), 20, 'progress')
         return tool
 
