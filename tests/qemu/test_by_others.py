@@ -13,6 +13,7 @@ from qmpclient import QmpError, bitmaps
 from truth import SECTOR, own_copy, replay, settle
 
 NEVER = 'NO_SUCH_CHECKPOINT'
+SLOW = 65536  # bytes a second: a job that does not end by itself before the test goes on
 
 
 class ByOthers(harness.Case):
@@ -101,6 +102,11 @@ class ByOthers(harness.Case):
         wait_until(lambda: self.daemon.log().count('was carried over') >= n, 20, 'the carrying')
         self.daemon.wait_idle()
 
+    def let_end(self):
+        """The slow job."""
+        self.vm.look('block-job-set-speed', {'device': 'j', 'speed': 0})
+        self.vm.look.wait_event('BLOCK_JOB_COMPLETED', 60)
+
 
 class Connected(ByOthers):
     def test_a_layer_that_is_streamed_away_leaves_its_record(self):
@@ -109,10 +115,10 @@ class Connected(ByOthers):
         self.snapshot(['c1'])
         self.some()
         self.checkpoint('c2')
-        self.vm.look('block-stream', {'device': self.disk.node, 'job-id': 'j', 'speed': 2 * MIB})
+        self.vm.look('block-stream', {'device': self.disk.node, 'job-id': 'j', 'speed': SLOW})
         self.carried()
         self.some()
-        self.vm.look.wait_event('BLOCK_JOB_COMPLETED', 60)
+        self.let_end()
         self.some()
         self.check()
         self.away()
@@ -176,7 +182,7 @@ class Connected(ByOthers):
 
     def commit(self, top, base):
         self.vm.look('block-commit', {'job-id': 'j', 'device': self.disk.node, 'top-node': top, 'base-node': base,
-                                      'speed': 2 * MIB})
+                                      'speed': SLOW})
 
     def test_a_layer_that_is_committed_leaves_its_record_below(self):
         self.checkpoint('c0')
@@ -190,7 +196,7 @@ class Connected(ByOthers):
         self.commit(middle, base)
         self.carried()
         self.some()
-        self.vm.look.wait_event('BLOCK_JOB_COMPLETED', 60)
+        self.let_end()
         self.some()
         self.check()
         self.daemon.stop()
@@ -241,7 +247,7 @@ class Connected(ByOthers):
         self.write(0, 7 * MIB)
         middle = self.snapshot(['c1'])
         self.some()
-        slow = {'job-id': 'j', 'device': self.disk.node, 'speed': 65536}
+        slow = {'job-id': 'j', 'device': self.disk.node, 'speed': SLOW}
         jobs = {'block-stream': {}, 'block-commit': {'top-node': middle, 'base-node': base},
                 'blockdev-mirror': {'target': 'target', 'sync': 'full'},
                 'blockdev-mirror with a name': {'target': 'target', 'sync': 'full', 'filter-node-name': 'filter'}}
