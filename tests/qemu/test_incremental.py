@@ -46,6 +46,8 @@ class Incremental(harness.Case):
                     nbdpull.drop(h)
                     settle(guest)
                 random_work(guest, disk.name, harness.rng.choice((1, 10, 40)))
+                if i == 1:  # all the others may, by chance, change nothing
+                    guest.write(disk.name, MIB, SECTOR, 78)
             self.assertGreater(chain.changed, 4)
             self.assertGreater(chain.skipped, disk.size)
             for name in list(chain.images):
