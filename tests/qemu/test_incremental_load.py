@@ -18,6 +18,12 @@ class IncrementalUnderLoad(harness.Case):
         load = guest.load(disk, KINDS, seed=harness.rng.randrange(1 << 60), **options)
         return load, guest.disks[disk].model.copy()
 
+    @staticmethod
+    def wait_for(operations, load):
+        """However long one of them takes. Of a few dozen some change what one can see."""
+        done = load.status()['ops']
+        harness.wait_until(lambda: load.status()['ops'] > done + operations, 60, f'{operations} operations')
+
     def test_every_increment_under_load_is_the_frozen_truth_and_nothing_newer(self):
         for disk, max_length in ((Disk('vda', 24 * MIB + 5 * SECTOR), 32768),
                                  (Disk('sda', 8 * MIB, bus='virtio-scsi'), 4096)):
@@ -28,6 +34,7 @@ class IncrementalUnderLoad(harness.Case):
                 load, oracle = self.start_load(guest, disk.name, max=max_length, pause_us=2000)
                 cuts, at = {}, 0
                 for _ in range(10):
+                    self.wait_for(24, load)
                     names = harness.rng.sample(list(cuts), min(len(cuts), 3))
                     truth, maps = chain.back_up(since=names)
                     at, latest = find_cut(self, oracle, load, at, truth)
@@ -55,13 +62,9 @@ class IncrementalUnderLoad(harness.Case):
         chain = Chain(self, guest, daemon, 'vda')
         load, oracle = self.start_load(guest, 'vda', max=262144)
         at, done = 0, 0
-
-        def wait_for_rewrite(_):
-            start = load.status()['ops']
-            harness.wait_until(lambda: load.status()['ops'] > start + 150, 60, '150 operations')
-
+        self.wait_for(24, load)
         for _ in range(4):
-            truth, _ = chain.back_up(during=wait_for_rewrite)
+            truth, _ = chain.back_up(during=lambda _: self.wait_for(150, load))
             at, _ = find_cut(self, oracle, load, at, truth)
             self.assertGreater(at, done)
             done = at
