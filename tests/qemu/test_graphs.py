@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# ctest: timeout 600
+# ctest: timeout 1800
 """One table of what a disk's layers can look like, and what must come of each: the reason code, and where that is NONE
 the exact map of what changed. Each row is a disk; a group of rows is one QEMU and one session."""
 import sys
