@@ -139,10 +139,10 @@ class Broken(harness.Case):
     def test_clients_that_idle_and_those_that_ask_for_maps_find_out_too(self):
         self.small_scratch()
         self.begin(Disk('vda', 48 * MIB), Disk('vdb', 8 * MIB))
-        done = self.open('vm/vdb@part')
+        done, idle = self.open('vm/vdb@part'), self.open('vm/vda@part')  # the latter keeps the session up, too
         self.assertEqual(done.read(0, BLOCK), (0, self.frozen['vdb'][:BLOCK]))
         done.disc()  # this disk's pull has ended well
-        idle, other = self.open('vm/vda@part'), self.open('vm/vdb@part')
+        other = self.open('vm/vdb@part')
         maps = self.open('vm/vda@part', contexts=['base:allocation'])
         since = time.monotonic()
         self.break_it()
