@@ -89,11 +89,17 @@ class Sessions(harness.Case):
         nbdpull.drop(nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.ALLOCATION]))  # the self-test, and what comes once
         daemon.wait_idle()
         proxy.at_each(commands.append)
-        h = nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.ALLOCATION])
-        self.assertEqual(h.pread(512, 0), bytes(512))
-        self.assertEqual(commands[:commands.index('add-fd')].count('query-block-jobs'), 1, commands)
-        nbdpull.drop(h)
-        daemon.wait_idle()
+
+        def is_asked_once():
+            commands.clear()
+            h = nbdpull.connect(daemon.uri('vm/vda'), [nbdpull.ALLOCATION])
+            self.assertEqual(h.pread(512, 0), bytes(512))
+            questions = commands[:commands.index('add-fd')].count('query-block-jobs')
+            nbdpull.drop(h)
+            daemon.wait_idle()
+            return questions == 1
+        # An answer is good for VM_RECENT_MS, and a busy machine may need longer from a client's maps to its GO.
+        harness.wait_until(is_asked_once, 20, 'a client for whom QEMU is asked once')
         proxy.at_each(None)
 
         # Nothing tells of a bitmap that somebody makes: only the question does.
