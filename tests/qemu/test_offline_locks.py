@@ -241,11 +241,14 @@ class Deaths(OfflineCase):
     def test_a_qpulld_that_is_killed_at_any_moment_of_the_storage_daemon_s_start_leaves_none(self):
         os.environ['QPULL_TEST_MARK'] = self.folder  # inherited by all that the daemon starts
         daemon = self.serve({'vda': self.path})
-        started = 0
+        began, started = time.monotonic(), 0
+        daemon.qpull('disks', 'vm')
+        whole = time.monotonic() - began  # of a start, on this machine
+        self.wait_closed(daemon)
         for _ in range(30):
             client = harness.spawn([f'{harness.bin_dir()}/qpull', '--control', daemon.control, 'disks', 'vm'],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(harness.rng.random() * 0.15)
+            time.sleep(harness.rng.random() * whole)
             started += len(self.marked())
             daemon.kill()
             client.wait()
