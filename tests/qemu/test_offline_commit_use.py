@@ -232,7 +232,9 @@ class OfflineCommitUse(OfflineLayers):
         socket = f'{self.folder}/reader{self.life}.nbd'
         node = {'driver': 'qcow2', 'backing': None, 'file': {'driver': 'file', 'filename': path}}
         process = harness.spawn(['qemu-nbd', '-r', '-t', '-k', socket, f'json:{json.dumps(node)}'])
-        harness.wait_until(lambda: os.path.exists(socket), 20, 'the reader')
+        # qemu-nbd listens before it opens the image, and answers when it has.
+        words = ['nbdinfo', '--size', nbdpull.unix_uri(socket, '')]
+        harness.wait_until(lambda: harness.run(words, check=False).returncode == 0, 20, 'the reader')
         return process
 
     def test_a_base_that_others_read_is_not_written_to(self):
