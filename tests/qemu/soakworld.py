@@ -388,7 +388,13 @@ class World:
 
     @staticmethod
     def list_fds(pid):
-        return sorted(os.readlink(f'/proc/{pid}/fd/{fd}') for fd in os.listdir(f'/proc/{pid}/fd'))
+        found = []
+        for fd in os.listdir(f'/proc/{pid}/fd'):
+            try:
+                found.append(os.readlink(f'/proc/{pid}/fd/{fd}'))
+            except FileNotFoundError:  # closed meanwhile
+                pass
+        return sorted(found)
 
     def judge_daemon(self):
         left, pid = self.daemon.files_left(), self.daemon.process.pid
