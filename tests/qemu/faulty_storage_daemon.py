@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A qemu-storage-daemon whose monitor fails once. Started by qpulld in its place (--storage-daemon): passes QMP on to a
 real one, and does to one command what QPULL_FAULT_PLAN, a file, says: "KIND NUMBER" with NUMBER counted over all
-processes, and KIND one of
+processes, or the command's name, and KIND one of
   refuse  the command is answered with an error and not passed on
   before  the real daemon is killed (-9) instead of getting it
   after   likewise as soon as it has answered; the answer is lost
@@ -51,7 +51,7 @@ def main():
     os.unlink(path)
     os.rmdir(folder)
     try:
-        talk(client.makefile('rwb', buffering=0), server.makefile('rwb', buffering=0), real, kind, int(number))
+        talk(client.makefile('rwb', buffering=0), server.makefile('rwb', buffering=0), real, kind, number)
     except (BrokenPipeError, ConnectionResetError):
         pass
     status = real.wait()
@@ -99,9 +99,9 @@ def talk(client, server, real, kind, number):
             return
         message = json.loads(line)
         if kind == 'slow' and message['execute'] == 'block-commit':
-            message['arguments']['speed'] = number
+            message['arguments']['speed'] = int(number)
             line = json.dumps(message).encode() + b'\n'
-        mine = count(message['execute']) == number and kind != 'slow'
+        mine = number in (str(count(message['execute'])), message['execute']) and kind != 'slow'
         if mine and kind == 'refuse':
             error = {'class': 'GenericError', 'desc': 'refused by the test'}
             client.write(json.dumps({'error': error, 'id': message.get('id')}).encode() + b'\r\n')
