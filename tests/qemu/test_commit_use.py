@@ -256,7 +256,9 @@ class CommitUse(Layers):
         def open_it(command):
             if command == 'blockdev-del':
                 harness.spawn(['qemu-nbd', '-r', '-k', f'{self.folder}/other.nbd', '-f', 'raw', '-t', self.files[1]])
-                harness.wait_until(lambda: os.path.exists(f'{self.folder}/other.nbd'), 20, 'the other process')
+                # It listens before it opens the image, and answers when it has.
+                words = ['nbdinfo', '--size', nbdpull.unix_uri(f'{self.folder}/other.nbd', '')]
+                harness.wait_until(lambda: harness.run(words, check=False).returncode == 0, 20, 'the other process')
                 self.proxy.each = None
         self.proxy.each = open_it
         done = self.commit('--top', 'layer-1', '--delete', check=False)
