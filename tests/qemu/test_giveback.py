@@ -39,8 +39,11 @@ class GiveBack(harness.Case):
         """Bytes that QEMU's scratch files hold, by /proc: what the daemon says comes later."""
         folder, held = f'/proc/{guest.process.pid}/fd', {}
         for fd in os.listdir(folder):
-            if os.readlink(f'{folder}/{fd}').endswith(' (deleted)') and 'scratch' in os.readlink(f'{folder}/{fd}'):
-                st = os.stat(f'{folder}/{fd}')
+            try:
+                target, st = os.readlink(f'{folder}/{fd}'), os.stat(f'{folder}/{fd}')
+            except FileNotFoundError:  # of something else, which QEMU has closed meanwhile
+                continue
+            if target.endswith(' (deleted)') and 'scratch' in target:
                 held[st.st_ino] = st.st_blocks * 512
         return sum(held.values())
 
