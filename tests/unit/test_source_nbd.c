@@ -266,6 +266,15 @@ static void a_read_refused_as_invalid_says_that_the_snapshot_is_lost(void **stat
     free_reads(reads, ARRAY_SIZE(reads));
 }
 
+/* To come up takes a server as long as it takes: only then deadlines are for its answers. */
+static void await_server(struct rig *rig)
+{
+    expect_open(rig);
+    source_close(TAKE_PTR(rig->source), on_close, rig);
+    loop_until(&rig->loop, rig->nclosed);
+    rig->nopened = rig->nclosed = 0;
+}
+
 static void a_reply_that_does_not_come_loses_the_source(void **state)
 {
     struct rig *rig = *state;
@@ -274,6 +283,7 @@ static void a_reply_that_does_not_come_loses_the_source(void **state)
 
     need_program("nbdkit");
     server_start(&rig->server, "exec nbdkit -f --filter=delay memory 100M delay-read=60");
+    await_server(rig);
     rig->config.timeout_ms = SHORT_MS;
     expect_open(rig);
     start = uv_hrtime();
@@ -296,6 +306,7 @@ static void a_slow_server_that_answers_in_time_is_not_lost(void **state)
     need_program("nbdkit");
     /* Ten at a time: the last ones wait for longer than the deadline, each of them upstream for less. */
     server_start(&rig->server, "exec nbdkit -f -t 10 --filter=delay memory 100M delay-read=200ms");
+    await_server(rig);
     rig->config.timeout_ms = LONG_MS;
     expect_open(rig);
     start_reads(rig, reads, ARRAY_SIZE(reads), MIB);
@@ -338,6 +349,7 @@ static void a_quiet_source_has_no_deadline(void **state)
 
     need_program("nbdkit");
     server_start(&rig->server, "exec nbdkit -f memory 1M");
+    await_server(rig);
     rig->config.timeout_ms = LONG_MS;
     expect_open(rig);
     expect_good_read(rig);
@@ -353,6 +365,7 @@ static void a_server_is_not_blamed_for_our_own_sleep(void **state)
 
     need_program("nbdkit");
     server_start(&rig->server, "exec nbdkit -f --filter=delay memory 100M delay-read=50ms");
+    await_server(rig);
     rig->config.timeout_ms = LONG_MS;
     expect_open(rig);
     /* With requests in flight; and before any, which leaves the loop's idea of time behind. */
