@@ -7,15 +7,20 @@
 disk vda qcow2 32M
 start_vm vm vda:qcow2
 cp "$work/vda.img" "$work/before.img"
-start_nbdkit -- "$work/vm.qmp" disk=vda checkpoint=monday linger=3 "${common[@]}"
+start_nbdkit -- "$work/vm.qmp" disk=vda checkpoint=monday linger=5 "${common[@]}"
 starts()
 {
     grep -c 'session [0-9a-f]* starts' "$nbdkit_log"
 }
 
-# One half by one client, the other half by the next one.
-PATH=/usr/bin:$PATH nbdsh -u "$(uri vda)" -c 'open("'"$work/out.img"'", "wb").write(h.pread(16 << 20, 0))'
-guest_write vm vda 'write -q -P 0x77 0 4M'
+# One half by one client, the other half by the next one; the guest writes while the first is there, since to start a program
+# may take a second of those that the freeze lingers.
+PATH=/usr/bin:$PATH nbdsh -u "$(uri vda)" -c "
+import qmpclient
+open('$work/out.img', 'wb').write(h.pread(16 << 20, 0))
+qmpclient.Qmp('$work/vm.look')('human-monitor-command', {
+    'command-line': 'qemu-io -d /machine/peripheral/vda/virtio-backend \"write -q -P 0x77 0 4M\"'})
+"
 PATH=/usr/bin:$PATH nbdsh -u "$(uri vda)" -c 'open("'"$work/out.img"'", "ab").write(h.pread(16 << 20, 16 << 20))'
 nbdinfo "$(uri vda)" >/dev/null
 test "$(starts)" = 1
