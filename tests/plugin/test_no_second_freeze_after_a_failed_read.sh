@@ -6,7 +6,7 @@
 disk vda qcow2 32M
 start_vm vm vda:qcow2
 qemu=${children[-1]}
-start_nbdkit -- "$work/vm.qmp" disk=vda linger=0 timeout=8 "${common[@]}"
+start_nbdkit -- "$work/vm.qmp" disk=vda linger=0 timeout=60 "${common[@]}"
 PATH=/usr/bin:$PATH nbdsh -u "$(uri vda)" -c "
 import os, signal
 h.pread(4096, 0)
