@@ -150,7 +150,8 @@ class Unit(agentguest.Case):
         self.assertNotEqual(vm.state()['nodes'], before['nodes'])
         killed = daemon.pid
         systemctl('kill', '--kill-whom=main', '-s', 'KILL', 'qpulld')
-        harness.wait_until(lambda: daemon.pid not in (0, killed) and os.path.exists(CONTROL), 30, 'another daemon')
+        harness.wait_until(lambda: daemon.pid not in (0, killed) and
+                           systemctl('is-active', 'qpulld', check=False).returncode == 0, 30, 'another daemon')
         daemon.wait_idle()
         self.assertEqual(vm.state(), before)
         nbdpull.drop(h)
