@@ -93,13 +93,13 @@ fi
 start_qpulld vm
 daemon=$socket
 socket=$work/nbdkit.sock
-begin -- server=unix:"$daemon" vm=vm disk=vda timeout=10
+begin -- server=unix:"$daemon" vm=vm disk=vda timeout=120
 refused "$(uri nothing)"
 read_while_dies $qpulld_pid
 refused "$(uri vda)"
 refused --list "$(uri '')"
 end_nbdkit
-begin -- server=unix:"$daemon" vm=vm timeout=10
+begin -- server=unix:"$daemon" vm=vm timeout=120
 refused "$(uri '')"
 end_nbdkit
 socket=$daemon
