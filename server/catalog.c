@@ -178,15 +178,14 @@ static void on_find_answer(struct vm_query *q, const struct disk_list *disks, co
     finish_find(a, &hit, NULL);
 }
 
-/* The one disk there is: asked once more, by its name. */
+/* The one disk there is: asked once more, by its name, for its VM may be gone. */
 static void find_only(struct catalog_ask *a)
 {
     _cleanup_free_ char *name = TAKE_PTR(a->entries[0].name);
-    struct vm *vm = a->only;
     struct failure why = {0};
 
     ask_done(a);
-    if (catalog_find_start(&(struct catalog){.vms = &vm, .nvms = 1}, a, name, &why) < 0)
+    if (catalog_find_start(a->catalog, a, name, &why) < 0)
         finish_find(a, NULL, &why);
 }
 
@@ -198,10 +197,8 @@ static void on_only_answer(struct vm_query *q, const struct disk_list *disks, co
 
     if (!disks)
         (void)failure_copy(&a->failure, f);
-    for (size_t i = 0; disks && i < disks->ndisks; i++) {
-        a->only = mine->vm;
+    for (size_t i = 0; disks && i < disks->ndisks; i++)
         add_disk(a, mine->vm, &disks->disks[i]);
-    }
     if (--a->npending > 0)
         return;
     if (!a->failure.err && a->nentries == 1) {
@@ -287,6 +284,7 @@ int catalog_find_start(const struct catalog *c, struct catalog_ask *a, const cha
         return catalog_unknown(export_name, f);
     if (c->nvms == 0)
         return failure_set(f, -ENOENT, "there is no VM to export from");
+    a->catalog = c;
     a->name = strdup(export_name);
     r = !a->name       ? -ENOMEM
         : *export_name ? ask_vms(a, &vm, 1, on_find_answer)

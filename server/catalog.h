@@ -46,8 +46,8 @@ struct catalog_ask {
     char *name;                    /* owned: export name that is looked for; NULL: a list */
     struct catalog_entry *entries; /* owned */
     size_t nentries;
-    struct vm *only;        /* the empty name: the VM of the last entry */
-    struct failure failure; /* of a list: no memory; of a find: the first that went wrong */
+    const struct catalog *catalog; /* of the empty name: asked once more */
+    struct failure failure;        /* of a list: no memory; of a find: the first that went wrong */
 };
 
 /*

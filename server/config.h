@@ -159,6 +159,9 @@
 #define IMAGES_END_MS 10000u     /* qemu-storage-daemon gets so long to end in order, then it is killed */
 #define IMAGES_WORDS_MAX 1024u   /* bytes of one line of its stderr in our log; longer ones are cut in pieces */
 
+/* -- VMs that come and go (server/roster) -------------------------------------------------------------------------- */
+#define ROSTER_LOOK_MS 100u /* a VM that is to go is looked at so often, until nobody uses it */
+
 /* -- listeners ----------------------------------------------------------------------------------------------------- */
 #define LISTEN_BACKLOG                                                                                                 \
     4096 /* the system cuts it to net.core.somaxconn; where it is full, clients of a unix socket fail at once (EAGAIN) \
@@ -295,6 +298,12 @@ int config_parse(int argc, char *const *argv, struct server_config **ret_config,
 /* Paths exist and can be used, addresses resolve, nothing is open to the network that should not. Makes CONFIG_RUN_DIR
  * and CONFIG_STATE where they are used and missing. */
 int config_check(struct server_config *c, struct failure *f);
+/* These VMs, perhaps read later than c, whose values hold for all of them. Part of config_check(). */
+int config_check_vms(const struct server_config *c, const struct config_vm *vms, size_t nvms, struct failure *f);
+
+/* The same was said of both; a name is not looked at. */
+bool config_vm_alike(const struct config_vm *a, const struct config_vm *b);
+void config_vm_done(struct config_vm *vm); /* what it holds */
 
 /* r, and where the file has the key's value, its name and line before the sentence in f. */
 int config_blame(const struct server_config *c, const char *key, int r, struct failure *f);

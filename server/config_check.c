@@ -146,7 +146,7 @@ static int check_vm(const struct server_config *c, const struct config_vm *vm, s
 }
 
 /* A place that all VMs share. */
-static int check_places(const struct server_config *c, struct failure *f)
+static int check_place(const struct server_config *c, const struct config_vm *vms, size_t nvms, struct failure *f)
 {
     unsigned nsharing = 0;
 
@@ -154,8 +154,8 @@ static int check_places(const struct server_config *c, struct failure *f)
         return failure_set(f, -EINVAL,
                            "--scratch-limit and --scratch-total-limit need a directory for --scratch: what another "
                            "place holds cannot be seen from here");
-    for (size_t i = 0; i < c->nvms; i++)
-        nsharing += c->vms[i].qmp && !c->vms[i].place;
+    for (size_t i = 0; i < nvms; i++)
+        nsharing += vms[i].qmp && !vms[i].place;
     if (nsharing > 1 && !place_tells_vms(c->place))
         return failure_set(f, -EINVAL,
                            "--scratch: %u VMs would write to one scratch place: put %%v into its JSON where the VM's "
@@ -164,10 +164,10 @@ static int check_places(const struct server_config *c, struct failure *f)
     return 0;
 }
 
-static int check_vm_places(const struct server_config *c, struct failure *f)
+static int check_vm_places(const struct server_config *c, const struct config_vm *vms, size_t nvms, struct failure *f)
 {
-    for (size_t i = 0; i < c->nvms; i++) {
-        const struct config_vm *a = &c->vms[i];
+    for (size_t i = 0; i < nvms; i++) {
+        const struct config_vm *a = &vms[i];
 
         if (!a->place || place_tells_vms(a->place))
             continue;
@@ -175,7 +175,7 @@ static int check_vm_places(const struct server_config *c, struct failure *f)
             return failure_set(f, -EINVAL, "VM \"%s\" and --scratch of all others would write to one scratch place",
                                a->name);
         for (size_t k = 0; k < i; k++) {
-            const struct config_vm *b = &c->vms[k];
+            const struct config_vm *b = &vms[k];
 
             if (b->place && strcmp(place_text(a->place), place_text(b->place)) == 0)
                 return failure_set(f, -EINVAL, "VM \"%s\" and VM \"%s\" would write to one scratch place", b->name,
@@ -223,6 +223,17 @@ int config_check_paths(const struct server_config *c, struct failure *f)
     return r;
 }
 
+int config_check_vms(const struct server_config *c, const struct config_vm *vms, size_t nvms, struct failure *f)
+{
+    int r = c->place ? check_place(c, vms, nvms, f) : 0;
+
+    if (r == 0)
+        r = check_vm_places(c, vms, nvms, f);
+    for (size_t i = 0; r == 0 && i < nvms; i++)
+        r = blame_line(c, vms[i].by_flag ? 0 : vms[i].line, check_vm(c, &vms[i], f), f);
+    return r;
+}
+
 int config_check(struct server_config *c, struct failure *f)
 {
     int r = check_tls(c, f);
@@ -240,15 +251,9 @@ int config_check(struct server_config *c, struct failure *f)
         r = make_default_dir(c, CONFIG_RUN_DIR, 0755, f);
     if (r == 0)
         r = config_blame(c, "control", check_socket_path(c->control, f), f);
-    if (r == 0 && c->place)
-        r = check_places(c, f);
-    if (r == 0)
-        r = check_vm_places(c, f);
     if (r == 0 && strcmp(c->state, CONFIG_STATE) == 0)
         r = make_default_dir(c, CONFIG_STATE, 0700, f);
     if (r == 0)
         r = config_check_paths(c, f);
-    for (size_t i = 0; r == 0 && i < c->nvms; i++)
-        r = blame_line(c, c->vms[i].by_flag ? 0 : c->vms[i].line, check_vm(c, &c->vms[i], f), f);
-    return r;
+    return r == 0 ? config_check_vms(c, c->vms, c->nvms, f) : r;
 }

@@ -42,6 +42,5 @@ int config_set_rename(struct config_vm *vm, const char *name, const char *target
 int config_set_image(struct config_vm *vm, const char *disk, const char *value, bool by_flag, struct failure *f);
 int config_set_image_of(struct server_config *c, const char *value, bool by_flag, struct failure *f);
 int config_set_vm_engine(struct config_vm *vm, const char *value, struct failure *f);
-void config_vm_done(struct config_vm *vm);
 
 #endif

@@ -247,6 +247,48 @@ int config_set_image_of(struct server_config *c, const char *value, bool by_flag
     return vm ? config_set_image(vm, disk, equals + 1, by_flag, f) : f->err;
 }
 
+/* -- one VM, as it was and as it is ----------------------------------------------------------------------------------
+ */
+static bool same(const char *a, const char *b)
+{
+    return a && b ? strcmp(a, b) == 0 : a == b;
+}
+
+static bool same_disks(const struct config_vm *a, const struct config_vm *b)
+{
+    if (a->ndisks != b->ndisks || a->nrenames != b->nrenames)
+        return false;
+    for (size_t i = 0; i < a->ndisks; i++)
+        if (!same(a->disks[i], b->disks[i]))
+            return false;
+    for (size_t i = 0; i < a->nrenames; i++)
+        if (!same(a->renames[i].name, b->renames[i].name) || !same(a->renames[i].target, b->renames[i].target))
+            return false;
+    return true;
+}
+
+static bool same_images(const struct config_vm *a, const struct config_vm *b)
+{
+    if (a->nimages != b->nimages)
+        return false;
+    for (size_t i = 0; i < a->nimages; i++) {
+        const struct config_image *x = &a->images[i], *y = &b->images[i];
+
+        if (!same(x->disk, y->disk) || !same(x->path, y->path) || !same(x->format, y->format))
+            return false;
+    }
+    return true;
+}
+
+bool config_vm_alike(const struct config_vm *a, const struct config_vm *b)
+{
+    return same(a->qmp, b->qmp) && same(a->qga, b->qga) && a->quiesce_said == b->quiesce_said &&
+           (!a->quiesce_said || a->quiesce == b->quiesce) && a->engine_said == b->engine_said &&
+           (!a->engine_said || a->engine == b->engine) &&
+           same(a->place ? place_text(a->place) : NULL, b->place ? place_text(b->place) : NULL) && same_disks(a, b) &&
+           same_images(a, b);
+}
+
 void config_vm_done(struct config_vm *vm)
 {
     for (size_t i = 0; i < vm->ndisks; i++)

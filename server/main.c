@@ -4,6 +4,7 @@
 #include "child.h"
 #include "config.h"
 #include "privileges.h"
+#include "roster.h"
 #include "sandbox.h"
 #include "server.h"
 
@@ -24,6 +25,7 @@ struct daemon {
     char **argv; /* main()'s */
     const struct server_config *config;
     struct access access;                     /* owned: since the last SIGHUP; else that of config */
+    struct sandbox_config limits;             /* under which we are; its dirs are gone */
     struct server *server;                    /* owned until server_stop() */
     uv_signal_t watches[ARRAY_SIZE(signals)]; /* closed when the server is gone */
     enum exit_status status;
@@ -49,23 +51,54 @@ static void on_stopped(void *arg, bool clean)
         uv_close((uv_handle_t *)&d->watches[i], NULL);
 }
 
-/* Who may do what, from flags and file as they are now, and certificates and keys; all else stays until the next start.
+static void note_needs(struct sandbox_config *limits, const struct config_vm *vms, size_t nvms)
+{
+    for (size_t i = 0; i < nvms; i++) {
+        limits->starts_itself |= vms[i].qga != NULL;
+        limits->opens_images |= vms[i].nimages > 0;
+    }
+}
+
+/* There is no way out of a sandbox: a VM whose programs could not be started is better refused than served in part. */
+static int check_sandbox(const struct daemon *d, const struct server_config *config, struct failure *f)
+{
+    struct sandbox_config wanted = {0};
+
+    note_needs(&wanted, config->vms, config->nvms);
+    if (d->limits.mode == SANDBOX_OFF ||
+        (d->limits.starts_itself >= wanted.starts_itself && d->limits.opens_images >= wanted.opens_images))
+        return 0;
+    return failure_set(f, -EPERM,
+                       "a VM has %s now, and none had at the start: the sandbox has no room for the program that is "
+                       "needed; restart qpulld",
+                       d->limits.opens_images < wanted.opens_images ? "images" : "a guest agent");
+}
+
+/*
+ * VMs and who may do what, from flags and file as they are now, and certificates and keys; all else stays until the
+ * next start.
  */
 static void reload(struct daemon *d)
 {
+    struct roster_change change;
     struct server_config *config = NULL;
     struct failure why = {0};
     struct access before = d->access;
 
-    if (config_parse(d->argc, d->argv, &config, &why) < 0) {
-        log_error("SIGHUP: nothing was changed: %s", why.text);
+    if (config_parse(d->argc, d->argv, &config, &why) < 0 ||
+        config_check_vms(d->config, config->vms, config->nvms, &why) < 0 || check_sandbox(d, config, &why) < 0 ||
+        server_set_vms(d->server, config->vms, config->nvms, &change) < 0) {
+        log_error("SIGHUP: nothing was changed: %s", why.err ? why.text : "out of memory");
+        config_free(config);
         return;
     }
     server_reload_tls(d->server);
     d->access = config->access;
     config->access = (struct access){0};
     server_set_access(d->server, &d->access);
-    log_info("SIGHUP: %zu rules say who may do what; VMs and all else wait for the next start", d->access.nrules);
+    log_info("SIGHUP: %zu VMs are new, %zu configured anew, %zu gone; %zu rules say who may do what; all else waits "
+             "for the next start",
+             change.nnew, change.nchanged, change.ngone, d->access.nrules);
     access_done(&before);
     config_free(config);
 }
@@ -120,8 +153,9 @@ static char *parent_of(const char *path)
 }
 
 /* All sockets are open, no client has been heard, and there is one thread: what limits a thread limits all to come. */
-static int give_up_rights(const struct server_config *config, struct failure *f)
+static int give_up_rights(struct daemon *d, struct failure *f)
 {
+    const struct server_config *config = d->config;
     _cleanup_free_ char *pidfile_dir = config->pidfile ? parent_of(config->pidfile) : NULL;
     const char *dirs[3];
     struct sandbox_config limits = {.mode = config->sandbox, .dirs = dirs};
@@ -145,13 +179,12 @@ static int give_up_rights(const struct server_config *config, struct failure *f)
         dirs[limits.ndirs++] = config->scratch;
     if (pidfile_dir)
         dirs[limits.ndirs++] = pidfile_dir;
-    for (size_t i = 0; i < config->nvms; i++) {
-        limits.starts_itself |= config->vms[i].qga != NULL;
-        limits.opens_images |= config->vms[i].nimages > 0;
-    }
+    note_needs(&limits, config->vms, config->nvms);
     if (sandbox_enter(&limits, text, f) < 0)
         return f->err;
     log_info("sandbox: %s", text);
+    d->limits = limits;
+    d->limits.dirs = NULL;
     return 0;
 }
 
@@ -162,7 +195,7 @@ static int begin(struct daemon *d, struct failure *f)
 
     r = server_listen(d->server, f);
     if (r == 0)
-        r = give_up_rights(d->config, f);
+        r = give_up_rights(d, f);
     if (r == 0)
         r = server_start(d->server, f);
     if (r == 0 && d->config->pidfile) {

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "server.h"
-#include "catalog.h"
 #include "conn.h"
 #include "control.h"
 #include "lease.h"
 #include "listen.h"
+#include "roster.h"
 #include "source/vhost.h"
 #include "tls.h"
 #include "vm.h"
@@ -27,10 +27,8 @@ enum stage {
 struct server {
     uv_loop_t *loop;                    /* borrowed */
     const struct server_config *config; /* borrowed */
-    struct vm **vms;                    /* owned, each: one count */
     struct scratch_place *scratch;      /* owned */
-    size_t nvms;
-    struct catalog catalog;
+    struct roster roster;
     struct vhost_room vhost_room;
     struct conn_set conns;
     struct ticket_book tickets;
@@ -45,7 +43,7 @@ struct server {
     bool has_tls, reload_again;
 
     enum stage stage;
-    size_t nstopping; /* VMs whose vm_stop() has not come back */
+    bool vms_gone;
     uv_timer_t timer; /* of the end */
     server_stop_cb on_stopped;
     void *arg;
@@ -67,8 +65,8 @@ static int may_start(void *arg, const char *identity, struct failure *f)
     const struct server *s = arg;
     unsigned n = 0;
 
-    for (size_t i = 0; i < s->nvms; i++)
-        n += vm_is_for(s->vms[i], identity);
+    for (size_t i = 0; i < s->roster.nvms; i++)
+        n += vm_is_for(roster_vm_at(&s->roster, i), identity);
     if (n < s->config->max_sessions_per_client)
         return 0;
     return failure_set(f, -EUSERS,
@@ -77,8 +75,10 @@ static int may_start(void *arg, const char *identity, struct failure *f)
                        identity, n);
 }
 
-static int add_vm(struct server *s, const struct config_vm *from, struct failure *f)
+/* What was said of all VMs holds since the start. */
+static int make_vm(void *arg, const struct config_vm *from, struct vm **ret_vm, struct failure *f)
 {
+    struct server *s = arg;
     _cleanup_free_ struct vm_rename *renames = calloc(from->nrenames + 1, sizeof *renames);
     struct vm_config config = {
         .name = from->name,
@@ -116,11 +116,8 @@ static int add_vm(struct server *s, const struct config_vm *from, struct failure
         return failure_set(f, -ENOMEM, "out of memory");
     for (size_t i = 0; i < from->nrenames; i++)
         renames[i] = (struct vm_rename){.name = from->renames[i].name, .target = from->renames[i].target};
-    r = vm_new(s->loop, &config, &s->vms[s->nvms]);
-    if (r < 0)
-        return failure_set(f, r, "VM \"%s\": %s", from->name, strerror(-r));
-    s->nvms++;
-    return 0;
+    r = vm_new(s->loop, &config, ret_vm);
+    return r < 0 ? failure_set(f, r, "VM \"%s\": %s", from->name, strerror(-r)) : 0;
 }
 
 /* -- TLS ----------------------------------------------------------------------------------------------------------- */
@@ -250,17 +247,14 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->config = config;
     s->started_ms = uv_now(loop);
     s->vhost_room.limit = config->shared_memory;
-    s->vms = calloc(config->nvms + 1, sizeof(struct vm *));
     /* Socket activation may pass any number for one "fd". */
     s->listeners = calloc(config->nlisteners + CONFIG_LISTENERS_MAX, sizeof(struct listener *));
-    r = s->vms && s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch)
-                               : -ENOMEM;
+    r = s->listeners ? scratch_new(loop, config->place ? "" : config->scratch, &limits, &s->scratch) : -ENOMEM;
     if (r == 0)
-        r = conn_set_init(&s->conns, loop, config, &s->catalog);
+        r = conn_set_init(&s->conns, loop, config, &s->roster.catalog);
     if (r < 0) {
         if (s->scratch)
             scratch_close(s->scratch, ignore_closed, NULL);
-        free(s->vms);
         free(s->listeners);
         free(s);
         return failure_set(f, r, "cannot begin: %s", strerror(-r));
@@ -271,6 +265,7 @@ int server_new(uv_loop_t *loop, const struct server_config *config, struct serve
     s->conns.on_empty = on_conns_gone;
     s->conns.arg = s;
     s->timer.data = s;
+    roster_init(&s->roster, loop, make_vm, s);
     (void)uv_timer_init(loop, &s->timer);
     *ret_server = s;
     return 0;
@@ -362,10 +357,9 @@ int server_start(struct server *s, struct failure *f)
     int r = start_tls(s, f);
 
     for (size_t i = 0; r == 0 && i < s->config->nvms; i++)
-        r = add_vm(s, &s->config->vms[i], f);
-    s->catalog = (struct catalog){.vms = s->vms, .nvms = s->nvms};
-    for (size_t i = 0; r == 0 && i < s->nvms; i++)
-        vm_start(s->vms[i]);
+        r = roster_add(&s->roster, &s->config->vms[i], f);
+    if (r == 0)
+        roster_start(&s->roster);
     return r;
 }
 
@@ -383,7 +377,6 @@ static void on_timer_closed(uv_handle_t *handle)
     server_stop_cb cb = s->on_stopped;
     void *arg = s->arg;
 
-    free(s->vms);
     free(s->listeners);
     free(s);
     cb(arg, /* clean= */ true);
@@ -423,7 +416,7 @@ static void on_control_closed(void *arg)
 
 static void try_control(struct server *s)
 {
-    if (s->nstopping > 0 || s->conns.nopen > 0)
+    if (!s->vms_gone || s->conns.nopen > 0)
         return;
     s->stage = STAGE_CONTROL;
     if (s->control)
@@ -432,11 +425,11 @@ static void try_control(struct server *s)
         on_control_closed(s);
 }
 
-static void on_vm_stopped(void *arg)
+static void on_vms_gone(void *arg)
 {
     struct server *s = arg;
 
-    s->nstopping--;
+    s->vms_gone = true;
     try_control(s);
 }
 
@@ -445,7 +438,7 @@ static void on_too_late(uv_timer_t *timer)
     struct server *s = timer->data;
 
     log_error("not everything could be ended within %u seconds (%zu connections, %zu VMs left); ending anyhow",
-              SERVER_STOP_MS / 1000, s->conns.nopen, s->nstopping);
+              SERVER_STOP_MS / 1000, s->conns.nopen, s->roster.nvms);
     s->on_stopped(s->arg, /* clean= */ false);
 }
 
@@ -453,11 +446,7 @@ static void stop_vms(struct server *s)
 {
     s->stage = STAGE_VMS;
     (void)uv_timer_start(&s->timer, on_too_late, SERVER_STOP_MS - SERVER_DRAIN_MS, 0);
-    s->catalog.nvms = 0;
-    s->nstopping = s->nvms;
-    for (size_t i = 0; i < s->nvms; i++)
-        vm_stop(s->vms[i], on_vm_stopped, s);
-    try_control(s);
+    roster_stop(&s->roster, on_vms_gone, s);
 }
 
 static void on_conns_gone(void *arg)
@@ -509,12 +498,17 @@ bool server_is_stopping(const struct server *s)
 /* -- for the control socket ---------------------------------------------------------------------------------------- */
 struct vm *server_vm(const struct server *s, const char *name)
 {
-    return catalog_vm(&s->catalog, name);
+    return catalog_vm(&s->roster.catalog, name);
 }
 
 const struct access *server_access(const struct server *s)
 {
     return s->conns.access;
+}
+
+int server_set_vms(struct server *s, struct config_vm *vms, size_t nvms, struct roster_change *ret_change)
+{
+    return roster_set(&s->roster, vms, nvms, ret_change);
 }
 
 void server_set_access(struct server *s, const struct access *access)
@@ -542,12 +536,12 @@ const struct listen_file *server_socket_file(const struct server *s)
 
 size_t server_nvms(const struct server *s)
 {
-    return s->catalog.nvms;
+    return s->roster.catalog.nvms;
 }
 
 struct vm *server_vm_at(const struct server *s, size_t i)
 {
-    return s->catalog.vms[i];
+    return s->roster.catalog.vms[i];
 }
 
 struct lease_set *server_leases(struct server *s)
@@ -653,8 +647,8 @@ struct json_object *server_status_to_json(struct server *s)
     json_object_object_add(o, "tls", s->has_tls ? tls_to_json(s) : NULL);
     json_object_object_add(o, "buffers", memory);
     json_object_object_add(o, "scratch", scratch_to_json(s));
-    for (size_t i = 0; i < s->nvms; i++)
-        json_object_array_add(vms, vm_brief_to_json(s->vms[i]));
+    for (size_t i = 0; i < s->roster.nvms; i++)
+        json_object_array_add(vms, vm_brief_to_json(roster_vm_at(&s->roster, i)));
     json_object_object_add(o, "vms", vms);
     json_object_object_add(o, "connection-counts", counts);
     json_object_object_add(o, "connections", conn_set_to_json(&s->conns));

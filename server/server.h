@@ -16,6 +16,7 @@
 struct server;
 struct conn_set;
 struct lease_set;
+struct roster_change;
 struct listen_file;
 struct scratch_place;
 struct ticket_book;
@@ -49,6 +50,8 @@ struct vm *server_vm_at(const struct server *s, size_t i);
 const struct access *server_access(const struct server *s);
 /* Borrowed from now on, also for the modes of our sockets, for questions to come: who is in a session stays in it. */
 void server_set_access(struct server *s, const struct access *access);
+/* As roster_set(). */
+int server_set_vms(struct server *s, struct config_vm *vms, size_t nvms, struct roster_change *ret_change);
 const struct listen_file *server_socket_file(const struct server *s);
 struct lease_set *server_leases(struct server *s);
 struct ticket_book *server_tickets(struct server *s);

@@ -196,9 +196,28 @@ void vm_start(struct vm *vm)
         log_error("VM %s: cannot begin to connect to '%s': %s", vm->name, vm->qmp_path, strerror(-r));
 }
 
+static const char *stop_words(const struct vm *vm)
+{
+    return vm->keeper->shut.err ? vm->keeper->shut.text : "qpulld is shutting down";
+}
+
 const char *vm_trouble(const struct vm *vm)
 {
-    return vm->stopping ? "qpulld is shutting down" : vm->lost.text;
+    return vm->stopping ? stop_words(vm) : vm->lost.text;
+}
+
+void vm_shut(struct vm *vm, const struct failure *why)
+{
+    vm->shut = why ? *why : (struct failure){0};
+    vm_pump_later(vm); /* who waits for a session is told */
+    if (vm->twin)
+        vm_pump_later(vm->twin);
+}
+
+bool vm_is_idle(const struct vm *vm)
+{
+    return !vm->session && !vm->stays && !vm->starting && !vm->waiting && !vm->answering && !vm->nwrites &&
+           !vm->note_writing && !vm_is_committing(vm) && (!vm->twin || vm_is_idle(vm->twin));
 }
 
 const char *vm_name(const struct vm *vm)
@@ -280,7 +299,7 @@ void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg)
     vm->stopping = true;
     vm->on_stopped = cb;
     vm->stop_arg = arg;
-    (void)failure_set(&f, -ESHUTDOWN, "qpulld is shutting down");
+    (void)failure_set(&f, -ESHUTDOWN, "%s", stop_words(vm));
     vm_refuse_questions(vm, &f);
     vm_refuse_waiting(vm, &f);
     if (vm->session)

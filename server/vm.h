@@ -63,6 +63,13 @@ int vm_new(uv_loop_t *loop, const struct vm_config *config, struct vm **ret_vm);
 void vm_start(struct vm *vm); /* connects to QMP, and again when QEMU comes back */
 /* Ends the session, then the connection; cb is the last touch of the caller's count. */
 void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg);
+/*
+ * No session begins any more, for this reason; the one that stands goes on, and who belongs to it may join it. NULL:
+ * sessions may begin again.
+ */
+void vm_shut(struct vm *vm, const struct failure *why);
+/* Nobody uses it: vm_stop() takes nothing away from anybody. */
+bool vm_is_idle(const struct vm *vm);
 const char *vm_name(const struct vm *vm);
 /* Why vm_query_start() and vm_enter() refuse, in words. */
 const char *vm_trouble(const struct vm *vm);

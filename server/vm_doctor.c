@@ -235,7 +235,7 @@ static void look_at_server(struct vm_checkup *c)
         return;
     }
     if (!vm->qmp) { /* vm_stop() came while QEMU was being asked */
-        add(c, "nbd server", VERDICT_NOTE, NULL, "QEMU cannot be asked: qpulld is shutting down");
+        add(c, "nbd server", VERDICT_NOTE, NULL, "QEMU cannot be asked: %s", vm_trouble(vm));
         test(c);
         return;
     }

@@ -84,6 +84,7 @@ struct vm {
     struct qmp_watch resumed;
     bool sweep_wanted; /* the guest went on while a session stood or went down */
     bool stopping, client_closed, closing;
+    struct failure shut; /* of the keeper: why no session begins any more */
     void (*on_stopped)(void *arg);
     void *stop_arg;
 

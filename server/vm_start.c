@@ -177,6 +177,10 @@ static bool refuse_iothreads(struct vm *vm)
 
 void vm_start_session(struct vm *vm)
 {
+    if (vm->keeper->shut.err) {
+        vm_refuse_waiting(vm, &vm->keeper->shut);
+        return;
+    }
     if (vm_commit_refuses(vm) || vm->starting || vm->asking || (vm->images && vm->nwrites))
         return;
     if (!vm->images && !vm->capable) { /* the question at the connection was not answered */

@@ -533,6 +533,57 @@ static void a_vm_in_the_file_has_qmp_or_images(void **state)
     assert_non_null(strstr(b->failure.text, ":3: the image of disk \"a\" is there twice"));
 }
 
+/* Whatever is said of a VM: one of them more makes another VM of it, the same makes none. */
+static void a_vm_is_alike_when_the_same_was_said(void **state)
+{
+    static const char *const lines[] = {
+        "disks = a b",
+        "disks = a",
+        "disk.root = a",
+        "disk.root = b",
+        "disk.boot = a",
+        "image.a = /x",
+        "image.a = /y",
+        "image.a = raw:/x",
+        "image.b = /x",
+        "quiesce = off",
+        "quiesce = try",
+        "qga = /x",
+        "qga = /y",
+        "engine = auto",
+        "engine = backup-job",
+        "scratch = {\"driver\": \"file\", \"filename\": \"/x/1/%v-%d\"}",
+        "scratch = {\"driver\": \"file\", \"filename\": \"/x/2/%v-%d\"}",
+        "",
+    };
+    struct server_config *of[ARRAY_SIZE(lines)] = {0};
+    struct box *b = *state;
+    char text[256];
+
+    for (size_t i = 0; i < ARRAY_SIZE(lines); i++) {
+        (void)snprintf(text, sizeof text, "# %zu\n[vm \"web\"]\nqmp = /q\n%s\n", i, lines[i]);
+        write_file(b, text);
+        assert_int_equal(PARSE_FILE_ONLY(b), 0);
+        of[i] = b->config;
+        b->config = NULL;
+        assert_int_equal(PARSE_FILE_ONLY(b), 0);
+        assert_true(config_vm_alike(&of[i]->vms[0], &b->config->vms[0]));
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(lines); i++)
+        for (size_t k = 0; k < ARRAY_SIZE(lines); k++)
+            assert_int_equal(config_vm_alike(&of[i]->vms[0], &of[k]->vms[0]), i == k);
+    for (size_t i = 0; i < ARRAY_SIZE(lines); i++)
+        config_free(of[i]);
+    write_file(b, "[vm \"web\"]\nqmp = /r\n");
+    assert_int_equal(PARSE_FILE_ONLY(b), 0);
+    of[0] = b->config;
+    b->config = NULL;
+    write_file(b, "[vm \"web\"]\nqmp = /q\n");
+    assert_int_equal(PARSE_FILE_ONLY(b), 0);
+    assert_false(config_vm_alike(&of[0]->vms[0], &b->config->vms[0]));
+    config_free(of[0]);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -553,6 +604,7 @@ int main(void)
         TEST(a_guest_agent_is_named_in_either_place),
         TEST(what_must_be_quiesced_has_an_agent),
         TEST(a_vm_in_the_file_has_qmp_or_images),
+        TEST(a_vm_is_alike_when_the_same_was_said),
         TEST(the_log_escapes_what_could_forge_a_line),
     };
 
