@@ -15,7 +15,7 @@ SIZE = 4 * MIB
 
 
 class Reload(harness.Case):
-    def world(self, *names, **options):
+    def world(self, *names, linger=0, **options):
         """Three QEMUs without a guest's system, "a" with disk "da" full of 1s and so on; a daemon that serves names of them."""
         self.vms, self.data = {}, {}
         for i, name in enumerate('abc', 1):
@@ -24,7 +24,7 @@ class Reload(harness.Case):
             self.write(name, 0, SIZE, i)
         self.say({name: '' for name in names})
         self.daemon = self.qpulld({}, flags=[f'--config={self.folder}/qpulld.conf', *options.pop('flags', ())],
-                                  linger=0, **options)
+                                  linger=linger, **options)
         for name in names:
             self.wait_ready(name)
         self.before = {name: vm.state() for name, vm in self.vms.items()}
@@ -76,6 +76,7 @@ class Reload(harness.Case):
 
     def refusal(self, export):
         """The daemon's words."""
+        before = len(self.text())
         h = nbd.NBD()
         h.set_opt_mode(True)
         h.connect_uri(self.daemon.uri(''))
@@ -83,7 +84,7 @@ class Reload(harness.Case):
         with self.assertRaises(nbd.Error):
             h.opt_go()
         h.opt_abort()
-        return self.text()
+        return self.text()[before:]
 
     def assertLeft(self, names='abc'):
         for name in names:
@@ -176,12 +177,13 @@ class Reload(harness.Case):
         self.daemon.stop()
 
     def test_a_session_that_would_begin_after_it_is_refused_in_words(self):
-        """One wish waits for the end of another's session, and the VM goes meanwhile."""
-        self.world('a')
+        """A new wish of the same client ends the session that lingers, and would begin the next one."""
+        self.world('a', linger=60)
         h = nbdpull.connect(self.daemon.uri('a/da@one'))
         self.assertReload({}, gone=1)
-        self.assertIn('session', self.refusal('a/da@two'))
+        self.assertIn("VM 'a' is in session", self.refusal('a/da@two'))
         h.shutdown()
+        self.assertIn("VM 'a' is not served any more (SIGHUP)", self.refusal('a/da@two'))
         self.wait_served()
         self.assertNotIn('starts for', self.text().split('gone; ', 1)[1])
         self.daemon.stop()
