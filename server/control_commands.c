@@ -143,7 +143,8 @@ static void ask_start(struct control_call *call, struct json_object *args,
     if (r < 0) {
         free(TAKE_PTR(a->disk));
         free(TAKE_PTR(a->name));
-        control_error(call, CONTROL_GENERIC, "VM \"%s\" cannot be asked now: %s", vm_name(vm), strerror(-r));
+        control_error(call, CONTROL_GENERIC, "VM \"%s\" cannot be asked now: %s", vm_name(vm),
+                      r == -ENOTCONN || r == -ESHUTDOWN ? vm_trouble(vm) : strerror(-r));
     }
 }
 

@@ -203,7 +203,7 @@ static const char *stop_words(const struct vm *vm)
 
 const char *vm_trouble(const struct vm *vm)
 {
-    return vm->stopping ? stop_words(vm) : vm->lost.text;
+    return vm->stopping || vm_is_leaving(vm) ? stop_words(vm) : vm->lost.text;
 }
 
 void vm_shut(struct vm *vm, const struct failure *why)
@@ -214,10 +214,21 @@ void vm_shut(struct vm *vm, const struct failure *why)
         vm_pump_later(vm->twin);
 }
 
+/* By more than questions. */
+static bool is_in_use(const struct vm *vm)
+{
+    return vm->session || vm->stays || vm->starting || vm->nwrites || vm->note_writing || vm->watch.carrying ||
+           vm_is_committing(vm) || (vm->twin && is_in_use(vm->twin));
+}
+
+bool vm_is_leaving(const struct vm *vm)
+{
+    return vm->keeper->shut.err && !is_in_use(vm->keeper);
+}
+
 bool vm_is_idle(const struct vm *vm)
 {
-    return !vm->session && !vm->stays && !vm->starting && !vm->waiting && !vm->answering && !vm->nwrites &&
-           !vm->note_writing && !vm_is_committing(vm) && (!vm->twin || vm_is_idle(vm->twin));
+    return !is_in_use(vm) && !vm->waiting && !vm->answering && (!vm->twin || vm_is_idle(vm->twin));
 }
 
 const char *vm_name(const struct vm *vm)

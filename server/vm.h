@@ -64,8 +64,8 @@ void vm_start(struct vm *vm); /* connects to QMP, and again when QEMU comes back
 /* Ends the session, then the connection; cb is the last touch of the caller's count. */
 void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg);
 /*
- * No session begins any more, for this reason; the one that stands goes on, and who belongs to it may join it. NULL:
- * sessions may begin again.
+ * No session begins any more, for this reason; the one that stands goes on, and who belongs to it may join it. While
+ * nothing but questions keeps the VM, none is taken. NULL: all is as before.
  */
 void vm_shut(struct vm *vm, const struct failure *why);
 /* Nobody uses it: vm_stop() takes nothing away from anybody. */

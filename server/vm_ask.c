@@ -297,7 +297,8 @@ int vm_query_start(struct vm *vm, struct vm_query *q,
                    void (*cb)(struct vm_query *, const struct disk_list *, const struct failure *), void *arg)
 {
     vm = vm_now(vm);
-    if (vm->stopping)
+    /* Whoever asks without end shall not keep a VM that is to go; its own look saves what was carried over. */
+    if (vm->stopping || (vm_is_leaving(vm) && q != &vm->watch.query))
         return -ESHUTDOWN;
     if (vm->state == VM_LOST)
         return -ENOTCONN;

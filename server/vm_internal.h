@@ -300,6 +300,7 @@ void vm_ask_if_waiting(struct vm *vm);
 void vm_refuse_questions(struct vm *vm, const struct failure *f); /* those that wait */
 
 /* vm.c */
+bool vm_is_leaving(const struct vm *vm); /* vm_shut() was said, and nothing keeps it but questions */
 void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
 void vm_sweep(struct vm *vm);
 void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */

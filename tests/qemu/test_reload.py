@@ -10,6 +10,7 @@ import nbd
 import nbdpull
 from harness import MIB, Disk, rng
 from qmpclient import QmpError
+from qmpproxy import QmpProxy
 
 SIZE = 4 * MIB
 
@@ -186,6 +187,37 @@ class Reload(harness.Case):
         self.assertIn("VM 'a' is not served any more (SIGHUP)", self.refusal('a/da@two'))
         self.wait_served()
         self.assertNotIn('starts for', self.text().split('gone; ', 1)[1])
+        self.daemon.stop()
+
+    def test_who_asks_without_end_keeps_no_vm(self):
+        """Eight clients, and a QEMU that takes its time: there is always one that waits."""
+        self.world('a')
+        self.vms['a'] = proxy = QmpProxy(self.folder, self.vms['a'])
+        self.addCleanup(proxy.close)
+        self.assertReload({'a': ''}, changed=1)
+        harness.wait_until(lambda: self.text().count('VM a: connected to QEMU') == 2, 20, 'the new VM')
+        self.wait_ready('a')
+        proxy.at_each(lambda command: time.sleep(0.05))
+        stop, words = threading.Event(), set()
+
+        def ask():
+            while not stop.is_set():
+                try:
+                    self.daemon.ask('query-disks', {'vm': 'a'})
+                except QmpError as e:
+                    words.add(str(e))
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            time.sleep(0.5)
+            self.assertReload({}, gone=1)
+            self.wait_served()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        self.assertIn("VM 'a' is not served any more (SIGHUP)", ' '.join(words))
         self.daemon.stop()
 
     def test_a_lease_keeps_its_vm(self):
