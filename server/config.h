@@ -144,6 +144,7 @@
 #define VM_ASKS_MAX 5u            /* rounds of questions until the answers agree */
 #define VM_ROUNDS_BURST 20u       /* rounds that QEMU is asked at once, for whoever asks without end: each costs … */
 #define VM_ROUND_REST_MS 20u      /* … its main loop, where the guest's disks are, 1 to 2 ms; then one in so long */
+#define VM_JOB_NEWS_MS 5000u      /* qpull commit asks every 250 ms how it goes: so long its end can be asked for */
 #define VM_RECENT_MS 50u          /* a client that has just connected asks once for its maps and once more with GO */
 #define VM_LOOK_TIMEOUT_MS 5000u  /* stat() of the image files; then names must do */
 #define VM_LINGER_STEP_MS \

@@ -218,7 +218,7 @@ void vm_shut(struct vm *vm, const struct failure *why)
 static bool is_in_use(const struct vm *vm)
 {
     return vm->session || vm->stays || vm->starting || vm->nwrites || vm->note_writing || vm->watch.carrying ||
-           vm_is_committing(vm) || (vm->twin && is_in_use(vm->twin));
+           vm_is_committing(vm) || vm_commit_is_news(vm) || (vm->twin && is_in_use(vm->twin));
 }
 
 bool vm_is_leaving(const struct vm *vm)

@@ -68,7 +68,7 @@ void vm_stop(struct vm *vm, void (*cb)(void *arg), void *arg);
  * nothing but questions keeps the VM, none is taken. NULL: all is as before.
  */
 void vm_shut(struct vm *vm, const struct failure *why);
-/* Nobody uses it: vm_stop() takes nothing away from anybody. */
+/* Nobody uses it: vm_stop() takes nothing away from anybody, nor how a commit went that has just ended. */
 bool vm_is_idle(const struct vm *vm);
 const char *vm_name(const struct vm *vm);
 /* Why vm_query_start() and vm_enter() refuse, in words. */

@@ -22,6 +22,7 @@ struct vm_job {
     char **usable;           /* owned, each too: checkpoints that were usable when it began */
     size_t nusable;
     bool ended, cancelled, told;
+    uint64_t ended_ms; /* in loop time */
     struct failure failure, problems;
 };
 
@@ -61,6 +62,11 @@ static struct vm_job *job_of(const struct vm *vm)
 bool vm_is_committing(const struct vm *vm)
 {
     return vm->job && !vm->job->ended;
+}
+
+bool vm_commit_is_news(const struct vm *vm)
+{
+    return vm->job && vm->job->commit && vm->job->ended && uv_now(vm->loop) - vm->job->ended_ms < VM_JOB_NEWS_MS;
 }
 
 bool vm_commit_may_ask(const struct vm *vm)
@@ -194,6 +200,7 @@ static void end(struct vm_job *job)
     const struct failure *f = job->failure.err ? &job->failure : NULL;
 
     job->ended = true;
+    job->ended_ms = uv_now(vm->loop);
     tell_status(job, "concluded");
     answer(job, f);
     /* What could not be undone, or a connection that came back meanwhile, is a matter for the sweep. */

@@ -273,6 +273,7 @@ void vm_retire(struct vm *vm); /* drops the oldest checkpoints where there are m
 
 /* vm_commit.c */
 bool vm_is_committing(const struct vm *vm);
+bool vm_commit_is_news(const struct vm *vm); /* it has ended, and who asks now and then may not know yet */
 bool vm_commit_may_ask(const struct vm *vm); /* whether QEMU may be asked about its disks */
 bool vm_commit_refuses(struct vm *vm);       /* those who wait for a session; says whether one may not begin */
 void vm_commit_stop(struct vm *vm);          /* cancels; vm_stop_if_idle() comes after it */
@@ -301,7 +302,7 @@ void vm_refuse_questions(struct vm *vm, const struct failure *f); /* those that 
 
 /* vm.c */
 bool vm_is_leaving(const struct vm *vm); /* vm_shut() was said, and nothing keeps it but questions */
-void vm_settle(struct vm *vm); /* a sweep, a self-test or the question for capabilities has ended */
+void vm_settle(struct vm *vm);           /* a sweep, a self-test or the question for capabilities has ended */
 void vm_sweep(struct vm *vm);
 void vm_sweep_when_idle(struct vm *vm); /* at once, or when what is under way has ended */
 void vm_test(struct vm *vm);            /* ends in vm_pump() */

@@ -231,6 +231,20 @@ class Reload(harness.Case):
         self.wait_served()
         self.daemon.stop()
 
+    def test_who_waits_for_a_commit_learns_its_end(self):
+        """As qpull commit does: it asks four times a second. The VM is to go before the commit ends."""
+        self.world('a')
+        self.vms['a'].look('blockdev-snapshot-sync', {'node-name': 'node-da', 'snapshot-file': f'{self.folder}/top.qcow2',
+                                                     'snapshot-node-name': 'top', 'format': 'qcow2'})
+        job = self.daemon.ask('block-commit', {'vm': 'a', 'disk': 'da', 'active': True})['id']
+        self.assertReload({}, gone=1)
+        status = None
+        while status != 'concluded':
+            time.sleep(0.25)
+            status = {j['id']: j['status'] for j in self.daemon.ask('query-jobs')}[job]
+        self.wait_served()
+        self.daemon.stop()
+
     def test_what_is_wrong_changes_nothing(self):
         self.world('a', 'b')
         self.assertIn(f'nothing was changed: {self.folder}/qpulld.conf:3: ', self.reload({'a': 'colour = blue'}))
