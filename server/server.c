@@ -60,11 +60,30 @@ static void on_event(void *arg, const char *event, struct json_object *data)
         json_object_put(data);
 }
 
-static int may_start(void *arg, const char *identity, struct failure *f)
+/* No two VMs of one configuration share a place; one that is to go and one that has come since may. */
+static int check_place(const struct server *s, const struct place *place, struct failure *f)
+{
+    if (!place || place_tells_vms(place))
+        return 0;
+    for (size_t i = 0; i < s->roster.nvms; i++) {
+        const struct vm *vm = roster_vm_at(&s->roster, i);
+
+        if (vm_writes_to(vm, place))
+            return failure_set(f, -EBUSY,
+                               "VM '%s', which is to go or was configured anew, still writes to this scratch place; "
+                               "try again when its session has ended",
+                               vm_name(vm));
+    }
+    return 0;
+}
+
+static int may_start(void *arg, const char *identity, const struct place *place, struct failure *f)
 {
     const struct server *s = arg;
     unsigned n = 0;
 
+    if (check_place(s, place, f) < 0)
+        return f->err;
     for (size_t i = 0; i < s->roster.nvms; i++)
         n += vm_is_for(roster_vm_at(&s->roster, i), identity);
     if (n < s->config->max_sessions_per_client)

@@ -44,7 +44,7 @@ struct vm_config {
     unsigned session_timeout_ms; /* a session that has been up for so long is given up; 0: never */
     uint64_t rate;               /* bytes a second that all clients of a session may have together; 0: any */
     /* Whether one more session may begin for who that is; a failure is told to who waits for it. NULL: always. */
-    int (*may_start)(void *arg, const char *identity, struct failure *f);
+    int (*may_start)(void *arg, const char *identity, const struct place *place /* or NULL */, struct failure *f);
     void *start_arg;
     /*
      * The VM's disks for the time when it is powered off: while nobody listens at its QMP socket, or where there is
@@ -253,6 +253,8 @@ const char *vm_lease_session(const struct vm_lease *l); /* its id, while up */
 size_t vm_lease_nclients(const struct vm_lease *l);
 /* Whether a session of that VM goes for that identity. */
 bool vm_is_for(const struct vm *vm, const char *identity);
+/* Whether it has a session that writes there, if places are alike that read alike. */
+bool vm_writes_to(const struct vm *vm, const struct place *place);
 
 /* Whoever moves bytes for it counts them here. */
 struct vm_counters *vm_stay_counters(struct vm_stay *stay);

@@ -71,7 +71,7 @@ struct vm {
     unsigned keep_checkpoints;
     unsigned session_timeout_ms;
     uint64_t rate;
-    int (*may_start)(void *arg, const char *identity, struct failure *f);
+    int (*may_start)(void *arg, const char *identity, const struct place *place, struct failure *f);
     void *start_arg;
     struct vm_counters counters; /* of the keeper; a twin's are not used */
     void (*on_event)(void *arg, const char *event, struct json_object *data);

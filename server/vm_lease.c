@@ -134,6 +134,11 @@ bool vm_is_for(const struct vm *vm, const char *identity)
     return vm->identity && strcmp(vm->identity, identity) == 0;
 }
 
+bool vm_writes_to(const struct vm *vm, const struct place *place)
+{
+    return vm->session && !vm->images && vm->place && strcmp(place_text(vm->place), place_text(place)) == 0;
+}
+
 const struct disk_list *vm_lease_disks(const struct vm_lease *l)
 {
     return session_disks(l->stay.vm->session);

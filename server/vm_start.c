@@ -108,7 +108,7 @@ static void start_session(struct vm *vm, const struct disk_list *disks, const st
     if (meets_others(vm, disks))
         return;
     if (check_stay(vm, stay, disks, &mine) == 0 &&
-        (!vm->may_start || vm->may_start(vm->start_arg, stay->identity, &mine) == 0)) {
+        (!vm->may_start || vm->may_start(vm->start_arg, stay->identity, vm->images ? NULL : vm->place, &mine) == 0)) {
         struct session_config config = {
             .loop = vm->loop,
             .qmp = vm->qmp,

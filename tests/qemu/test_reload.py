@@ -231,6 +231,27 @@ class Reload(harness.Case):
         self.wait_served()
         self.daemon.stop()
 
+    def test_two_vms_never_write_to_one_scratch_place(self):
+        """No configuration has it so; but one VM is still in its session when another one has its place."""
+        place = f'scratch = {{"driver": "file", "filename": "{self.folder}/scratch"}}'
+        with open(f'{self.folder}/scratch', 'wb') as f:
+            f.truncate(SIZE)
+        self.world('c')
+        self.assertReload({'a': place}, new=1, gone=1)
+        self.wait_ready('a')
+        h = nbdpull.connect(self.daemon.uri('a/da'))
+        self.assertReload({'b': place}, new=1, gone=1)
+        self.wait_ready('b')
+        self.assertIn("VM 'a', which is to go or was configured anew, still writes to this scratch place",
+                      self.refusal('b/db'))
+        self.assertSame(nbdpull.read_all(h), self.data['a'], 'the session')
+        h.shutdown()
+        self.wait_served('b')
+        self.assertPulled('b')
+        self.wait_ready('b')
+        self.assertLeft('ab')
+        self.daemon.stop()
+
     def test_who_waits_for_a_commit_learns_its_end(self):
         """As qpull commit does: it asks four times a second. The VM is to go before the commit ends."""
         self.world('a')
