@@ -177,7 +177,7 @@ static void rename_vm(struct control_call *call, struct json_object *args)
     struct failure f = {0};
     int r;
 
-    if (server_vm(call->server, from)) {
+    if (server_keeps_notes(call->server, from)) {
         control_error(call, CONTROL_GENERIC, "VM \"%s\" is one of qpulld's, and keeps its notes", from);
         return;
     }

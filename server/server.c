@@ -520,6 +520,14 @@ struct vm *server_vm(const struct server *s, const char *name)
     return catalog_vm(&s->roster.catalog, name);
 }
 
+bool server_keeps_notes(const struct server *s, const char *name)
+{
+    for (size_t i = 0; i < s->roster.nvms; i++)
+        if (strcmp(vm_name(roster_vm_at(&s->roster, i)), name) == 0)
+            return true;
+    return false;
+}
+
 const struct access *server_access(const struct server *s)
 {
     return s->conns.access;

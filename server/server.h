@@ -44,7 +44,8 @@ void server_reload_tls(struct server *s);
 bool server_is_stopping(const struct server *s);
 
 /* For the control socket. */
-struct vm *server_vm(const struct server *s, const char *name); /* borrowed; NULL: no such VM */
+struct vm *server_vm(const struct server *s, const char *name);    /* borrowed; NULL: no such VM */
+bool server_keeps_notes(const struct server *s, const char *name); /* also of a VM that is being stopped */
 size_t server_nvms(const struct server *s);
 struct vm *server_vm_at(const struct server *s, size_t i);
 const struct access *server_access(const struct server *s);

@@ -231,6 +231,27 @@ class Reload(harness.Case):
         self.wait_served()
         self.daemon.stop()
 
+    def test_a_vm_that_is_being_stopped_keeps_its_notes(self):
+        """It cannot be asked any more, and QEMU takes its time for the last answer."""
+        self.world('b')
+        goes_on = threading.Event()
+        self.vms['a'] = proxy = QmpProxy(self.folder, self.vms['a'])
+        self.addCleanup(proxy.close)
+        self.addCleanup(goes_on.set)
+        proxy.at_each(lambda command: command == 'qmp_capabilities' or goes_on.wait(30))
+        self.assertReload({'a': '', 'b': ''}, new=1)
+        harness.wait_until(lambda: 'VM a: connected to QEMU' in self.text(), 20, 'the sweep')
+        self.assertReload({'b': ''}, gone=1)
+        self.assertEqual(self.served(), ['b'])
+        with self.assertRaisesRegex(QmpError, '"a" is one of qpulld\'s'):
+            self.daemon.ask('checkpoint-rename-vm', {'vm': 'b', 'from': 'a'})
+        self.assertReload({'a': '', 'b': ''}, changed=1)
+        self.assertReload({'b': ''}, gone=1)
+        goes_on.set()
+        harness.wait_until(lambda: len(self.daemon.ask('query-status')['vms']) == 1, 20, 'the end of VM a')
+        self.daemon.ask('checkpoint-rename-vm', {'vm': 'b', 'from': 'a'})
+        self.daemon.stop()
+
     def test_two_vms_never_write_to_one_scratch_place(self):
         """No configuration has it so; but one VM is still in its session when another one has its place."""
         place = f'scratch = {{"driver": "file", "filename": "{self.folder}/scratch"}}'
