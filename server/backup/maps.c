@@ -262,6 +262,15 @@ static int find_backing(struct session *s, unsigned disk)
 }
 
 /*
+ * What the guest has written is known for sure only when all writes have ended that are under way (merge_written()). Where
+ * their copies go to another server that may stall, waiting for that could hold the guest for as long as that does.
+ */
+static bool may_not_drain(const struct session *s)
+{
+    return s->narrow_reads && !s->still && s->place && !s->depth_pass;
+}
+
+/*
  * On QEMU 7.0-7.2 block status, like reads, takes the live disk's word in ranges that cross from a copied into an
  * uncopied cluster. What the guest wrote since the freeze is known from the bitmap on the cbw node: there the map says
  * "data". A transaction drains: writes in flight are in that bitmap before it is merged, so none that could have misled
@@ -272,7 +281,7 @@ static int merge_written(struct seq *q, struct failure *f)
     struct session *s = session_of_late(q);
     struct json_object *args;
 
-    if (!s->narrow_reads || s->still)
+    if (!s->narrow_reads || s->still || may_not_drain(s))
         return SEQ_DONE;
     s->merged = true;
     args = qmp_args_transaction();
@@ -327,6 +336,15 @@ static int read_written(struct seq *q, struct failure *f)
     return session_begun(s, f);
 }
 
+/* Never wrong, only less than "zero". */
+static int call_it_data(struct session *s, unsigned disk, const char *context)
+{
+    struct map *data = NULL;
+    int r = map_new_uniform(s->disks[disk].disk->size, 0, &data);
+
+    return r < 0 ? r : session_add_map(s, disk, context, data);
+}
+
 static int correct_disk(struct session *s, unsigned disk, const char *context, uint64_t below, uint64_t top)
 {
     struct session_disk *d = &s->disks[disk];
@@ -338,6 +356,8 @@ static int correct_disk(struct session *s, unsigned disk, const char *context, u
         r = overlay(s, disk, context, d->below, below);
     if (r == 0 && d->written)
         r = overlay(s, disk, context, d->written, top);
+    if (r == 0 && may_not_drain(s))
+        r = call_it_data(s, disk, context);
     map_free(TAKE_PTR(d->written));
     return r;
 }
@@ -369,7 +389,8 @@ static int drop_remains(struct seq *q, struct failure *f)
     struct session *s = session_of_late(q);
     char cut[NAMES_SIZE], export[NAMES_SIZE];
 
-    if (s->still || s->engine == ENGINE_JOB || s->depth_pass || late_is_stuck(s))
+    /* To delete a node is to drain what is below it: not where scratch is another server's, which may stall. */
+    if (s->still || s->engine == ENGINE_JOB || s->depth_pass || s->place || late_is_stuck(s))
         return SEQ_DONE;
     for (unsigned i = 0; i < s->rig.ndisks; i++) {
         calls_add(&s->late.calls, "blockdev-del",

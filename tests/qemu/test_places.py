@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 import rawnbd
 from harness import MIB, Disk
+from qmpproxy import QmpProxy
 
 TIMEOUT = 2  # seconds: --cbw-timeout of these tests
 PATIENT = 20  # likewise, where scratch must not be given up
@@ -198,6 +199,43 @@ class Places(harness.Case):
         guest.write('vda', 0, MIB, 2)
         server.send_signal(signal.SIGSTOP)
         self.assertGoesOnWithout(guest, daemon, raw, before)
+
+    def test_a_server_that_stalls_while_the_maps_are_read_holds_the_guest_for_the_timeout_once(self):
+        """A command that drains would wait for the copies under way: none comes once the exports stand. Where one does, the
+        server stalls just before it; else a moment later."""
+        guest, before = self.ready(Disk('vda', 64 * MIB))
+        server = self.nbdkit('vm-vda', 'memory', f'{64 * MIB}')
+        proxy = QmpProxy(self.folder, guest)
+        self.addCleanup(proxy.close)
+        daemon = self.daemon(proxy, self.nbd(), linger=0)
+        self.pull(daemon, 'vm/vda').disc()  # the self-test, and what comes once
+        daemon.wait_idle()
+        load, seen = guest.load('vda', ('write', 'read', 'flush'), pause_us=20000), []
+        harness.wait_until(lambda: load.status()['ops'] > 20, 30, 'a guest that writes')
+
+        def strike(name):
+            seen.append(name)
+            after = seen[seen.index('blockdev-reopen'):] if 'blockdev-reopen' in seen else []
+            if 'block-export-add' in after and name in ('blockdev-del', 'transaction'):
+                server.send_signal(signal.SIGSTOP)
+                time.sleep(0.2)  # until a copy is under way
+        proxy.at_each(strike)
+        raw = self.pull(daemon, 'vm/vda@never')
+        time.sleep(1)
+        server.send_signal(signal.SIGSTOP)
+        slowest, began = 0, time.monotonic()
+        while time.monotonic() < began + 3 * TIMEOUT:
+            asked = time.monotonic()
+            load.status()
+            slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(0.01)
+        self.assertLess(slowest, SLOWEST_US / 1e6, "QEMU's main loop stood still, and the guest with it")
+        proxy.at_each(None)
+        raw.close()
+        daemon.wait_idle(timeout=60)
+        self.assertIn("disk 'vda' of VM 'vm' is lost", daemon.vm()['last-session']['failure'])
+        self.assertGuestWentOn(guest, load)
+        self.assertNothingLeft(guest, daemon, before)
 
     def test_a_server_that_stalls_for_less_than_the_timeout_costs_the_session_nothing(self):
         """Less than QEMU can count, more than what 10 seconds become in the 32 bits of QEMU before 9.1 (1.4)."""
