@@ -350,6 +350,7 @@ static void on_lost(void *arg, const struct failure *why)
     if (strcmp(vm->lost.text, why->text) != 0)
         log_warning("VM %s: no QMP connection: %s", vm->name, why->text);
     vm->lost = *why;
+    vm_watch_lost(vm);
     vm->tested = vm->capable = false;
     if (vm->state == VM_READY || vm->state == VM_CONNECTING)
         vm->state = VM_LOST;

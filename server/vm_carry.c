@@ -156,7 +156,7 @@ static void carried(struct vm *vm, const struct failure *f)
         log_warning(
             "VM %s: the record of checkpoint '%s' on disk '%s' goes with the layer that job '%s' takes away: %s",
             vm->name, g->what->name, g->disk->name, g->job->id, f->text);
-    else if (lineage_promise(w->lineage, g->disk, g->what->name, g->to, g->fill) == 0)
+    else if (lineage_promise(w->lineage, g->disk, g->what->name, g->to, g->job->kind) == 0)
         log_info("VM %s: job '%s' takes a layer of disk '%s' away: the record of checkpoint '%s' was carried over to "
                  "'%s'",
                  vm->name, g->job->id, g->disk->name, g->what->name, g->to->node);

@@ -285,6 +285,12 @@ void vm_watch_wake(struct vm *vm)
                              NULL); /* else: without a connection; the next one looks */
 }
 
+void vm_watch_lost(struct vm *vm)
+{
+    if (vm->keeper == vm) /* else: QEMU can be connected */
+        lineage_lost(vm->watch.lineage);
+}
+
 /* At work: records can be carried over. Ready to change over, or gone: a look. */
 static void on_job_changed(struct qmp_watch *watch, const char *event, struct json_object *data)
 {

@@ -83,6 +83,8 @@ int vm_watch_look(struct vm *vm, struct disk_list *list, struct json_object *nam
                   void (*cb)(struct vm *vm, struct disk_list *list, const struct failure *f));
 /* Something may have changed: look, now or as soon as possible. */
 void vm_watch_wake(struct vm *vm);
+/* There is no connection (any more). */
+void vm_watch_lost(struct vm *vm);
 
 /* SEQ_DONE: it is on disk; 0: cb comes when it is. -ENOMEM. */
 int vm_watch_store(struct vm *vm, struct vm_watch_wait *wait,

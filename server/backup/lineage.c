@@ -267,6 +267,7 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
     p->roots[0].granularity = root->granularity;
     p->roots[0].dirty = p->roots[0].written = root->dirty;
     p->roots[0].fill = p->fill;
+    p->roots[0].commit = false;
     p->fill = false;
     p->nroots = 1;
     check_state(l, p, root);
@@ -276,15 +277,45 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
     return LEARNED;
 }
 
+static bool is_same(const struct past_image *a, const struct past_image *b)
+{
+    return a->ino == b->ino && (a->ino || strcmp(a->file, b->file) == 0);
+}
+
+/* Of the layers above all roots, as they were at the last look, one is above that depth. */
+static bool has_kept_top(const struct past_disk *was, const struct past *p, const struct disk *d, size_t depth)
+{
+    for (size_t i = 0; i < was->nimages; i++) {
+        for (size_t k = 0; k < p->nroots; k++) {
+            if (is_same(&was->images[i], &p->roots[k].at))
+                return false;
+        }
+        if (depth_of(d, &was->images[i]) < depth)
+            return true;
+    }
+    return false;
+}
+
+/*
+ * Into its layer a commit below the top puts what the checkpoint's own record does not mark: all that was there before
+ * it. Without the layer that goes, in the same QEMU, the commit has ended; after that QEMU perhaps only the layers
+ * above were thrown away. A revert to a layer with half of it has none of them.
+ */
+static bool is_whole(const struct past_disk *was, const struct past *p, const struct past_root *root,
+                     const struct disk *d, size_t depth, enum cause former)
+{
+    return !root->commit || (former == CAUSE_LAYER_GONE && (root->here || has_kept_top(was, p, d, depth)));
+}
+
 /* The deepest of the known roots that holds its record; NULL: none, and then *ret_cause says what became of it. */
-static struct past_root *find_root(struct past *p, const struct disk *d, const struct checkpoint *c, size_t *ret_depth,
-                                   enum cause *ret_cause)
+static struct past_root *find_root(const struct past_disk *was, struct past *p, const struct disk *d,
+                                   const struct checkpoint *c, size_t *ret_depth, enum cause *ret_cause)
 {
     *ret_cause = CAUSE_LAYER_GONE;
     for (size_t i = 0; i < p->nroots; i++) {
         size_t depth = depth_of(d, &p->roots[i].at);
 
-        if (depth == d->nimages)
+        if (depth == d->nimages || !is_whole(was, p, &p->roots[i], d, depth, *ret_cause))
             continue;
         *ret_depth = depth;
         if (layer_at(c, depth))
@@ -302,7 +333,7 @@ static bool below_is_known(const struct past_disk *was, const struct past_root *
 
     for (size_t k = 0; k < was->nimages; k++) {
         /* Of a root that a job made everything may be below that was in the chain. */
-        if (was->images[k].ino == root->at.ino && (root->at.ino || strcmp(was->images[k].file, root->at.file) == 0))
+        if (is_same(&was->images[k], &root->at))
             from = k + 1;
     }
     for (size_t i = depth + 1; i < d->nimages; i++) {
@@ -391,7 +422,7 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
 {
     enum cause cause;
     size_t depth = 0;
-    struct past_root *root = find_root(p, d, c, &depth, &cause);
+    struct past_root *root = find_root(was, p, d, c, &depth, &cause);
     bool fill = root && root->fill;
 
     if (d->size != p->size)
@@ -404,6 +435,8 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
         condemn(l, p, CAUSE_REPLACED);
     identify(l, &root->at, &d->images[depth]);
     check_record(l, p, root, layer_at(c, depth));
+    l->dirty |= root->commit;
+    root->commit = false; /* it has ended */
     if (!jobs)
         drop_promises(l, p, root);
     if (fill)
@@ -414,11 +447,12 @@ static void compare(struct lineage *l, const struct past_disk *was, struct past 
  * A name that was not to be seen comes again, and not by us (lineage_forget()): the same record in a file that came
  * back, or a new one that somebody made under the old name, which knows nothing of what came before.
  */
-static void welcome(struct lineage *l, struct past *p, const struct disk *d, const struct checkpoint *c)
+static void welcome(struct lineage *l, const struct past_disk *was, struct past *p, const struct disk *d,
+                    const struct checkpoint *c)
 {
     enum cause cause;
     size_t depth = 0;
-    bool back = p->absence == ABSENCE_AWAY && find_root(p, d, c, &depth, &cause);
+    bool back = p->absence == ABSENCE_AWAY && find_root(was, p, d, c, &depth, &cause);
 
     p->absence = ABSENCE_NONE;
     l->dirty = true;
@@ -465,7 +499,7 @@ static int recognise(struct lineage *l, const struct disk_list *all, struct past
         size_t depth;
 
         if (!other || other == p || other->buried || (found && found->cause && !other->cause) ||
-            !find_root(other, d, c, &depth, &cause))
+            !find_root(&l->disks[i], other, d, c, &depth, &cause))
             continue;
         found = other;
         *ret_was = &l->disks[i];
@@ -500,7 +534,7 @@ static int look_at(struct lineage *l, const struct disk_list *all, struct past_d
     if (!p->nroots || p->buried)
         r = learn(l, p, d, c);
     else if (p->absence)
-        welcome(l, p, d, c);
+        welcome(l, was, p, d, c);
     if (r == 0)
         compare(l, was, p, d, c, jobs);
     else if (r == LEARNED && p->roots[0].fill)
@@ -589,12 +623,13 @@ bool lineage_is_promised(const struct lineage *l, const char *disk, const char *
 
 const char *lineage_root(const struct lineage *l, const struct disk *d, const char *checkpoint)
 {
-    struct past *p = find_past(lineage_find_disk(l, d->name), checkpoint);
+    const struct past_disk *was = lineage_find_disk(l, d->name);
+    struct past *p = find_past(was, checkpoint);
     const struct checkpoint *c = disk_checkpoint(d, checkpoint);
     enum cause cause;
     size_t depth = 0;
 
-    return p && c && !p->absence && find_root(p, d, c, &depth, &cause) ? d->images[depth].node : NULL;
+    return p && c && !p->absence && find_root(was, p, d, c, &depth, &cause) ? d->images[depth].node : NULL;
 }
 
 bool lineage_is_dirty(const struct lineage *l)
@@ -629,7 +664,7 @@ static uint64_t least_of(const struct past_root *r)
 }
 
 int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpoint, const struct image *layer,
-                    bool fill)
+                    enum job_kind kind)
 {
     struct past *p = find_past(lineage_find_disk(l, d->name), checkpoint);
     struct past_root *root = NULL;
@@ -643,10 +678,23 @@ int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpo
         return -ENOMEM;
     root->granularity = 0;
     root->dirty = root->written = least_of(&p->roots[0]);
-    root->fill = fill;
+    root->fill = kind == JOB_STREAM;
+    root->commit = root->here = kind == JOB_COMMIT;
     p->nroots++;
     l->dirty = true;
     return 0;
+}
+
+void lineage_lost(struct lineage *l)
+{
+    for (size_t i = 0; i < l->ndisks; i++) {
+        for (size_t k = 0; k < l->disks[i].npasts; k++) {
+            struct past *p = &l->disks[i].pasts[k];
+
+            for (size_t n = 0; n < p->nroots; n++)
+                p->roots[n].here = false;
+        }
+    }
 }
 
 void lineage_forget(struct lineage *l, const char *disk, const char *checkpoint)

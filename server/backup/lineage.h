@@ -14,6 +14,7 @@
 #define QPULL_BACKUP_LINEAGE_H
 
 #include "backup/disks.h"
+#include "backup/jobs.h"
 
 #define LINEAGE_FORMAT 1
 #define LINEAGE_DIR "lineage"          /* below the state directory: VM.json each */
@@ -49,11 +50,14 @@ void lineage_unsaved(struct lineage *l); /* it could not be written */
 
 /*
  * The record in that layer has been made to hold all that the checkpoint's record held when it was last looked at, so
- * it may stand alone once a block job has taken the other layers away. fill: only together with what the layer has
- * allocated. Nothing is known of this disk or checkpoint: nothing is promised. -ENOMEM.
+ * it may stand alone once a block job of that kind has taken the other layers away: after a stream only together with
+ * what the layer has allocated, and of a commit only when it has ended. Nothing is known of this disk or checkpoint:
+ * nothing is promised. -ENOMEM.
  */
 int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpoint, const struct image *layer,
-                    bool fill);
+                    enum job_kind kind);
+/* The connection is lost: whether commits have ended is not known, nor whether it will be the same QEMU again. */
+void lineage_lost(struct lineage *l);
 
 /* It stands alone already, or was promised to; or nothing can be promised of this checkpoint. */
 bool lineage_is_promised(const struct lineage *l, const char *disk, const char *checkpoint, const struct image *layer);

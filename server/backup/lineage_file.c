@@ -46,6 +46,7 @@ static struct json_object *past_to_json(const struct past *p)
         put_uint(root, "granularity", p->roots[i].granularity);
         put_uint(root, "dirty", p->roots[i].dirty);
         (void)json_object_object_add(root, "fill", json_object_new_boolean(p->roots[i].fill));
+        (void)json_object_object_add(root, "commit", json_object_new_boolean(p->roots[i].commit));
         (void)json_object_array_add(roots, root);
     }
     (void)json_object_object_add(o, "roots", roots);
@@ -123,6 +124,7 @@ static int roots_of(struct json_object *roots, struct past *p)
         root->granularity = get_uint(o, "granularity");
         root->dirty = root->written = get_uint(o, "dirty");
         root->fill = qmp_get_bool(o, "fill");
+        root->commit = qmp_get_bool(o, "commit");
     }
     return 0;
 }

@@ -40,6 +40,8 @@ struct past_root {
     uint64_t granularity, dirty;
     uint64_t written; /* dirty as it stands in the file */
     bool fill;        /* whole only with what its own layer has allocated */
+    bool commit;      /* promised by a commit below the top: its layer is whole when that has ended */
+    bool here;        /* in the QEMU that we have been connected to since then; not in the file */
 };
 
 /* The record as it was found, and what jobs promised; or the layers in which something is left of a buried one. */

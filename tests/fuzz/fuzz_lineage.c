@@ -76,7 +76,12 @@ static void use(struct lineage *l, unsigned what)
     if (what & LOOK)
         CHECK(lineage_look(l, &s.list, what & JOBS) == 0);
     if (what & PROMISE)
-        CHECK(lineage_promise(l, &s.disk, "m", &s.images[1], what & BURY) == 0);
+        CHECK(lineage_promise(l, &s.disk, "m", &s.images[1],
+                              what & BURY      ? JOB_STREAM
+                              : what & INHERIT ? JOB_COMMIT
+                                               : JOB_MIRROR) == 0);
+    if (what & RESTORED)
+        lineage_lost(l);
     (void)lineage_is_promised(l, "vda", "m", &s.images[1]);
     root = lineage_root(l, &s.disk, "m");
     CHECK(!root || strlen(root) == 3);

@@ -201,6 +201,49 @@ class Connected(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def test_a_base_with_half_of_what_was_committed_has_no_record_to_go_back_to(self):
+        """The job is cut short, and the VM comes again on the base alone, or under a new overlay."""
+        for new_overlay in (False, True):
+            base, below = self.disk.path, self.snapshot()
+            self.write(0, 7 * MIB)
+            self.checkpoint('c1')
+            self.some()
+            middle = self.snapshot()
+            self.some()
+            self.look()
+            carried = self.daemon.log().count('was carried over')
+            self.vm.look('block-commit', {'job-id': 'j', 'device': self.disk.node, 'top-node': middle,
+                                          'base-node': below, 'speed': 1})
+            self.carried(carried + 1)
+            self.vm.quit()
+            overlay = f'{self.folder}/again.qcow2'
+            harness.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b', base, overlay])
+            self.restart_on(overlay if new_overlay else base)
+            self.daemon.wait_idle()
+            self.assertIn('c1', [name for _, name in bitmaps(self.vm.look)])
+            self.check(c1='GAP')
+            if not new_overlay:
+                self.daemon.ask('checkpoint-delete', {'vm': 'vm', 'name': 'c1'})
+        self.daemon.stop()
+
+    def test_a_base_with_all_that_was_committed_can_be_gone_back_to(self):
+        base, below = self.disk.path, self.snapshot()
+        self.write(0, 7 * MIB)
+        self.checkpoint('c1')
+        self.some()
+        middle = self.snapshot()
+        self.some()
+        self.commit(middle, below)
+        self.carried()
+        self.let_end()
+        self.some()
+        self.check()
+        self.vm.quit()
+        self.restart_on(base)
+        self.daemon.wait_idle()
+        self.check()
+        self.daemon.stop()
+
     def test_the_top_that_is_committed_leaves_its_record_below(self):
         self.checkpoint('c0')
         self.some()

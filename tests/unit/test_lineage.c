@@ -31,7 +31,7 @@ struct level {
 struct story {
     struct lineage *lineage;
     struct disk_list *last; /* owned: the look before */
-    bool jobs, off;
+    bool jobs, off, connected;
     uint64_t size, granularity;
     const char *disk; /* its name; NULL: "vda" */
 };
@@ -117,7 +117,7 @@ static struct disk_list *make_list(const struct story *s, const struct level *le
     return l;
 }
 
-/* The memory goes through its file's form between any two looks. */
+/* The memory goes through its file's form between any two looks; what is not in the file is lost with a connection. */
 static void write_and_read(struct story *s)
 {
     char *text = lineage_encode(s->lineage, "vm"), *again;
@@ -131,6 +131,10 @@ static void write_and_read(struct story *s)
     assert_string_equal(text, again);
     free(text);
     free(again);
+    if (s->connected) {
+        lineage_free(copy);
+        return;
+    }
     lineage_free(s->lineage);
     s->lineage = copy;
 }
@@ -279,7 +283,7 @@ static void a_promise_is_kept_when_the_job_ends(void **state)
     expect(NONE, s, {"t", 0}, {"b", 4});
     assert_false(lineage_is_promised(s->lineage, "vda", "c", image_of(s, "t")));
     assert_string_equal(lineage_root(s->lineage, &s->last->disks[0], "c"), "b");
-    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), true), 0);
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), JOB_STREAM), 0);
     assert_true(lineage_is_promised(s->lineage, "vda", "c", image_of(s, "t")));
     expect(NONE, s, {"t", 5}, {"b", 4});
     s->jobs = false;
@@ -297,7 +301,7 @@ static void a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accept
 
     s->jobs = true;
     expect(NONE, s, {"t", 0}, {"b", 4});
-    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), true), 0);
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), JOB_STREAM), 0);
     s->jobs = false;
     expect(NONE, s, {"u", 0}, {"t", 6});
     lineage_accept(s->lineage, NULL, "c");
@@ -310,13 +314,70 @@ static void a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accept
     assert_int_equal(s->last->disks[0].checkpoints[0].allocation_levels, 0);
 }
 
+/* m(c) goes into b, under what is above it; seen: that was there at the last look. */
+static void begin_commit(struct story *s, bool seen)
+{
+    lineage_forget(s->lineage, NULL, "c");
+    s->jobs = true;
+    if (seen)
+        expect(NONE, s, {"t", 2}, {"m", 4}, {"b", NONE});
+    else
+        expect(NONE, s, {"m", 4}, {"b", NONE});
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "b"), JOB_COMMIT), 0);
+    write_and_read(s);
+    s->jobs = false;
+}
+
+static void a_commit_cut_short_leaves_no_base_to_go_back_to(void **state)
+{
+    struct story *s = *state;
+
+    begin_commit(s, true);
+    expect(GAP, s, {"b", 5});
+    begin_commit(s, true);
+    expect(GAP, s, {"n", NONE}, {"b", 5}); /* under a new layer */
+    begin_commit(s, true);
+    expect(GAP, s, {"t", 2}, {"m", NONE}, {"b", 5}); /* it has not ended */
+    begin_commit(s, true);
+    expect(NONE, s, {"t", 2}, {"m", 4}, {"b", 5}); /* goes on as before */
+    expect(GAP, s, {"t", 2}, {"b", 5});
+}
+
+static void a_commit_that_has_ended_leaves_a_base_to_go_back_to(void **state)
+{
+    struct story *s = *state;
+
+    begin_commit(s, true);
+    s->jobs = true; /* of another disk */
+    expect(NONE, s, {"n", NONE}, {"t", 2}, {"b", 5});
+    expect(NONE, s, {"n", NONE}, {"b", 5});
+    expect(NONE, s, {"b", 5});
+}
+
+static void a_commit_that_ends_unseen_is_known_by_the_connection_or_by_what_stood_above(void **state)
+{
+    struct story *s = *state;
+
+    s->connected = true;
+    begin_commit(s, false);
+    expect(NONE, s, {"n", NONE}, {"b", 5}); /* a layer came after the last look */
+    begin_commit(s, false);
+    lineage_lost(s->lineage);
+    expect(GAP, s, {"n", NONE}, {"b", 5});
+    begin_commit(s, true);
+    lineage_lost(s->lineage);
+    expect(NONE, s, {"n", NONE}, {"t", 2}, {"b", 5});
+    lineage_lost(s->lineage);
+    expect(NONE, s, {"b", 5});
+}
+
 static void a_promise_ends_with_the_jobs(void **state)
 {
     struct story *s = *state;
 
     s->jobs = true;
     expect(NONE, s, {"t", 0}, {"b", 4});
-    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), false), 0);
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), JOB_MIRROR), 0);
     s->jobs = false;
     expect(NONE, s, {"t", 4}, {"b", 4}); /* the job was cancelled */
     expect(GAP, s, {"t", 4});
@@ -466,7 +527,7 @@ static void a_record_carried_over_marks_what_it_marked(void **state)
 
     s->jobs = true;
     expect(NONE, s, {"t", 5}, {"b", NONE});
-    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "b"), false), 0);
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "b"), JOB_MIRROR), 0);
     s->jobs = false;
     expect(GAP, s, {"b", 3});
 }
@@ -500,7 +561,7 @@ static void a_disk_with_another_name_still_needs_its_layers_allocation(void **st
 
     s->jobs = true;
     expect(NONE, s, {"t", 0}, {"b", 4});
-    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), true), 0);
+    assert_int_equal(lineage_promise(s->lineage, &s->last->disks[0], "c", image_of(s, "t"), JOB_STREAM), 0);
     s->jobs = false;
     expect(NONE, s, {"t", 6});
     s->disk = "vdb";
@@ -797,6 +858,9 @@ int main(void)
         story_test(a_record_removed_from_below_is_a_gap),
         story_test(a_promise_is_kept_when_the_job_ends),
         story_test(a_record_that_needs_its_layers_allocation_needs_it_when_it_is_accepted),
+        story_test(a_commit_cut_short_leaves_no_base_to_go_back_to),
+        story_test(a_commit_that_has_ended_leaves_a_base_to_go_back_to),
+        story_test(a_commit_that_ends_unseen_is_known_by_the_connection_or_by_what_stood_above),
         story_test(a_promise_ends_with_the_jobs),
         story_test(a_cleared_record_is_a_gap_for_good),
         story_test(a_record_that_was_disabled_has_a_hole_for_good),
