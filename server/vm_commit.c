@@ -139,13 +139,12 @@ static const char **list_dead(const struct disk *d, size_t *ret_n)
     return dead;
 }
 
-/* Before there are results no record has been moved. */
-static bool is_kept(const struct vm_job *job, const char *checkpoint)
+static bool is_broken(const struct vm_job *job, const char *checkpoint)
 {
     for (size_t i = 0; i < commit_nresults(job->commit); i++) {
         const struct commit_result *r = commit_result_at(job->commit, i);
 
-        if (r->state != COMMIT_BROKEN && strcmp(r->checkpoint, checkpoint) == 0)
+        if (r->state == COMMIT_BROKEN && strcmp(r->checkpoint, checkpoint) == 0)
             return true;
     }
     return false;
@@ -159,7 +158,7 @@ static bool is_kept(const struct vm_job *job, const char *checkpoint)
 static void tell_watch(struct vm_job *job)
 {
     for (size_t i = 0; i < job->nusable; i++) {
-        if (is_kept(job, job->usable[i]))
+        if (!is_broken(job, job->usable[i]))
             vm_watch_moved(job->vm, job->disk, job->usable[i]);
     }
     vm_watch_wake(job->vm);
