@@ -231,8 +231,8 @@ class Places(harness.Case):
             time.sleep(0.01)
         self.assertLess(slowest, SLOWEST_US / 1e6, "QEMU's main loop stood still, and the guest with it")
         proxy.at_each(None)
+        daemon.wait_idle(timeout=60)  # lost: its client is still there
         raw.close()
-        daemon.wait_idle(timeout=60)
         self.assertIn("disk 'vda' of VM 'vm' is lost", daemon.vm()['last-session']['failure'])
         self.assertGuestWentOn(guest, load)
         self.assertNothingLeft(guest, daemon, before)
