@@ -120,7 +120,7 @@ struct past_disk *lineage_find_disk(const struct lineage *l, const char *name)
     return NULL;
 }
 
-static struct past *find_past(const struct past_disk *d, const char *name)
+struct past *past_disk_find(const struct past_disk *d, const char *name)
 {
     for (size_t i = 0; d && i < d->npasts; i++) {
         if (strcmp(d->pasts[i].name, name) == 0)
@@ -129,7 +129,7 @@ static struct past *find_past(const struct past_disk *d, const char *name)
     return NULL;
 }
 
-static void drop_past(struct lineage *l, struct past_disk *d, struct past *p)
+void past_disk_drop(struct lineage *l, struct past_disk *d, struct past *p)
 {
     size_t i = (size_t)(p - d->pasts);
 
@@ -210,7 +210,7 @@ static const struct layer *layer_at(const struct checkpoint *c, size_t depth)
 
 /* -- one checkpoint ------------------------------------------------------------------------------------------------ */
 
-static void drop_roots(struct past *p)
+void past_drop_roots(struct past *p)
 {
     while (p->nroots)
         past_image_done(&p->roots[--p->nroots].at);
@@ -256,7 +256,7 @@ static int learn(struct lineage *l, struct past *p, const struct disk *d, const 
         if (!p->buried || !is_root_file(p, &d->images[c->layers[i].depth]))
             root = &c->layers[i];
     }
-    drop_roots(p);
+    past_drop_roots(p);
     p->size = d->size;
     p->cause = CAUSE_NONE;
     p->absence = ABSENCE_NONE;
@@ -494,7 +494,7 @@ static int recognise(struct lineage *l, const struct disk_list *all, struct past
     int r;
 
     for (size_t i = 0; i < l->ndisks; i++) {
-        struct past *other = find_past(&l->disks[i], c->name);
+        struct past *other = past_disk_find(&l->disks[i], c->name);
         enum cause cause;
         size_t depth;
 
@@ -515,7 +515,7 @@ static int recognise(struct lineage *l, const struct disk_list *all, struct past
 static int look_at(struct lineage *l, const struct disk_list *all, struct past_disk *disk, const struct disk *d,
                    struct checkpoint *c, bool jobs)
 {
-    struct past *p = find_past(disk, c->name);
+    struct past *p = past_disk_find(disk, c->name);
     const struct past_disk *was = disk;
     int r = 0;
 
@@ -552,7 +552,7 @@ static void miss(struct lineage *l, struct past_disk *was, struct past *p, const
             absence = ABSENCE_REMOVED;
     }
     if (p->buried || !p->nroots) { /* now it is gone for good */
-        drop_past(l, was, p);
+        past_disk_drop(l, was, p);
     } else if (p->absence != absence) {
         p->absence = absence;
         l->dirty = true;
@@ -566,7 +566,7 @@ static void prune(struct lineage *l, struct past_disk *was)
 
     for (size_t i = was->npasts; i-- > 0;) {
         if (was->pasts[i].absence && ++n > LINEAGE_ABSENT_MAX)
-            drop_past(l, was, &was->pasts[i]);
+            past_disk_drop(l, was, &was->pasts[i]);
     }
 }
 
@@ -591,7 +591,7 @@ static int look_at_disk(struct lineage *l, const struct disk_list *all, struct d
             miss(l, was, &was->pasts[i], d);
     }
     for (size_t i = 0; was->restored && i < d->ncheckpoints; i++) {
-        struct past *p = find_past(was, d->checkpoints[i].name);
+        struct past *p = past_disk_find(was, d->checkpoints[i].name);
 
         if (p && !p->buried)
             condemn(l, p, CAUSE_RESTORED);
@@ -615,7 +615,7 @@ int lineage_look(struct lineage *l, struct disk_list *disks, bool jobs)
 
 bool lineage_is_promised(const struct lineage *l, const char *disk, const char *checkpoint, const struct image *layer)
 {
-    const struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
+    const struct past *p = past_disk_find(lineage_find_disk(l, disk), checkpoint);
 
     /* Nothing can be promised of one that is not known or not right. */
     return !p || !p->nroots || p->cause || p->buried || is_root_file(p, layer);
@@ -624,7 +624,7 @@ bool lineage_is_promised(const struct lineage *l, const char *disk, const char *
 const char *lineage_root(const struct lineage *l, const struct disk *d, const char *checkpoint)
 {
     const struct past_disk *was = lineage_find_disk(l, d->name);
-    struct past *p = find_past(was, checkpoint);
+    struct past *p = past_disk_find(was, checkpoint);
     const struct checkpoint *c = disk_checkpoint(d, checkpoint);
     enum cause cause;
     size_t depth = 0;
@@ -655,183 +655,9 @@ void lineage_unsaved(struct lineage *l)
     l->dirty = true;
 }
 
-/* -- what is done on purpose --------------------------------------------------------------------------------------- */
-
-/* A copy of a record marks as much; a finer one counts the piece at the disk's end in smaller steps. */
-static uint64_t least_of(const struct past_root *r)
-{
-    return r->dirty > r->granularity ? r->dirty - r->granularity : 0;
-}
-
-int lineage_promise(struct lineage *l, const struct disk *d, const char *checkpoint, const struct image *layer,
-                    enum job_kind kind)
-{
-    struct past *p = find_past(lineage_find_disk(l, d->name), checkpoint);
-    struct past_root *root = NULL;
-
-    if (lineage_is_promised(l, d->name, checkpoint, layer))
-        return 0;
-    if (p->nroots == ROOTS_MAX) /* the oldest promise goes; the first root is the record itself */
-        past_image_done(&p->roots[--p->nroots].at);
-    root = &p->roots[p->nroots];
-    if (past_image_remember(&root->at, layer) < 0)
-        return -ENOMEM;
-    root->granularity = 0;
-    root->dirty = root->written = least_of(&p->roots[0]);
-    root->fill = kind == JOB_STREAM;
-    root->commit = root->here = kind == JOB_COMMIT;
-    p->nroots++;
-    l->dirty = true;
-    return 0;
-}
-
-void lineage_lost(struct lineage *l)
-{
-    for (size_t i = 0; i < l->ndisks; i++) {
-        for (size_t k = 0; k < l->disks[i].npasts; k++) {
-            struct past *p = &l->disks[i].pasts[k];
-
-            for (size_t n = 0; n < p->nroots; n++)
-                p->roots[n].here = false;
-        }
-    }
-}
-
-void lineage_forget(struct lineage *l, const char *disk, const char *checkpoint)
-{
-    for (size_t i = 0; i < l->ndisks; i++) {
-        struct past *p = find_past(&l->disks[i], checkpoint);
-
-        if (p && (!disk || strcmp(disk, l->disks[i].name) == 0))
-            drop_past(l, &l->disks[i], p);
-    }
-}
-
-int lineage_bury(struct lineage *l, const struct disk *d, const char *checkpoint)
-{
-    const struct checkpoint *c = disk_checkpoint(d, checkpoint);
-    struct past_disk *was = lineage_find_disk(l, d->name);
-    struct past *p = find_past(was, checkpoint);
-
-    if (!c || (!was && !(was = lineage_add_disk(l, d->name))) || (!p && !(p = past_disk_add(was, checkpoint))))
-        return c ? -ENOMEM : 0;
-    drop_roots(p);
-    p->fill = false;
-    for (size_t i = 0; i < c->nlayers && p->nroots < ROOTS_MAX; i++) {
-        const struct image *image = &d->images[c->layers[i].depth];
-
-        if (!image->read_only)
-            continue;
-        if (past_image_remember(&p->roots[p->nroots].at, image) < 0)
-            return -ENOMEM;
-        p->nroots++;
-    }
-    p->buried = true;
-    p->size = d->size;
-    p->absence = ABSENCE_NONE;
-    l->dirty = true;
-    return 0;
-}
-
-int lineage_restored(struct lineage *l, const char *disk)
-{
-    struct past_disk *was = lineage_find_disk(l, disk);
-
-    if (!was && l->ndisks >= LINEAGE_DISKS_MAX)
-        return -E2BIG;
-    if (!was && !(was = lineage_add_disk(l, disk)))
-        return -ENOMEM;
-    was->restored = true;
-    l->dirty = true;
-    return 0;
-}
-
-/* Whoever vouches for a record, be it our own commit, does not make it whole: its layer's allocation counts on. */
-static void forget_roots(struct past *p)
-{
-    for (size_t k = 0; k < p->nroots; k++)
-        p->fill |= p->roots[k].fill;
-    drop_roots(p);
-}
-
-void lineage_accept(struct lineage *l, const char *disk, const char *checkpoint)
-{
-    for (size_t i = 0; i < l->ndisks; i++) {
-        struct past *p = find_past(&l->disks[i], checkpoint);
-
-        if (!p || p->buried || (disk && strcmp(disk, l->disks[i].name) != 0))
-            continue;
-        forget_roots(p);
-        p->least = 0;
-        l->dirty = true;
-    }
-}
-
-void lineage_moved(struct lineage *l, const char *disk, const char *checkpoint)
-{
-    struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
-
-    if (!p || p->buried || !p->nroots || (p->cause && p->cause != CAUSE_LAYER_GONE && p->cause != CAUSE_RECORD_GONE))
-        return;
-    p->least = least_of(&p->roots[0]);
-    forget_roots(p);
-    l->dirty = true;
-}
-
-/*
- * The older memory of a checkpoint compares with more, so it counts, with the files that it knew below. But what was
- * found out against it since then, or that it was deleted, only the newer one knows.
- */
-static int inherit_disk(struct past_disk *d, struct past_disk *old)
-{
-    struct past *pasts = reallocarray(old->pasts, old->npasts + d->npasts + 1, sizeof(*pasts));
-    struct past_disk newer = *d;
-
-    if (!pasts)
-        return -ENOMEM;
-    old->pasts = pasts;
-    for (size_t i = 0; i < newer.npasts; i++) {
-        struct past was, *now = &newer.pasts[i], *older = find_past(old, now->name);
-
-        if (!older) {
-            pasts[old->npasts++] = *now;
-            continue;
-        }
-        was = *older;
-        if (now->cause || now->buried)
-            *older = *now;
-        else
-            was = *now;
-        past_done(&was);
-    }
-    newer.npasts = 0;
-    old->restored |= newer.restored;
-    *d = *old;
-    *old = newer;
-    return 0;
-}
-
-int lineage_inherit(struct lineage *l, struct lineage *old)
-{
-    for (size_t i = 0; i < old->ndisks; i++) {
-        struct past_disk *was = &old->disks[i], *d = lineage_find_disk(l, was->name);
-        int r;
-
-        if (d ? d->npasts + was->npasts > LINEAGE_CHECKPOINTS_MAX : l->ndisks >= LINEAGE_DISKS_MAX)
-            return -E2BIG;
-        l->dirty = true;
-        if (!d && !(d = lineage_add_disk(l, was->name)))
-            return -ENOMEM;
-        r = inherit_disk(d, was);
-        if (r < 0)
-            return r;
-    }
-    return 0;
-}
-
 const char *lineage_why_lost(const struct lineage *l, const char *disk, const char *checkpoint)
 {
-    const struct past *p = find_past(lineage_find_disk(l, disk), checkpoint);
+    const struct past *p = past_disk_find(lineage_find_disk(l, disk), checkpoint);
 
     if (!p || p->buried || p->absence == ABSENCE_NONE)
         return NULL;

@@ -90,5 +90,8 @@ void past_done(struct past *p);
 /* One more, zeroed but for its name. NULL: out of memory. */
 struct past_disk *lineage_add_disk(struct lineage *l, const char *name);
 struct past *past_disk_add(struct past_disk *d, const char *name);
+struct past *past_disk_find(const struct past_disk *d, const char *name); /* NULL: not there, d may be NULL, too */
+void past_disk_drop(struct lineage *l, struct past_disk *d, struct past *p);
+void past_drop_roots(struct past *p);
 
 #endif
