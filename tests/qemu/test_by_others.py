@@ -201,15 +201,20 @@ class Connected(ByOthers):
         self.check()
         self.daemon.stop()
 
+    def three_layers(self):
+        """The path of the lowest one's image, its node, and that of the one above, with checkpoint c1 made after writes."""
+        base, below = self.disk.path, self.snapshot()
+        self.write(0, 7 * MIB)
+        self.checkpoint('c1')
+        self.some()
+        middle = self.snapshot()
+        self.some()
+        return base, below, middle
+
     def test_a_base_with_half_of_what_was_committed_has_no_record_to_go_back_to(self):
         """The job is cut short, and the VM comes again on the base alone, or under a new overlay."""
         for new_overlay in (False, True):
-            base, below = self.disk.path, self.snapshot()
-            self.write(0, 7 * MIB)
-            self.checkpoint('c1')
-            self.some()
-            middle = self.snapshot()
-            self.some()
+            base, below, middle = self.three_layers()
             self.look()
             carried = self.daemon.log().count('was carried over')
             self.vm.look('block-commit', {'job-id': 'j', 'device': self.disk.node, 'top-node': middle,
@@ -227,12 +232,7 @@ class Connected(ByOthers):
         self.daemon.stop()
 
     def test_a_base_with_all_that_was_committed_can_be_gone_back_to(self):
-        base, below = self.disk.path, self.snapshot()
-        self.write(0, 7 * MIB)
-        self.checkpoint('c1')
-        self.some()
-        middle = self.snapshot()
-        self.some()
+        base, below, middle = self.three_layers()
         self.commit(middle, below)
         self.carried()
         self.let_end()
